@@ -1,0 +1,3 @@
+"""Masked image modeling for timm Vision Transformers."""
+
+__version__ = "0.1.0"

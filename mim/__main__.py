@@ -1,0 +1,6 @@
+"""``python -m mim COMMAND``."""
+
+from mim.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

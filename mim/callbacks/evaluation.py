@@ -1,0 +1,153 @@
+"""Probes, health numbers and pictures while a run learns; random numbers here are keyed, training does not notice."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from mim.callbacks.run_log import RunLog
+from mim.data.pretrain import PretrainData
+from mim.data.sources import Source
+from mim.encoder import Encoder
+from mim.evaluation.features import Pool, extract
+from mim.evaluation.health import feature_std, health_message, rankme
+from mim.evaluation.probe import probe, probe_seeds
+from mim.evaluation.splits import stratified_split
+from mim.methods import Method
+from mim.pictures import save_strip, strip
+from mim.randomness import keyed_generator
+from mim.report import write_report
+
+
+class Evaluation(Callback):
+    """Measures the encoder before training, at given steps and after training.
+
+    Probes use labels and run only if there are any; RankMe and the spread of the features need none.
+
+    Args:
+        run_log: where numbers go.
+        data: opened.
+        steps: when to measure, besides step 0.
+        pool: what is measured: class token or mean of the patch tokens.
+        probe_images: most images that a probe learns from; a fifth of that many to test it.
+        pictures: images in a strip.
+    """
+
+    def __init__(
+        self, run_log: RunLog, data: PretrainData, steps: Sequence[int], pool: Pool, probe_images: int, pictures: int
+    ) -> None:
+        self.run_log, self.data, self.steps, self.pool, self.pictures = run_log, data, set(steps), pool, pictures
+        self.bank = _choose(data.source, probe_images, data.seed, "bank")
+        self.queries = _choose(data.evaluation, max(1, probe_images // 5), data.seed, "queries")
+        self.labelled = bool(data.source.labels)
+        self._seen = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures the untrained encoder: the row that every later one is compared with."""
+        self._seen = trainer.global_step
+        assert isinstance(pl_module, Method)
+        if trainer.global_step == 0:
+            self._measure(trainer, pl_module, 0)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Measures if it is time."""
+        step = trainer.global_step
+        if step != self._seen and (step in self.steps or step == trainer.max_steps):
+            assert isinstance(pl_module, Method)
+            self._measure(trainer, pl_module, step)
+        self._seen = step
+
+    def features(self, encoder: Encoder) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Features and labels of the bank, and of the queries if there is a separate test set."""
+        device = next(encoder.parameters()).device
+        self.data.views.to(device)
+        bank = extract(encoder, self.data.center_batches(self.data.source, self.bank), self.pool, device)
+        if self.data.evaluation is None:
+            return *bank, None, None
+        queries = extract(encoder, self.data.center_batches(self.data.evaluation, self.queries), self.pool, device)
+        return *bank, *queries
+
+    def final(self, trained: Encoder, untrained: Sequence[Encoder]) -> dict[str, Any]:
+        """Probes over three seeds of the trained encoder and of untrained ones, for the report."""
+        if not self.labelled:
+            return {}
+        pairs = [probe_seeds(*self.features(encoder)) for encoder in (trained, *untrained)]
+        held_out = "separate test images" if self.data.evaluation else "a fifth of the images, held out of the probe"
+        result: dict[str, Any] = {
+            kind: {
+                "trained": pairs[0][f"{kind}_top1"],
+                # One untrained encoder per seed, each probed on that seed's split.
+                "untrained": [pair[f"{kind}_top1"][seed] for seed, pair in enumerate(pairs[1:])],
+            }
+            for kind in ("knn", "linear")
+        }
+        result["protocol"] = (
+            f"frozen encoder, {'class token' if self.pool == 'cls' else 'mean of patch tokens'}, centre crop, "
+            f"learnt from {len(self.bank):,} images, scored on {held_out}; 20-NN and logistic regression; three seeds"
+        )
+        return result
+
+    def _measure(self, trainer: Trainer, method: Method, step: int) -> None:
+        with self.run_log.paused():
+            if trainer.is_global_zero:
+                values = self._values(method)
+                epoch = step / method.plan.steps_per_epoch
+                self.run_log.metrics.add(step, epoch, values)
+                for logger in trainer.loggers:
+                    logger.log_metrics(values, step)
+                self._draw(method, epoch)
+                self._say(method, step, values)
+                write_report(self.run_log.run.path)
+            trainer.strategy.barrier()
+
+    def _values(self, method: Method) -> dict[str, float]:
+        bank, labels, queries, truth = self.features(method.evaluated)
+        values = {"val/rankme": rankme(bank), "val/feature_std": feature_std(bank)}
+        if self.labelled:
+            if queries is None or truth is None:
+                kept, held = stratified_split(labels, 0.2, self.data.seed, "online probe")
+                bank, labels, queries, truth = bank[kept], labels[kept], bank[held], labels[held]
+            values |= {f"val/{name}": value for name, value in probe(bank, labels, queries, truth).items()}
+        return values
+
+    @torch.no_grad()
+    def _draw(self, method: Method, epoch: float) -> None:
+        source = self.data.evaluation or self.data.source
+        chosen = (self.queries if self.data.evaluation else self.bank)[: self.pictures]
+        batches = list(self.data.center_batches(source, chosen))
+        if not batches:
+            return
+        images = torch.cat([images for images, _ in batches]).to(method.device)
+        training = method.training
+        method.eval()
+        picture = strip(images, method.visualize(images), method.evaluated, self.data.mean, self.data.std)
+        method.train(training)
+        self.run_log.run.images.mkdir(exist_ok=True)
+        save_strip(
+            picture,
+            self.run_log.run.images
+            / f"epoch_{epoch:0{3 if epoch == round(epoch) else 7}.{0 if epoch == round(epoch) else 3}f}.png",
+        )
+
+    def _say(self, method: Method, step: int, values: dict[str, float]) -> None:
+        numbers = [f"{kind} {values[key]:.1%}" for kind, key in LABELLED.items() if key in values]
+        numbers += [f"rankme {values['val/rankme']:.0f}/{method.evaluated.dim}"]
+        self.run_log.run.say(f"eval  epoch {method.plan.epochs_at(step)}   " + "   ".join(numbers))
+        images = len(self.bank)
+        if step > 0 and (message := health_message(values["val/rankme"], method.evaluated.dim, images)):
+            self.run_log.run.say(f"health  {message}")
+
+
+LABELLED = {"knn": "val/knn_top1", "linear": "val/linear_top1"}
+
+
+def _choose(source: Source | None, most: int, seed: int, purpose: str) -> list[int]:
+    """At most ``most`` images, spread by a key."""
+    if source is None:
+        return []
+    order = torch.randperm(len(source), generator=keyed_generator(seed, "probe", purpose))
+    return sorted(order[:most].tolist())

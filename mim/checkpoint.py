@@ -1,0 +1,134 @@
+"""Weights in and out: the timm folder that a run ends with, and the files a run may start from."""
+
+import json
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from jsonargparse import Namespace
+from timm.models import is_model_pretrained
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from mim.checkpoint_io import AtomicCheckpointIO, newest_good
+from mim.config import build_parser, parse
+from mim.data.pretrain import PretrainData
+from mim.errors import UserError
+from mim.interop import ModelCard, adapt, export_backbone, likely_model, load_weights, to_timm
+from mim.methods import Method
+
+__all__ = ["ModelCard", "export_backbone", "init_backbone", "load_method", "load_weights"]
+
+_MATCH = 0.9  # share of the model's tensors below which a file was made for another model
+
+
+def load_method(run: Path) -> tuple[Method, PretrainData, Namespace]:
+    """A run's method with the weights of its newest good checkpoint, its data (not opened) and its settings."""
+    config = parse([f"--config={run / 'config.yaml'}"])
+    path, refused = newest_good(run / "checkpoints")
+    if path is None:
+        raise UserError(f"{run} has no checkpoint that can be used", why=refused[0] if refused else "it saved none yet")
+    objects = build_parser().instantiate_classes(config)
+    objects.model.load_state_dict(AtomicCheckpointIO().load_checkpoint(path)["state_dict"])
+    return objects.model.eval(), objects.data, config
+
+
+def init_backbone(vit: VisionTransformer, weights: str, *, trust: bool = False) -> str:
+    """Copy weights of any known layout into ``vit`` and say in one line what matched.
+
+    Args:
+        vit: takes the weights; unchanged if they do not fit.
+        weights: a checkpoint file, a run or timm folder, or a timm name, which timm may download.
+        trust: see :func:`load_weights`.
+
+    Raises:
+        UserError: if nothing is found or less than 90 % of the tensors of ``vit`` are in it.
+    """
+    layout, tensors, grid = _find_weights(weights, trust)
+    tensors, notes = adapt(tensors, vit, grid)
+    own = vit.state_dict()
+    matched = {name: tensors[name] for name in own if _same_kind(tensors.get(name), own[name])}
+    if len(matched) < _MATCH * len(own):
+        raise _misfit(vit, weights, tensors, len(matched))
+    vit.load_state_dict(matched, strict=False)
+    missing = [name for name in own if name not in matched]
+    notes += [f"not in it and left as they were: {', '.join(missing)}"] if missing else []
+    unused = len(tensors.keys() - matched.keys())
+    notes += [f"{unused} of its tensors not used"] if unused else []
+    return ", ".join([f"init: {len(matched)} of {len(own)} tensors from {weights} ({layout} layout)", *notes])
+
+
+def _find_weights(weights: str, trust: bool) -> tuple[str, dict[str, Tensor], tuple[int, int] | None]:
+    """Layout, tensors under timm's names and, where it is recorded, the grid of their positions."""
+    path, grid = Path(weights.removeprefix("local-dir:")), None
+    if path.is_dir():
+        path, grid = _weights_in(path)
+    elif not path.exists():
+        return _published(weights)
+    return *to_timm(load_weights(path, trust=trust)), grid
+
+
+def _weights_in(folder: Path) -> tuple[Path, tuple[int, int] | None]:
+    """The weight file of a timm folder or a run, the export before the last checkpoint."""
+    for home in (folder, folder / "export" / "backbone"):
+        if (home / "config.json").is_file():
+            files = [home / "model.safetensors", home / "pytorch_model.bin"]
+            return next(filter(Path.is_file, files), files[0]), _recorded_grid(home)
+    last = folder / "checkpoints" / "last.ckpt"
+    if not last.is_file():
+        raise UserError(
+            f"--init {folder} holds no weights",
+            why="it is neither a timm folder (config.json) nor a run (export/backbone or checkpoints/last.ckpt)",
+        )
+    return last, None
+
+
+def _recorded_grid(folder: Path) -> tuple[int, int] | None:
+    """``(h, w)`` of a timm folder's positions, if its config tells; not every export is square."""
+    try:
+        args = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_args", {})
+        size, patch = (torch.as_tensor(args[key]).expand(2) for key in ("img_size", "patch_size"))
+        height, width = (size // patch).tolist()
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return None
+    return height, width
+
+
+def _published(name: str) -> tuple[str, dict[str, Tensor], tuple[int, int] | None]:
+    """Weights that timm fetches by name: the one door to the network, open only because the user named them."""
+    if not is_model_pretrained(name):
+        close = get_close_matches(name, timm.list_pretrained("vit_*"), n=2)
+        raise UserError(
+            f"--init {name}: no such file, folder or timm weights",
+            hint=" or ".join(f"--init {other}" for other in close) or "--init FILE, --init RUN or a timm name",
+        )
+    try:
+        source = timm.create_model(name, pretrained=True, num_classes=0)
+    except (OSError, RuntimeError) as problem:  # no network, offline mode, a damaged download
+        raise UserError(
+            f"--init {name}: timm could not get these weights",
+            why=str(problem).partition("\n")[0],
+            hint="--init FILE with weights on this machine, or the same command with a network connection",
+        ) from problem
+    grid = cast(tuple[int, int] | None, getattr(getattr(source, "patch_embed", None), "grid_size", None))
+    return "timm", source.state_dict(), grid
+
+
+def _same_kind(tensor: Tensor | None, own: Tensor) -> bool:
+    return tensor is not None and tensor.shape == own.shape and tensor.is_floating_point() == own.is_floating_point()
+
+
+def _misfit(vit: VisionTransformer, weights: str, tensors: dict[str, Tensor], matched: int) -> UserError:
+    own, guess = vit.state_dict(), likely_model(tensors)
+    names = ["blocks.0.attn.qkv.weight", *own]
+    name = next(name for name in names if not _same_kind(tensors.get(name), own[name]))
+    there = "x".join(map(str, tensors[name].shape)) if name in tensors else "missing"
+    here = "x".join(map(str, own[name].shape))
+    example = f"e.g. {name} is {there} there, {here} here"
+    return UserError(
+        f"--init {weights} does not fit {cast(dict[str, Any], vit.pretrained_cfg)['architecture']}",
+        why=f"matched {matched} of {len(own)} tensors; {example}" + (f" -> looks like {guess}" if guess else ""),
+        hint=f"--model {guess}" if guess else "the --model that these weights were made with",
+    )

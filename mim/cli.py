@@ -1,0 +1,201 @@
+"""The thin front of the command line: help and typing mistakes are answered before torch is imported.
+
+Short options are translated to the dotted ones of the full schema, which is nothing but the signatures of the classes
+that a run is made of; ``--help_all`` shows it.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mim import __version__
+from mim.errors import UserError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+BUILT_IN = ("builtin", "shapes")
+
+
+class Option(NamedTuple):
+    """A short option.
+
+    Args:
+        target: its name in the full schema, without dashes.
+        value: how its value is written in the help; empty for a switch.
+        text: one line of help, with the default in brackets.
+    """
+
+    target: str
+    value: str
+    text: str
+
+
+_ENCODER = "model.init_args.encoder"
+PRETRAIN: dict[str, Option] = {
+    "data": Option("data.path", "PATH", "folder, list.csv, 'train-{0000..0099}.tar', builtin or shapes   [builtin]"),
+    "method": Option("", "NAME", "recipe to start from: a folder in configs/   [mae]"),
+    "model": Option(f"{_ENCODER}.model", "NAME", "any timm Vision Transformer   [vit_small_patch16_224]"),
+    "epochs": Option("epochs", "N", "passes over the images"),
+    "batch_size": Option("data.batch_size", "N", "images per step over all devices; the learning rate follows"),
+    "out": Option("out", "DIR", "run folder   [runs/NNN-method-data]"),
+    "resume": Option("resume", "RUN", "continue a run; 'auto' takes the newest unfinished one, or starts"),
+    "init": Option("init", "WEIGHTS", "start from a timm name, a folder, a run or a checkpoint file"),
+    "config": Option("config", "FILE", "settings in YAML; several merge left to right, options win"),
+    "img_size": Option(f"{_ENCODER}.img_size", "N", "pixels per side that the model sees"),
+    "patch_size": Option(f"{_ENCODER}.patch_size", "N", "pixels per side of a patch"),
+    "in_chans": Option(f"{_ENCODER}.in_chans", "N", "channels of the images   [3]"),
+    "mask_ratio": Option("model.init_args.masking.init_args.ratio", "R", "share of patches that is hidden"),
+    "blr": Option("model.init_args.optim.blr", "LR", "base learning rate, for 256 images"),
+    "seed": Option("seed", "N", "of everything random   [0]"),
+    "accumulate": Option("trainer.accumulate_grad_batches", "N", "micro-batches per step: same result, less memory"),
+    "devices": Option("trainer.devices", "N", "devices to train on   [all]"),
+    "precision": Option("trainer.precision", "P", "32-true or bf16-mixed   [bf16-mixed where the GPU has it]"),
+    "compile": Option("compile", "", "compile the transformer blocks"),
+    "num_workers": Option("data.num_workers", "N", "loader processes   [one per core]"),
+    "max_bad": Option("data.max_bad", "SHARE", "share of unreadable files that is tolerated   [0.01]"),
+    "save_every": Option("save_every", "N", "epochs between checkpoints   [20 over the run]"),
+    "eval_every": Option("eval_every", "N", "epochs between probes and pictures   [10 over the run]"),
+    "pictures": Option("pictures", "N", "images in a picture strip   [8]"),
+    "pool": Option("pool", "P", "what probes measure: mean of the patch tokens, or cls   [mean]"),
+    "probe_images": Option("probe_images", "N", "most images that a probe learns from   [5000]"),
+    "log_every": Option("log_every", "N", "steps between lines of metrics.csv   [10]"),
+    "overwrite": Option("overwrite", "", "replace the run that --out holds"),
+    "allow_change": Option("allow_change", "A,B", "settings that a resumed run may change"),
+    "trust": Option("trust", "", "load an --init file although it can run code"),
+    "print_config": Option("print_config", "", "print all settings as YAML and stop"),
+    "help_all": Option("help_all", "", "every option of the full schema; also --model.help MAE"),
+    "debug": Option("", "", "show the traceback of an error"),
+}
+"""The short options of ``pretrain``: the one table that translates them."""
+
+COMMANDS = {
+    "pretrain": "pretrain a Vision Transformer on images without labels",
+    "export": "write a run's backbone as a timm folder",
+    "check_data": "look at a data set before training on it",
+    "make_shapes": "write the generated shapes as folders of images and masks",
+    "benchmark": "measure speed and memory of a training step and of the loader",
+    "info": "list methods, models, configs, or what a run holds",
+}
+
+
+def main(command: str | None = None, args: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0 done, 2 a mistake of the user, 75 interrupted and resumable."""
+    args = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    try:
+        if command is None:
+            if not args or args[0] in ("-h", "--help"):
+                print(_commands_help())
+                return 0
+            command = args.pop(0).replace("-", "_")
+        return _dispatch(command, args)
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+            print(error, file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output, such as `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def translate(args: Sequence[str]) -> list[str]:
+    """Turns short options into dotted ones, after the recipe that ``--method`` and ``--data`` imply."""
+    given = list(_pairs(args))
+    names = dict(given)
+    targets = [(PRETRAIN[name].target if name in PRETRAIN else name, value) for name, value in given]
+    dotted = [f"--{target}={value}" for target, value in targets if target not in ("", "print_config", "help_all")]
+    dotted += [f"--{name}" for name in ("print_config", "help_all") if name in names]
+    if "config" in names or "resume" in names:
+        return dotted
+    return [*_recipe(names), *dotted]
+
+
+def _pairs(args: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Names and values of options; refuses unknown short names and missing values."""
+    rest = list(args)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            raise UserError(f"{argument} stands alone", why="options begin with two dashes", hint="--data PATH")
+        name, equals, value = argument[2:].partition("=")
+        name = name if "." in name else name.replace("-", "_")
+        if "." not in name and name not in PRETRAIN:
+            near = difflib.get_close_matches(name, PRETRAIN, 1)
+            raise UserError(f"there is no option --{name}", hint=f"did you mean --{near[0]}?" if near else "--help")
+        switch = name in PRETRAIN and not PRETRAIN[name].value
+        if not equals and rest and not rest[0].startswith("--") and not (switch and rest[0] not in ("true", "false")):
+            equals, value = "=", rest.pop(0)
+        if not equals and not switch:
+            form = PRETRAIN[name].value if name in PRETRAIN else "VALUE"
+            raise UserError(f"--{name} needs a value", hint=f"--{name} {form}")
+        yield name, value if equals else "true"
+
+
+def _recipe(names: dict[str, str]) -> list[str]:
+    """The config of the method: its demo for the built-in images, its default for one's own images or model."""
+    method = names.get("method", "mae")
+    methods = sorted(folder.name for folder in CONFIGS.iterdir() if (folder / "default.yaml").is_file())
+    if method not in methods:
+        near = difflib.get_close_matches(method, methods, 1) or [" | ".join(methods)]
+        raise UserError(f"--method {method}: there is no such method", hint=f"--method {near[0]}")
+    demo = names.get("data", "builtin") in BUILT_IN and "model" not in names  # the demo's model is small, on purpose
+    return [f"--config={os.path.relpath(CONFIGS / method / ('demo.yaml' if demo else 'default.yaml'))}"]
+
+
+def _dispatch(command: str, args: list[str]) -> int:
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, 1)
+        raise UserError(f"there is no command {command}", hint=near[0] if near else " | ".join(COMMANDS))
+    if command == "pretrain":
+        if {"-h", "--help"} & set(args):
+            print(_pretrain_help())
+            return 0
+        args = translate(args)
+    module = importlib.import_module(f"mim.commands.{command}")
+    if command == "pretrain":
+        status: int = module.main(args)
+        return status
+    _call(module.run, command, args)
+    return 0
+
+
+def _call(run: Callable[..., None], command: str, args: list[str]) -> None:
+    """Runs a command whose options are the arguments of one function."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(prog=f"python tools/{command}.py", description=COMMANDS[command], exit_on_error=False)
+    parser.add_function_arguments(run, as_group=False)
+    try:
+        options = parser.parse_args(args)
+    except ArgumentError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(reason, hint=f"python tools/{command}.py --help") from error
+    run(**options.as_dict())
+
+
+def _pretrain_help() -> str:
+    rows = [(f"--{name} {option.value}".rstrip(), option.text) for name, option in PRETRAIN.items()]
+    return "\n".join(
+        [
+            f"mim {__version__}: {COMMANDS['pretrain']}",
+            "",
+            "  python tools/pretrain.py                          built-in photos, two minutes on a CPU",
+            "  python tools/pretrain.py --data photos            your own images",
+            "",
+            *(f"  {option:<22}{text}" for option, text in rows),
+            "",
+            "Dotted options reach every other setting: --model.init_args.decoder_depth 4   (--help_all lists them)",
+        ]
+    )
+
+
+def _commands_help() -> str:
+    rows = [f"  {name:<14}{text}" for name, text in COMMANDS.items()]
+    return "\n".join([f"mim {__version__}: python -m mim COMMAND [--help]   or   python tools/COMMAND.py", "", *rows])

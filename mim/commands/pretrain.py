@@ -1,0 +1,371 @@
+"""Pretrain a Vision Transformer: from a folder of images to a timm model."""
+
+import logging
+import math
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from timm.models.vision_transformer import Block
+
+from mim import __version__
+from mim.callbacks import Checkpoints, Evaluation, RunLog
+from mim.callbacks.run_log import duration
+from mim.checkpoint import ModelCard, export_backbone, init_backbone
+from mim.checkpoint_io import AtomicCheckpointIO, checkpoint_step, newest_good
+from mim.config import build_parser, changes, parse, run_options, save_config
+from mim.data.pretrain import BadFileWarning, PretrainData
+from mim.encoder import Encoder
+from mim.errors import UserError
+from mim.methods import Method, NonFiniteError, Plan
+from mim.report import write_report
+from mim.run import RunFolder, git_commit, versions
+
+INTERRUPTED = 75
+"""Exit status of a run that a signal stopped after it had saved; ``--resume`` continues it."""
+
+FREE_TO_CHANGE = ("trainer.", "data.num_workers", "data.max_bad", "log_every", "save_every", "eval_every", "pictures")
+"""Settings that a resumed run may change without asking: they do not change what is computed."""
+
+
+def main(args: Sequence[str]) -> int:
+    """Parses dotted options, trains, exports; returns the exit status."""
+    config = parse(args)
+    resumed = RunFolder.find(config.resume) if config.resume else None
+    if resumed is None and config.resume and config.out:
+        resumed = RunFolder.find(config.out)
+    if resumed is not None:
+        config = _resumed_config(resumed, config, args)
+    return Pretraining(config, resumed).run(args)
+
+
+class Pretraining:
+    """One call of the command: what a run is made of, put together from its settings.
+
+    Args:
+        config: parsed settings.
+        resumed: the run to continue; a new one if not given.
+    """
+
+    def __init__(self, config: Namespace, resumed: RunFolder | None) -> None:
+        _quieten()
+        self.config, self.resumed, self.options = config, resumed, run_options(config)
+        objects = self._instantiate(self.options.seed)
+        self.method: Method = objects.model
+        self.data: PretrainData = objects.data
+        encoder = self.method.evaluated
+        self.data.open(encoder.img_size, encoder.in_chans, self.options.seed)
+        batch_size, images = self.data.batch_size, len(self.data.source)
+        self.plan = self.method.plan = Plan(
+            max_steps=max(1, round(self.options.epochs * images / batch_size)),
+            steps_per_epoch=images / batch_size,
+            batch_size=batch_size,
+            seed=self.options.seed,
+        )
+        self.rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0"))))
+
+    def run(self, args: Sequence[str]) -> int:
+        """Trains to the end, to a signal or to a failure."""
+        checkpoint = self._checkpoint()
+        checked = self.data.check()
+        self.folder = self._folder(args)
+        trainer, evaluation, checkpoints = self._trainer()
+        if self.rank == 0:
+            self._introduce(trainer, checked, args)
+        if checkpoint is None and self.config.init:
+            message = init_backbone(self.method.encoder.vit, self.config.init, trust=self.config.trust)
+            self._say(message)
+        if self.options.compile:
+            for module in self.method.modules():
+                if isinstance(module, Block):  # one small graph, compiled once and used by every block
+                    module.compile()
+        started = time.monotonic()
+        try:
+            trainer.fit(self.method, self.data, ckpt_path=checkpoint and str(checkpoint), weights_only=True)
+        except NonFiniteError as error:
+            raise self._dump(error) from error
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory(error, trainer) from error
+        if trainer.is_global_zero:
+            return self._finish(trainer, evaluation, checkpoints, time.monotonic() - started)
+        return INTERRUPTED if checkpoints.signal else 0
+
+    def _instantiate(self, seed: int) -> Namespace:
+        """Builds method and data; the same seed gives the same weights."""
+        torch.manual_seed(seed)
+        try:
+            objects: Namespace = build_parser().instantiate_classes(self.config)
+        except (ValueError, TypeError) as error:
+            raise UserError(str(error), hint="--help_all explains every option") from error
+        return objects
+
+    def _checkpoint(self) -> Path | None:
+        """The newest good checkpoint of the resumed run; the loader then starts at its step."""
+        if self.resumed is None:
+            return None
+        path, refused = newest_good(self.resumed.checkpoints)
+        for line in refused:
+            print(f"warning: {line}", flush=True)
+        if path is None and refused:
+            raise UserError(f"{self.resumed.path} has no checkpoint that can be trusted", why=refused[0])
+        self.data.first_step = checkpoint_step(path) if path else 0
+        return path
+
+    def _folder(self, args: Sequence[str]) -> RunFolder:
+        """The run's folder; only the first process makes and writes it."""
+        if self.resumed is not None:
+            folder = self.resumed
+        elif self.rank != 0:
+            return RunFolder(Path(self.config.out or "runs"))
+        else:
+            data = Path(self.data.path).name.split(".")[0] or "data"
+            name = f"{type(self.method).__name__.lower()}-{data}"
+            folder = RunFolder.create(self.config.out, name, self.config.overwrite)
+            folder.write_origin(list(args))
+            save_config(self.config, folder.config)
+        if self.rank == 0:
+            self.data.bad_files.write_to(folder.bad_files)
+        return folder
+
+    def _trainer(self) -> tuple[Trainer, Evaluation, Checkpoints]:
+        options, plan = self.options, self.plan
+        log = RunLog(self.folder, options.log_every)
+        every = options.eval_every * plan.steps_per_epoch if options.eval_every else plan.max_steps / 10
+        evaluation = Evaluation(
+            run_log=log,
+            data=self.data,
+            steps=sorted({max(1, round(i * every)) for i in range(1, math.ceil(plan.max_steps / every) + 1)}),
+            pool=options.pool,
+            probe_images=options.probe_images,
+            pictures=options.pictures,
+        )
+        saves = options.save_every * plan.steps_per_epoch if options.save_every else plan.max_steps / 20
+        checkpoints = Checkpoints(self.folder.checkpoints, max(1, round(saves)))
+        settings = dict(vars(self.config.trainer))
+        settings["precision"] = settings.get("precision") or _best_precision(settings.get("accelerator", "auto"))
+        trainer = Trainer(
+            **settings,
+            max_steps=plan.max_steps,
+            max_epochs=-1,
+            callbacks=[log, evaluation, checkpoints],
+            logger=TensorBoardLogger(self.folder.path, name="tensorboard", version="") if self.rank == 0 else False,
+            plugins=[AtomicCheckpointIO()],
+            log_every_n_steps=1 << 62,  # the log decides, not Lightning
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        parts = trainer.world_size * trainer.accumulate_grad_batches
+        if plan.batch_size % parts:
+            near = max(1, round(plan.batch_size / parts)) * parts
+            raise UserError(
+                f"--batch_size {plan.batch_size} does not divide by {trainer.world_size} devices x "
+                f"{trainer.accumulate_grad_batches} micro-batches",
+                hint=f"--batch_size {near}",
+            )
+        return trainer, evaluation, checkpoints
+
+    def _say(self, text: str) -> None:
+        if self.rank == 0:
+            self.folder.say(text)
+
+    def _introduce(self, trainer: Trainer, checked: tuple[int, tuple[int, int]], args: Sequence[str]) -> None:
+        """Says what is going to happen before it happens, and keeps it in ``summary.json``."""
+        method, data, plan, source = self.method, self.data, self.plan, self.data.source
+        encoder = method.evaluated
+        count, (width, height) = checked
+        trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
+        backbone = sum(p.numel() for p in method.backbone.parameters())
+        grid, patches = encoder.grid, math.prod(encoder.grid)
+        name, model = type(method).__name__.lower(), self.config.model.init_args.encoder.model
+        labels = f"{len(source.classes)} labels -> k-NN and linear probe" if source.labels else "no labels"
+        ignored = ", ".join(f"{number} {kind}" for kind, number in getattr(source, "ignored", {}).items())
+        device = "cpu" if trainer.strategy.root_device.type == "cpu" else torch.cuda.get_device_name()
+        size, patch = "x".join(map(str, encoder.img_size)), "x".join(map(str, encoder.patch_size))
+        accumulate = trainer.accumulate_grad_batches
+        per_device = plan.batch_size // trainer.world_size // accumulate
+        lines = [
+            f"mim {__version__}  {name} on {model}   run {self.folder.path}",
+            f"  data    {data.path}: {len(source):,} images, {labels}" + (f"; ignored: {ignored}" if ignored else ""),
+            f"          checked {count:,}: {len(data.bad_files.reasons)} unreadable, smallest {width}x{height}",
+            f"  model   {backbone / 1e6:.1f} M parameters, {trainable / 1e6:.1f} M trained with its heads; "
+            f"{size} px / {patch} = {grid[0]}x{grid[1]} = {patches} patches",
+            f"  mask    {method.masking}{_hidden(method)} of {patches} patches",
+            f"  optim   blr {method.optim.blr:.2e} x {plan.batch_size} / 256 -> lr {method.peak_lr:.2e}, "
+            f"warm-up {method.warmup_steps:,} steps, AdamW, weight decay {method.optim.weight_decay}",
+            f"  batch   {plan.batch_size} = {trainer.world_size} device x {per_device} x {accumulate} accumulate; "
+            f"{plan.steps_per_epoch:,.1f} steps per epoch, {plan.max_steps:,} steps in {plan.epochs:.4g} epochs",
+            f"  device  {device}, {trainer.precision}, {data.num_workers} workers, {torch.get_num_threads()} threads",
+            f"  resume  python tools/pretrain.py --resume {self.folder.path}",
+        ]
+        if data.first_step:
+            lines.append(f"  from    step {data.first_step:,} of {plan.max_steps:,}")
+        self._say("\n".join(lines) + "\n")
+        self.folder.write_summary(
+            status="running",
+            method=name,
+            model=model,
+            data=data.path,
+            images=len(source),
+            classes=len(source.classes) if source.labels else 0,
+            epochs=round(plan.epochs, 4),
+            steps=plan.max_steps,
+            batch_size=plan.batch_size,
+            lr=method.peak_lr,
+            seed=plan.seed,
+            parameters=backbone,
+            device=device,
+            changed=changes(args),
+            versions=versions(),
+            git=git_commit(),
+        )
+
+    def _finish(self, trainer: Trainer, evaluation: Evaluation, checkpoints: Checkpoints, seconds: float) -> int:
+        folder, table = self.folder, evaluation.run_log.metrics
+        wall = folder.read_summary().get("wall_seconds", 0.0) + seconds
+        facts: dict[str, Any] = {"wall_seconds": round(wall, 1), "loss": table.last("train/loss")}
+        facts |= {"images_per_second": evaluation.run_log.timing.last("images_per_second")}
+        facts |= {"bad_files": len(self.data.bad_files.reasons)}
+        if torch.cuda.is_available():
+            facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        if checkpoints.signal is not None:
+            folder.write_summary(status="interrupted", **facts)
+            self._say(
+                f"stopped by signal {checkpoints.signal} after step {trainer.global_step:,}, saved\n"
+                f"  resume  python tools/pretrain.py --resume {folder.path}"
+            )
+            return INTERRUPTED
+        difference = self.export(folder.backbone)
+        probe = evaluation.final(self.method.evaluated.cpu(), [self._untrained(seed) for seed in range(3)])
+        for kind in ("knn", "linear"):
+            facts[kind] = table.last(f"val/{kind}_top1")
+        folder.write_summary(
+            status="done", rankme=table.last("val/rankme"), probe=probe, export=str(folder.backbone), **facts
+        )
+        report = write_report(folder.path)
+        self._conclude(facts, probe, report, difference)
+        return 0
+
+    def export(self, backbone: Path) -> float:
+        """Writes the backbone as a timm folder; returns the difference that timm's copy shows, which is 0."""
+        encoder_settings = self.config.model.init_args.encoder
+        card = ModelCard(
+            method=type(self.method).__name__,
+            data=self.data.path,
+            data_licence=self.data.licence,
+            images=len(self.data.source),
+            epochs=round(self.plan.epochs, 2),
+            steps=self.plan.max_steps,
+            command=(self.folder.path / "command.txt").read_text().strip(),
+        )
+        kwargs = dict(vars(encoder_settings).get("kwargs") or {})
+        return export_backbone(
+            self.method.backbone, backbone, mean=self.data.mean, std=self.data.std, card=card, model_args=kwargs
+        )
+
+    def _untrained(self, seed: int) -> Encoder:
+        """The encoder before its first step, as another seed would draw it."""
+        method: Method = self._instantiate(seed).model
+        return method.evaluated
+
+    def _conclude(self, facts: dict[str, Any], probe: dict[str, Any], report: Path, difference: float) -> None:
+        def compared(kind: str) -> str:
+            trained, untrained = (sum(probe[kind][who]) / len(probe[kind][who]) for who in ("trained", "untrained"))
+            return f"{kind} {trained:.1%} (untrained {untrained:.1%})"
+
+        numbers = [f"loss {facts['loss']:.4f}", *(compared(kind) for kind in ("knn", "linear") if kind in probe)]
+        bad = facts["bad_files"]
+        self._say(
+            f"\ndone in {duration(facts['wall_seconds'])}   {'   '.join(numbers)}\n"
+            + (f"  skipped  {bad} unreadable files, listed in {self.folder.bad_files}\n" if bad else "")
+            + f"  report   {report}\n"
+            f"  backbone {self.folder.backbone}   "
+            f"(checked: timm gives the same features, max difference {difference:.0f})\n\n"
+            "    import timm\n"
+            f'    model = timm.create_model("local-dir:{self.folder.backbone}", pretrained=True)\n'
+            "    features = model.forward_features(images)\n"
+        )
+
+    def _dump(self, error: NonFiniteError) -> UserError:
+        """Keeps what is needed to look into a step that gave NaN: its images, the weights before it, its file names."""
+        last, _ = newest_good(self.folder.checkpoints)
+        path = self.folder.debug / f"nan_step_{error.step:06d}.pt"
+        if self.rank == 0:
+            self.folder.debug.mkdir(exist_ok=True)
+            views, labels, names = self.data.batch(error.step)
+            state = {"step": error.step, "seed": self.plan.seed, "views": views, "labels": labels, "names": names}
+            torch.save(state | {"state_dict": self.method.state_dict()}, path)
+            self.folder.write_summary(status="failed")
+        return UserError(
+            f"{error}; the optimizer did not take it",
+            why=f"batch, seed and weights are in {path}; last good checkpoint: {last or 'none yet'}",
+            hint="--trainer.precision 32-true   or a lower --blr   or   --trainer.gradient_clip_val 1.0",
+        )
+
+    def _out_of_memory(self, error: Exception, trainer: Trainer) -> UserError:
+        per_device = self.plan.batch_size // trainer.world_size // trainer.accumulate_grad_batches
+        accumulate = trainer.accumulate_grad_batches * 4
+        return UserError(
+            f"out of memory at batch {per_device} per device",
+            why=str(error).split(". ")[0],
+            hint=f"--accumulate {accumulate}   (same global batch and learning rate), --precision bf16-mixed, "
+            "--model.init_args.encoder.grad_checkpointing true",
+        )
+
+
+def _resumed_config(run: RunFolder, config: Namespace, args: Sequence[str]) -> Namespace:
+    """The saved settings with this call's options on top; refuses what would change the function computed."""
+    given = [arg for arg in args if not arg.startswith("--config")]
+    merged = parse([f"--config={run.config}", *given])
+    allowed = (*FREE_TO_CHANGE, *filter(None, config.allow_change.split(",")))
+    differing = {
+        name: (old, new)
+        for name, (old, new) in changes([f"--config={run.config}", *given]).items()
+        if not name.startswith(allowed) and not (name == "epochs" and new > old)
+    }
+    if differing:
+        rows = [f"         {name:<40} {old} -> {new}" for name, (old, new) in differing.items()]
+        raise UserError(
+            "\n".join([f"--resume {run.path}: {len(rows)} settings differ from the saved run", *rows]),
+            why="resuming continues the same schedule and optimizer",
+            hint=f"drop them,  or  --allow_change {','.join(differing)},  or start fresh:  --init {run.path}",
+        )
+    if merged.epochs != parse([f"--config={run.config}"]).epochs:
+        print(f"note: epochs changed to {merged.epochs:g}: schedules are stretched over the new length", flush=True)
+    return merged
+
+
+def _hidden(method: Method) -> str:
+    """How many patches the policy hides, counted on a mask that it draws."""
+    if method.masking.guided:
+        return ""
+    counts = method.masking(64, method.encoder.grid).sum(1)
+    low, high = int(counts.min()), int(counts.max())
+    return f" hides {low}" + (f" to {high}" if high > low else "")
+
+
+def _best_precision(accelerator: str) -> str:
+    cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if cuda and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def _quieten() -> None:
+    """Keeps Lightning's tips and hints off the screen; what a user can act on, we say ourselves."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *rest: object, **more: object) -> None:
+    head = "warning:" if issubclass(category, BadFileWarning) else f"warning: {category.__name__}:"
+    print(f"{head} {message}", flush=True)

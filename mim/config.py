@@ -1,0 +1,135 @@
+"""The schema of a run: the signatures of its parts, read by jsonargparse. A config file is data; it imports nothing."""
+
+import difflib
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from lightning import Trainer
+
+from mim.data.pretrain import PretrainData
+from mim.errors import UserError
+from mim.methods import Method  # and with it every method, by class_path
+
+# What a value may name as a class: our own building blocks. Everything else, importable or not, is refused.
+set_parsing_settings(
+    import_path_denylist=["*"], import_path_allowlist=["mim.methods", "mim.masking", "mim.data.views", "mim.encoder"]
+)
+
+TRAINER_OPTIONS = {
+    "accelerator",
+    "strategy",
+    "devices",
+    "num_nodes",
+    "precision",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "deterministic",
+    "detect_anomaly",
+    "sync_batchnorm",
+}
+"""What of Lightning's Trainer a run may set; length, logging, checkpoints and resuming are the run's own business."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Length, seed and rhythm of a run.
+
+    Args:
+        epochs: passes over the images.
+        seed: of everything random.
+        save_every: epochs between checkpoints; 20 checkpoints over the run unless given.
+        eval_every: epochs between probes and pictures; 10 times over the run unless given.
+        log_every: steps between lines of ``metrics.csv``.
+        pictures: images in the picture strips.
+        pool: what probes measure: the class token or the mean of the patch tokens.
+        probe_images: most images that a probe learns from.
+        compile: compile the transformer blocks with ``torch.compile``.
+    """
+
+    epochs: float = 100.0
+    seed: int = 0
+    save_every: float | None = None
+    eval_every: float | None = None
+    log_every: int = 10
+    pictures: int = 8
+    pool: Literal["mean", "cls"] = "mean"
+    probe_images: int = 5000
+    compile: bool = False
+
+
+def build_parser() -> ArgumentParser:
+    """The full schema of ``pretrain``."""
+    parser = ArgumentParser(prog="pretrain", exit_on_error=False, add_help=False, description="Pretrain a ViT.")
+    parser.add_argument("--help_all", action="help", help="Show this help and exit.")
+    parser.add_argument("--config", action=ActionConfigFile, help="Settings in YAML.")
+    parser.add_argument("--out", type=str | None, default=None, help="Run folder.")
+    parser.add_argument("--resume", type=str | None, default=None, help="Run folder to continue, or 'auto'.")
+    parser.add_argument("--overwrite", type=bool, default=False, help="Replace the run that --out holds.")
+    parser.add_argument("--allow_change", type=str, default="", help="Settings that a resumed run may change.")
+    parser.add_argument("--init", type=str | None, default=None, help="Weights to start from.")
+    parser.add_argument("--trust", type=bool, default=False, help="Load an --init file although it can run code.")
+    parser.add_class_arguments(RunOptions, None, as_group=True)
+    parser.add_subclass_arguments(Method, "model", required=True)
+    parser.add_class_arguments(PretrainData, "data")
+    unused = set(_parameters(Trainer)) - TRAINER_OPTIONS
+    parser.add_class_arguments(Trainer, "trainer", skip=unused, instantiate=False)
+    return parser
+
+
+def parse(args: Sequence[str]) -> Namespace:
+    """Parses dotted options; a mistake becomes a :class:`UserError` with a suggestion."""
+    parser = build_parser()
+    try:
+        return parser.parse_args(list(args))
+    except ArgumentError as error:
+        raise _explain(error, parser) from error
+
+
+def run_options(config: Namespace) -> RunOptions:
+    """The run's own options out of a parsed config."""
+    return RunOptions(**{field.name: config[field.name] for field in fields(RunOptions)})
+
+
+SESSION = ("config", "out", "resume", "overwrite", "allow_change", "init", "trust")
+"""Options of one call of the command, not settings of the run."""
+
+
+def flatten(config: Namespace) -> dict[str, Any]:
+    """Every setting of the run under its dotted name."""
+    return {name: value for name, value in vars(config.as_flat()).items() if name.split(".")[0] not in SESSION}
+
+
+def save_config(config: Namespace, path: Path) -> None:
+    """Writes every setting, resolved, so that ``--config`` takes it back."""
+    kept = config.clone()
+    for name in SESSION:
+        kept.pop(name, None)
+    header = "# Every setting of this run; feed it back with --config.\n"
+    path.write_text(header + build_parser().dump(kept, skip_none=False, skip_validation=True))
+
+
+def changes(args: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+    """Settings whose value differs from the config files among ``args``: name to (in the files, now)."""
+    files = [arg for arg in args if arg.startswith("--config")]
+    before, now = flatten(parse(files)), flatten(parse(args))
+    names = [*now, *(name for name in before if name not in now)]
+    return {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}
+
+
+def _explain(error: ArgumentError, parser: ArgumentParser) -> UserError:
+    text = str(error).strip()
+    text = re.sub(r"\s+", " ", text)
+    unknown = re.search(r"(?:[Uu]nrecognized arguments:|does not accept (?:option|nested key)) [\"'-]*([\w.]+)", text)
+    known = [action.dest for action in parser._actions]
+    near = difflib.get_close_matches(unknown[1], known, 1, 0.5) if unknown else []
+    return UserError(text[:400], hint=f"did you mean --{near[0]}?" if near else "--help_all lists every option")
+
+
+def _parameters(cls: type) -> list[str]:
+    return [name for name in inspect.signature(cls).parameters if name != "self"]

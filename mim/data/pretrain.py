@@ -1,0 +1,292 @@
+"""Images for pretraining: what to read, in which order, cut into which views. Labels serve the online probes only."""
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, final
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from mim.data.builtin import PhotoSource
+from mim.data.images import ImageError
+from mim.data.sampler import Key, Shard, StepSampler
+from mim.data.shapes import ShapeSource
+from mim.data.sources import Source, open_source
+from mim.data.views import IMAGENET_MEAN, IMAGENET_STD, SingleView, Views
+from mim.errors import UserError
+from mim.randomness import derive_seed, keyed_generator
+
+Bad = tuple[str, str]
+"""(file, reason) of something that could not be read."""
+
+
+@final
+class PretrainData(L.LightningDataModule):
+    """Images to pretrain on.
+
+    Args:
+        path: folder (nested or flat), list or CSV file, tar shards ``name-{0000..0099}.tar``, or the built-in sets
+            ``builtin`` (real photos) and ``shapes`` (generated).
+        views: how images are cropped and augmented.
+        batch_size: global batch size, over all devices and accumulation.
+        num_workers: loader processes; ``auto`` is one per core, at most 16.
+        max_bad: share of unreadable files above which the run stops.
+        mean: per channel, on a scale of 0 to 1; ImageNet's for three channels unless given.
+        std: as ``mean``.
+        licence: of the images, for the model card.
+    """
+
+    def __init__(
+        self,
+        path: str = "builtin",
+        views: Views | None = None,
+        batch_size: int = 256,
+        num_workers: int | Literal["auto"] = "auto",
+        max_bad: float = 0.01,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        licence: str = "unknown",
+    ) -> None:
+        super().__init__()
+        self.path, self.batch_size, self.licence = path, batch_size, licence
+        self.views = views or SingleView()
+        self.num_workers = min(_cores(), 16) if num_workers == "auto" else num_workers
+        self._mean, self._std = mean, std
+        self.bad_files = BadFiles(max_bad)
+        self.first_step = 0
+
+    def open(self, size: tuple[int, int], channels: int, seed: int) -> None:
+        """Finds the images; afterwards ``source`` and, if there is a separate one, ``evaluation`` stand ready.
+
+        Args:
+            size: height and width of a (global) view: the encoder's input.
+            channels: of the encoder's input.
+            seed: of order and crops.
+        """
+        self.source, self.evaluation = _open(self.path, channels)
+        self.mean, self.std = self.statistics(channels)
+        self.views.configure(size, self.mean, self.std)
+        self.seed = seed
+        self.bad_files.total = len(self.source)
+
+    def statistics(self, channels: int) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation per channel that images are normalised with."""
+        mean = self._mean or (list(IMAGENET_MEAN) if channels == 3 else [0.5] * channels)
+        return mean, self._std or (list(IMAGENET_STD) if channels == 3 else [0.25] * channels)
+
+    def check(self, sample: int = 256) -> tuple[int, tuple[int, int]]:
+        """Reads some images spread over the set; returns how many, and the smallest width and height among them."""
+        count = min(sample, len(self.source))
+        indices = [i * len(self.source) // count for i in range(count)]
+        with ThreadPoolExecutor(_cores()) as pool:  # decoding releases the interpreter lock
+            sizes = [size for size in pool.map(self._size, indices) if size is not None]
+        self.bad_files.stop_if_too_many(seen=count)
+        if not sizes:
+            raise UserError(f"--data {self.path}: none of the first {count} images can be read")
+        return count, (min(w for w, _ in sizes), min(h for _, h in sizes))
+
+    def sampler(self, steps: range, shard: Shard | None = None) -> StepSampler:
+        """The order of the images over ``steps``."""
+        return StepSampler(len(self.source), self.batch_size, steps, self.seed, shard or Shard())
+
+    def train_dataloader(self) -> "DataLoader[Any]":
+        """Micro-batches of this process from ``first_step`` to the trainer's last."""
+        trainer = self.trainer
+        assert trainer is not None
+        shard = Shard(trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches)
+        return _Endless(
+            Crops(self.source, self.views, self.seed),
+            batch_sampler=self.sampler(range(self.first_step, trainer.max_steps), shard),
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=trainer.strategy.root_device.type == "cuda",
+            timeout=120 if self.num_workers else 0,
+        )
+
+    def batch(self, step: int) -> tuple[list[Tensor], Tensor, list[str]]:
+        """The global batch of a step as the method saw it, and the names of its files: for looking into a failure."""
+        keys = self.sampler(range(0)).keys(step)
+        crops = Crops(self.source, self.views, self.seed)
+        views, labels, _ = collate([crops[key] for key in keys])
+        return self.views.cpu()(views), labels, [self.source.describe(index) for _, index in keys]
+
+    def center_batches(
+        self, source: Source, indices: Sequence[int], batch_size: int = 64
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised middles ``(B, C, H, W)`` of the readable ones among ``indices``, and their labels ``(B,)``."""
+        loader = DataLoader(
+            Centers(source, self.views, indices),
+            batch_size=batch_size,
+            num_workers=self.num_workers,
+            collate_fn=_collate_readable,
+            timeout=120 if self.num_workers else 0,
+        )
+        for images, labels in loader:
+            if len(images):
+                yield self.views.normalize(images.to(self.views.mean.device)), labels
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401 - Lightning's signature
+        """Takes the unreadable files out of a batch and counts them."""
+        views, labels, bad = batch
+        for name, reason in bad:
+            self.bad_files.add(name, reason)
+        self.bad_files.stop_if_too_many()
+        return views, labels
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401 - Lightning's signature
+        """Finishes the views on the device."""
+        views, labels = batch
+        return self.views.to(labels.device)(views), labels
+
+    def _size(self, index: int) -> tuple[int, int] | None:
+        try:
+            _, height, width = self.source.read(index).shape
+        except ImageError as error:
+            self.bad_files.add(error.path, error.reason)
+            return None
+        return width, height
+
+
+class BadFiles:
+    """Unreadable files: each named once, written down, and counted against a limit.
+
+    Args:
+        limit: share of all files above which :meth:`stop_if_too_many` raises.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.total = 0
+        self.reasons: dict[str, str] = {}
+        self._log: Path | None = None
+
+    def write_to(self, log: Path) -> None:
+        """Appends to ``log`` from now on; files that it names already stay known, as after a resume."""
+        known = [line.split("\t", 1) for line in log.read_text().splitlines()] if log.exists() else []
+        found, self.reasons = self.reasons, {line[0]: line[-1] for line in known}
+        self._log = log
+        for name, reason in found.items():
+            self.add(name, reason)
+
+    def add(self, name: str, reason: str) -> None:
+        """Notes an unreadable file; the first mention is printed."""
+        if name in self.reasons:
+            return
+        self.reasons[name] = reason
+        warnings.warn(f"{name} cannot be read ({reason}) - skipped", BadFileWarning, stacklevel=2)
+        if self._log is not None:
+            with self._log.open("a") as file:
+                file.write(f"{name}\t{reason}\n")
+
+    def stop_if_too_many(self, seen: int | None = None) -> None:
+        """Raises a :class:`UserError` if more than ``limit`` of ``seen`` (by default: all) files are unreadable."""
+        seen = seen or self.total
+        if len(self.reasons) <= self.limit * seen:
+            return
+        names = ", ".join(list(self.reasons)[:3])
+        share = len(self.reasons) / seen
+        raise UserError(
+            f"{len(self.reasons)} of {seen:,} images are unreadable ({share:.1%}, limit {self.limit:.1%})",
+            why=f"first: {names}",
+            hint="python tools/check_data.py --data DATA --fix good.csv   then   --data good.csv   (or --max_bad 0.05)",
+        )
+
+
+class BadFileWarning(UserWarning):
+    """A file was skipped."""
+
+
+class Crops(Dataset[tuple[list[Tensor], int, list[Bad]]]):
+    """Views of an image for a key (epoch, index), the same wherever and whenever they are made.
+
+    Args:
+        source: the images.
+        views: how to cut them.
+        seed: of the crops.
+    """
+
+    def __init__(self, source: Source, views: Views, seed: int) -> None:
+        self.source, self.views, self.seed = source, views, seed
+
+    def __getitem__(self, key: Key) -> tuple[list[Tensor], int, list[Bad]]:
+        """Uint8 views, label (-1 if there is none), and files that could not be read and were replaced by another."""
+        epoch, index = key
+        bad: list[Bad] = []
+        substitutes = keyed_generator(self.seed, "substitute", epoch, index)
+        while True:
+            try:
+                image = self.source.read(index)
+                break
+            except ImageError as error:
+                bad.append((error.path, error.reason))
+                if len(bad) > 100:
+                    raise RuntimeError(f"100 unreadable images in a row, last {error.path}: {error.reason}") from error
+                index = int(torch.randint(len(self.source), (1,), generator=substitutes))
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator: key it for this image
+            torch.default_generator.manual_seed(derive_seed(self.seed, "crop", *key))
+            views = self.views.crop(image)
+        return views, self.source.labels[index] if self.source.labels else -1, bad
+
+
+class Centers(Dataset[tuple[Tensor, int] | None]):
+    """Middles of images for probes and pictures; ``None`` for an unreadable one.
+
+    Args:
+        source: the images.
+        views: gives size and statistics.
+        indices: which images.
+    """
+
+    def __init__(self, source: Source, views: Views, indices: Sequence[int]) -> None:
+        self.source, self.views, self.indices = source, views, indices
+
+    def __len__(self) -> int:
+        """Number of images asked for."""
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int] | None:
+        """Uint8 ``(C, H, W)`` and label."""
+        index = self.indices[position]
+        try:
+            image = self.source.read(index)
+        except ImageError:
+            return None
+        return self.views.center(image), self.source.labels[index] if self.source.labels else -1
+
+
+class _Endless(DataLoader[Any]):
+    """A loader without a length: Lightning then counts no epochs, and steps alone say where the run is."""
+
+    def __len__(self) -> int:
+        raise TypeError("a loader of one long pass has no length")
+
+
+def collate(samples: list[tuple[list[Tensor], int, list[Bad]]]) -> tuple[list[Tensor], Tensor, list[Bad]]:
+    """Stacks views and labels, joins the lists of bad files."""
+    views, labels = default_collate([(views, label) for views, label, _ in samples])
+    return views, labels, [bad for *_, bads in samples for bad in bads]
+
+
+def _collate_readable(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor]:
+    readable = [sample for sample in samples if sample is not None]
+    if not readable:
+        return torch.empty(0), torch.empty(0, dtype=torch.long)
+    images, labels = default_collate(readable)
+    return images, labels
+
+
+def _open(path: str, channels: int) -> tuple[Source, Source | None]:
+    if path == "builtin":
+        return PhotoSource("train"), PhotoSource("test")
+    if path == "shapes":
+        return ShapeSource("train"), ShapeSource("val")
+    return open_source(path, channels)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))

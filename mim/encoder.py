@@ -1,0 +1,292 @@
+"""The one adapter over timm's ``VisionTransformer``: encode all, only the visible, or partly replaced patches."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any, Literal, cast, final
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers.attention import Attention
+from timm.layers.norm import LayerNorm
+from timm.layers.patch_embed import PatchEmbed
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models import checkpoint_seq
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mim.errors import UserError
+from mim.layers.positions import sincos_positions
+from mim.patches import gather_tokens, patch_grid, patchify, visible_indices
+
+
+@final
+class Encoder(nn.Module):
+    """A timm Vision Transformer whose patches can be hidden.
+
+    Args:
+        model: timm name of a plain ViT, or ``local-dir:FOLDER`` for an exported one.
+        img_size: image side in pixels, or ``[height, width]``; the model's own if not given.
+        patch_size: patch side in pixels; the model's own if not given.
+        in_chans: image channels.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
+        positions: ``learned``, or the fixed ``sincos`` table of MAE.
+        dynamic_img_size: accept images of any size that divides into patches; positions are resampled.
+        grad_checkpointing: recompute blocks in the backward pass: less memory, about a third more time.
+        pretrained: start from timm's weights.
+        kwargs: further arguments of the timm model, such as ``{reg_tokens: 4}``.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | None = None,
+        in_chans: int = 3,
+        drop_path_rate: float = 0.0,
+        positions: Literal["learned", "sincos"] = "learned",
+        dynamic_img_size: bool = False,
+        grad_checkpointing: bool = False,
+        pretrained: bool = False,
+        kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.pretrained = pretrained
+        settings = {"patch_size": patch_size, "in_chans": in_chans, "num_classes": 0, **(kwargs or {})}
+        settings = {name: value for name, value in settings.items() if value is not None}
+        size = _checked_size(model, img_size, settings.get("patch_size"))
+        vit = timm.create_model(
+            model,
+            pretrained=pretrained,
+            img_size=size,
+            drop_path_rate=drop_path_rate,
+            dynamic_img_size=dynamic_img_size,
+            **settings,
+        )
+        self.vit = cast(VisionTransformer, vit)
+        self.vit.set_grad_checkpointing(grad_checkpointing)
+        # Pooling comes after the tokens: it stays in the exported model, but pretraining has no gradient for it.
+        for pooling in (self.vit.attn_pool, self.vit.fc_norm):
+            if pooling is not None:
+                pooling.requires_grad_(False)
+        if positions == "sincos":
+            prefix = 0 if self.vit.no_embed_class else self.num_prefix
+            table = sincos_positions(self.grid, self.dim, prefix)
+            self.vit.pos_embed = nn.Parameter(table, requires_grad=False)
+
+    @property
+    def dim(self) -> int:
+        """Width ``D`` of a token."""
+        return int(self.vit.embed_dim)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per side ``(h, w)``."""
+        height, width = self.vit.patch_embed.grid_size
+        return height, width
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """Image height and width in pixels."""
+        height, width = self.vit.patch_embed.img_size
+        return height, width
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Patch height and width in pixels."""
+        return self.img_size[0] // self.grid[0], self.img_size[1] // self.grid[1]
+
+    @property
+    def in_chans(self) -> int:
+        """Image channels ``C``."""
+        return int(self.vit.in_chans)
+
+    @property
+    def num_prefix(self) -> int:
+        """Prefix tokens ``P``: class token, then registers or distillation token."""
+        return int(self.vit.num_prefix_tokens)
+
+    def forward(
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        visible_count: int | None = None,
+    ) -> Tensor:
+        """Encode images; patch tokens stay in raster order.
+
+        Args:
+            images: ``(B, C, H, W)``.
+            mask: ``(B, N)`` bool, True = hidden. On its own it drops hidden patches after positions are added, as if
+                they had never been there; all rows must hide equally many.
+            mask_token: ``(1, 1, D)``; stands in for hidden patches before positions are added, nothing is dropped.
+            visible_count: patches that ``mask`` leaves visible; if it is not given, a GPU is waited for to count them.
+
+        Returns:
+            ``(B, P + K, D)`` after the final norm; ``K`` counts the visible patches, or all if none is dropped.
+        """
+        self._check(images, mask)
+        tokens = self._run_blocks(self._embed(images, mask, mask_token, visible_count))
+        normed: Tensor = self.vit.norm(tokens)
+        return normed
+
+    def forward_with_attention(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens ``(B, P + N, D)`` and the class token's attention to the patches in the last block, ``(B, N)``.
+
+        Attention is the mean over heads; its softmax runs over prefix and patches, so rows sum to less than 1.
+        """
+        if not self.vit.has_class_token:
+            raise ValueError("this ViT has no class token whose attention could be read")
+        before_last = self._run_blocks(self._embed(images), stop=-1)
+        attention = _class_attention(self.vit.blocks[-1], before_last)
+        tokens: Tensor = self.vit.norm(self.vit.blocks[-1](before_last))
+        return tokens, attention[:, self.num_prefix :]
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Patch tokens as ``(B, D, h, w)``."""
+        patches: Tensor = self(images)[:, self.num_prefix :].transpose(1, 2)  # (B, D, N)
+        grid = patch_grid(images, self.patch_size)
+        return patches.reshape(len(images), self.dim, *grid)
+
+    def _check(self, images: Tensor, mask: Tensor | None) -> None:
+        """Refuses shapes that do not belong together, where timm would not notice."""
+        height, width = images.shape[2:]
+        rows, columns = patch_grid(images, self.patch_size)
+        if (height, width) != self.img_size and not self.vit.dynamic_img_size:
+            built = f"{self.img_size[0]} x {self.img_size[1]}"
+            raise ValueError(
+                f"images of {height} x {width} pixels, but the encoder was built for {built}; set img_size"
+            )
+        if mask is not None and mask.shape != (len(images), rows * columns):
+            raise ValueError(
+                f"mask is {tuple(mask.shape)}, but there are {len(images)} images of {rows * columns} patches"
+            )
+
+    def _embed(
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        visible_count: int | None = None,
+    ) -> Tensor:
+        """Tokens with positions, ``(B, P + K, D)``, as they enter the first block."""
+        if mask is not None and mask_token is None:
+            tokens = self._embed_visible(images, visible_indices(mask, visible_count))
+        else:
+            patches = self.vit.patch_embed(images)  # (B, N, D), or (B, h, w, D) with dynamic_img_size
+            if mask is not None and mask_token is not None:
+                hidden = mask.view(patches.shape[:-1])[..., None]
+                patches = torch.where(hidden, mask_token.to(patches.dtype), patches)
+            tokens = self.vit._pos_embed(patches)
+        embedded: Tensor = self.vit.norm_pre(tokens)
+        return embedded
+
+    def _embed_visible(self, images: Tensor, visible: Tensor) -> Tensor:
+        """What ``vit._pos_embed`` gives for the prefix and the patches ``visible (B, K)``; reads no other pixels."""
+        vit, batch = self.vit, len(images)
+        patches = self._project_visible(images, visible)  # (B, K, D)
+        prefix = [
+            token for token in (vit.cls_token, vit.reg_token, getattr(vit, "dist_token", None)) if token is not None
+        ]
+        table = self._positions(images)
+        if table is not None:
+            on_prefix, on_patches = table[0].tensor_split([0 if vit.no_embed_class else self.num_prefix])
+            patches = patches + F.embedding(visible, on_patches)
+            if prefix and not vit.no_embed_class:
+                prefix = [torch.cat(prefix, dim=1) + on_prefix]
+        tokens: Tensor = torch.cat([*(token.expand(batch, -1, -1) for token in prefix), patches], dim=1)
+        return tokens if table is None else vit.pos_drop(tokens)
+
+    def _project_visible(self, images: Tensor, visible: Tensor) -> Tensor:
+        """Patch embedding of the patches ``visible (B, K)``, without positions."""
+        embed = cast(PatchEmbed, self.vit.patch_embed)
+        if type(embed) is not PatchEmbed:  # other stems look beyond the borders of a patch
+            return gather_tokens(embed(images).flatten(1, -2), visible)
+        # A convolution whose stride is its kernel is a linear map of each patch: project only what is visible.
+        weight = embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p*p*C)
+        patches: Tensor = embed.norm(F.linear(patchify(images, self.patch_size, visible), weight, embed.proj.bias))
+        return patches
+
+    def _positions(self, images: Tensor) -> Tensor | None:
+        """The position table for images of this size, ``(1, P + N, D)``, or ``(1, N, D)`` if the prefix has none."""
+        table: Tensor | None = self.vit.pos_embed
+        if table is None or not self.vit.dynamic_img_size:
+            return table
+        prefix = 0 if self.vit.no_embed_class else self.num_prefix
+        resampled: Tensor = resample_abs_pos_embed(
+            table, list(patch_grid(images, self.patch_size)), list(self.grid), num_prefix_tokens=prefix
+        )
+        return resampled
+
+    def _run_blocks(self, tokens: Tensor, stop: int | None = None) -> Tensor:
+        blocks = self.vit.blocks[:stop]
+        if self.vit.grad_checkpointing and torch.is_grad_enabled():
+            tokens = checkpoint_seq(blocks, tokens, use_reentrant=False)
+        else:
+            tokens = blocks(tokens)
+        return tokens
+
+
+def _class_attention(block: nn.Module, tokens: Tensor) -> Tensor:
+    """Attention of the first token to all, ``(B, P + N)``, mean over heads, recomputed from the block's weights."""
+    attn = cast(Attention, block.attn)
+    batch, length, _ = tokens.shape
+    qkv = attn.qkv(cast(LayerNorm, block.norm1)(tokens)).view(batch, length, 3, attn.num_heads, attn.head_dim)
+    query, key = attn.q_norm(qkv[:, 0, 0]), attn.k_norm(qkv[:, :, 1])  # (B, heads, d), (B, P + N, heads, d)
+    logits = torch.einsum("bhd,bnhd->bhn", query * attn.scale, key)
+    return logits.softmax(dim=-1).mean(dim=1)
+
+
+def _checked_size(
+    model: str, img_size: int | tuple[int, int] | None, patch_size: int | tuple[int, int] | None
+) -> tuple[int, int]:
+    """The image size to build for; refuses, on a skeleton without weights, what could not work."""
+    skeleton = _skeleton(model)
+    embed = skeleton.patch_embed
+    own_patch = tuple(side // cells for side, cells in zip(embed.img_size, embed.grid_size, strict=True))
+    size, patch = _pair(img_size or embed.img_size), _pair(patch_size or own_patch)
+    if all(side % cell == 0 for side, cell in zip(size, patch, strict=True)):
+        return size
+    lower = [max(1, side // cell) * cell for side, cell in zip(size, patch, strict=True)]
+    upper = [-(-side // cell) * cell for side, cell in zip(size, patch, strict=True)]
+    raise UserError(
+        f"--img_size {_side(size)} does not divide by the patch size {_side(patch)} of {model}",
+        why="the pixels left over at the right and the bottom would be ignored",
+        hint="   or   ".join(dict.fromkeys(f"--img_size {_side(near)}" for near in (lower, upper))),
+    )
+
+
+def _skeleton(model: str) -> VisionTransformer:
+    """The model without storage for weights, if it is a ViT that can be wrapped."""
+    try:
+        with torch.device("meta"):
+            skeleton = timm.create_model(model, num_classes=0)
+    except RuntimeError as error:
+        if not str(error).startswith(("Unknown model", "Invalid pretrained tag")):
+            raise
+        near = difflib.get_close_matches(model, timm.list_models() + timm.list_pretrained(), n=3, cutoff=0.5)
+        raise UserError(
+            f"--model {model}: timm {timm.__version__} has no such model",
+            hint="   or   ".join(f"--model {name}" for name in near or ["vit_small_patch16_224"]),
+        ) from None
+    if isinstance(skeleton, VisionTransformer):
+        return skeleton
+    kind = type(skeleton).__name__
+    why = f"it is timm's {kind}; positions are added to tokens in a plain ViT only"
+    if getattr(skeleton, "rope", None) is not None:
+        why = f"timm's {kind} turns its tokens by rotary positions, which are not supported yet"
+    raise UserError(
+        f"--model {model} is not a plain ViT, so patches cannot be hidden",
+        why=why,
+        hint="--model vit_small_patch16_224",
+    )
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def _side(size: Sequence[int]) -> str:
+    """``96``, or ``[96,128]`` if the sides differ."""
+    return str(size[0]) if size[0] == size[1] else f"[{size[0]},{size[1]}]"

@@ -1,0 +1,20 @@
+"""The one error that a user's mistake ends in: three lines, no traceback."""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; the command line prints it in three lines and exits with status 2.
+
+    Args:
+        error: what is wrong and where, naming the option or file.
+        why: the reason, if it is not obvious.
+        hint: a command or setting that works.
+    """
+
+    def __init__(self, error: str, *, why: str | None = None, hint: str | None = None) -> None:
+        super().__init__(error)
+        self.error, self.why, self.hint = error, why, hint
+
+    def __str__(self) -> str:
+        """The lines ``error:``, ``why:`` and ``try:``, each only if it says something."""
+        lines = [("error:", self.error), ("why:  ", self.why), ("try:  ", self.hint)]
+        return "\n".join(f"{head} {text}" for head, text in lines if text)

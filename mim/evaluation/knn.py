@@ -1,0 +1,62 @@
+"""Weighted k-nearest-neighbour classification of frozen features, as in DINO (arXiv:2104.14294) and iBOT."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Largest similarity matrix in memory: 1,024 x 65,536 floats are 256 MiB.
+_QUERY_ROWS = 1024
+_BANK_ROWS = 65536
+
+
+def knn_accuracy(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    labels: Tensor,
+    k: int = 20,
+    temperature: float = 0.07,
+    top: int = 1,
+) -> float:
+    """Share of queries whose label gets one of the ``top`` largest votes of its neighbours in the bank.
+
+    Each of the ``k`` most similar bank rows votes ``exp(cosine / temperature)`` for its label. Computed where the
+    queries lie, in pieces; a bank elsewhere travels there piece by piece, so ImageNet's fits.
+
+    Args:
+        bank: ``(M, D)`` features with known labels.
+        bank_labels: ``(M,)`` labels from 0.
+        queries: ``(Q, D)`` features to classify.
+        labels: ``(Q,)`` their true labels.
+        k: number of neighbours, all of the bank if it is smaller; the papers use 20.
+        temperature: of the votes; the papers use 0.07.
+        top: 1 for top-1, 5 for top-5. A class without a vote is no answer.
+
+    Returns:
+        Accuracy from 0 to 1.
+    """
+    if not len(bank) or not len(queries):
+        raise ValueError(f"k-NN needs images on both sides, got {len(bank)} in the bank and {len(queries)} queries")
+    classes = int(bank_labels.max()) + 1
+    correct = 0
+    for asked, truth in zip(torch.split(queries, _QUERY_ROWS), torch.split(labels, _QUERY_ROWS), strict=True):
+        similarity, answers = _nearest(bank, bank_labels, asked, k)
+        weights = (similarity / temperature).exp()
+        votes = weights.new_zeros(len(asked), classes).scatter_add_(1, answers, weights)
+        strength, ranked = votes.topk(min(top, classes))  # (q, top)
+        correct += int(((ranked == truth.to(ranked.device)[:, None]) & (strength > 0)).sum())
+    return correct / len(queries)
+
+
+def _nearest(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosine ``(q, k)`` and label ``(q, k)`` of each query's nearest bank rows."""
+    queries = F.normalize(queries.float(), dim=1)
+    similarity = queries.new_empty(len(queries), 0)
+    labels = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for part, part_labels in zip(torch.split(bank, _BANK_ROWS), torch.split(bank_labels, _BANK_ROWS), strict=True):
+        directions = F.normalize(part.to(queries.device).float(), dim=1)
+        near, rows = (queries @ directions.T).topk(min(k, len(part)))
+        # The best so far and the best of this part, of which the k best go on.
+        similarity, kept = torch.cat([similarity, near], dim=1).topk(min(k, similarity.shape[1] + near.shape[1]))
+        labels = torch.cat([labels, part_labels.to(queries.device)[rows]], dim=1).gather(1, kept)
+    return similarity, labels

@@ -1,0 +1,230 @@
+"""The timm folder: what a run leaves behind and ``timm.create_model("local-dir:...")`` reads without this project."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from huggingface_hub import ModelCardData
+from safetensors.torch import save_file
+from timm.models.vision_transformer import Block, VisionTransformer
+
+from mim.errors import UserError
+from mim.interop.layouts import named_tensors
+from mim.interop.reading import CHECKSUMS, sha256
+from mim.randomness import keyed_generator
+
+_WEIGHTS, _CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """Where weights come from, as their model card tells it.
+
+    Args:
+        method: class name of the method, such as ``MAE``.
+        data: what ``--data`` named.
+        data_licence: licence of the images as the user gave it, an SPDX-like name if it has one.
+        images: how many images were trained on.
+        epochs: passes over them.
+        steps: optimizer steps.
+        command: the command line of the run.
+        notes: further lines, such as results or the commit.
+    """
+
+    method: str
+    data: str
+    data_licence: str = "unknown"
+    images: int | None = None
+    epochs: float | None = None
+    steps: int | None = None
+    command: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def export_backbone(
+    vit: VisionTransformer,
+    folder: Path,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    card: ModelCard,
+    model_args: dict[str, Any] | None = None,
+) -> float:
+    """Write a timm folder, load it back through timm alone, compare, and only then put it in place.
+
+    Args:
+        vit: a model that ``timm.create_model`` built, on any device, training or not; it is not changed.
+        folder: ``config.json``, ``model.safetensors``, model card and checksums; an earlier export there is replaced.
+        mean: normalisation of the images it was trained on, one value per channel, for pixels in 0..1.
+        std: as ``mean``.
+        card: provenance.
+        model_args: what the user passed to timm beyond image size, patch size and channels.
+
+    Returns:
+        The largest difference between the features of ``vit`` and of the reloaded model, which is 0.
+
+    Raises:
+        UserError: if ``folder`` holds anything but an export.
+        RuntimeError: if timm cannot rebuild the model exactly; nothing is replaced then.
+    """
+    _refuse_to_replace(folder)
+    # A float copy on the CPU: no side effect on the run, and the same arithmetic on both sides of the comparison.
+    trained = deepcopy(vit).cpu().float().eval()
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors = {name: tensor.contiguous() for name, tensor in named_tensors(trained.state_dict()).items()}
+    save_file(tensors, partial / _WEIGHTS, metadata={"format": "pt"})
+    config = _timm_config(trained, model_args or {}, mean, std)
+    (partial / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (partial / _CARD).write_text(_card_text(config, folder, card), encoding="utf-8")
+    sums = [f"{sha256(partial / name)}  {name}\n" for name in (_CONFIG, _WEIGHTS, _CARD)]
+    (partial / CHECKSUMS).write_text("".join(sums), encoding="utf-8")
+    difference = _reload_difference(trained, partial)
+    if difference != 0:  # also when it is not a number
+        raise RuntimeError(
+            f"timm's copy of the exported backbone differs by {difference}; kept for a look in {partial}"
+        )
+    _put_in_place(partial, folder)
+    return difference
+
+
+def _timm_config(
+    vit: VisionTransformer, model_args: dict[str, Any], mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
+    """The ``config.json`` that timm reads.
+
+    Not timm's own writer: it keeps tag and licence of the architecture's published weights, and it changed within 1.0.
+    """
+    patch_height, patch_width = vit.patch_embed.patch_size
+    shape = {
+        "img_size": list(vit.patch_embed.img_size),
+        "patch_size": patch_height if patch_height == patch_width else [patch_height, patch_width],
+        "in_chans": vit.patch_embed.proj.in_channels,
+        "embed_dim": vit.embed_dim,
+        "depth": len(vit.blocks),
+        "num_heads": cast(Block, vit.blocks[0]).attn.num_heads,
+        "class_token": vit.has_class_token,
+        "reg_tokens": vit.num_reg_tokens,
+        "global_pool": vit.global_pool,
+        "dynamic_img_size": vit.dynamic_img_size,
+        "num_classes": vit.num_classes,
+    }
+    # Newer timm remembers what a model was built with, which includes what a folder it came from asked for.
+    given = {**cast(dict[str, Any], getattr(vit, "_model_args", {})), **model_args}
+    given = {key: value for key, value in given.items() if not key.endswith(("drop_rate", "path_rate"))}
+    source = cast(dict[str, Any], vit.pretrained_cfg)
+    kept = ("interpolation", "crop_pct", "crop_mode", "fixed_input_size", "classifier")
+    return {
+        "architecture": source["architecture"],
+        "num_classes": vit.num_classes,
+        "num_features": vit.num_features,
+        "global_pool": vit.global_pool,
+        "model_args": {**given, **shape},
+        "pretrained_cfg": {
+            **{key: source[key] for key in kept if source.get(key) is not None},
+            "input_size": [shape["in_chans"], *shape["img_size"]],
+            "mean": list(mean),
+            "std": list(std),
+            "num_classes": vit.num_classes,
+            # Naming it makes older timm "adapt" every stem that is not RGB, even to its own channels: weights are lost.
+            "first_conv": "patch_embed.proj" if shape["in_chans"] == 3 else None,
+        },
+    }
+
+
+def _card_text(config: dict[str, Any], folder: Path, card: ModelCard) -> str:
+    """The model card: YAML front matter, three lines that load the model, provenance."""
+    licence = card.data_licence
+    # The front matter wants an identifier; other wording is kept as a name.
+    known = re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence) is not None
+    front = ModelCardData(
+        library_name="timm",
+        license=licence if known else "other",
+        license_name=None if known else licence,
+        tags=["timm", "image-feature-extraction", "masked-image-modeling"],
+        pipeline_tag="image-feature-extraction",
+    )
+    channels, height, width = config["pretrained_cfg"]["input_size"]
+    rows = {
+        "Architecture": f"{config['architecture']}, {height}x{width} px, {channels} channels",
+        "Pretrained with": card.method,
+        "Data": card.data if card.images is None else f"{card.data}, {card.images} images",
+        "Licence of the data": licence,
+        "Epochs": card.epochs,
+        "Steps": card.steps,
+        "Versions": f"torch {torch.__version__}, timm {timm.__version__}",
+        "Command": card.command and f"`{card.command}`",
+    }
+    provenance = [f"- {name}: {value}" for name, value in rows.items() if value is not None]
+    return f"""---
+{front.to_yaml()}
+---
+# {config["architecture"]} pretrained without labels ({card.method})
+
+```python
+import timm
+model = timm.create_model({f"local-dir:{folder.as_posix()}"!r}, pretrained=True)
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+`num_classes=10` adds a classifier, `features_only=True` gives feature maps, another `img_size` resizes the positions.
+`model.forward_features(images)` gives the tokens. `sha256sum -c {CHECKSUMS}` checks the files.
+
+## Provenance
+
+{chr(10).join([*provenance, *(f"- {note}" for note in card.notes)])}
+"""
+
+
+@torch.no_grad()
+def _reload_difference(trained: VisionTransformer, folder: Path) -> float:
+    """Largest absolute difference of the features on a fixed random input, timm's copy against ``trained``."""
+    with torch.random.fork_rng(devices=[]):  # timm initialises before it loads
+        reloaded = cast(VisionTransformer, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
+    size = (reloaded.patch_embed.proj.in_channels, *cast(tuple[int, int], reloaded.patch_embed.img_size))
+    images = torch.rand(2, *size, generator=keyed_generator("export"))  # (2, C, H, W)
+    return float((trained.forward_features(images) - reloaded.forward_features(images)).abs().max())
+
+
+def _refuse_to_replace(folder: Path) -> None:
+    if folder.is_file():
+        raise UserError(f"{folder} is a file", hint="the name of a new folder")
+    foreign = (
+        {entry.name for entry in folder.iterdir()} - {_WEIGHTS, _CONFIG, _CARD, CHECKSUMS} if folder.exists() else ()
+    )
+    if foreign:
+        raise UserError(
+            f"{folder} holds other files, so the export does not replace it",
+            why=f"found {', '.join(sorted(foreign)[:3])}",
+            hint=f"{folder / 'backbone'}",
+        )
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    """Swap a whole folder in; whatever stops the program, one whole folder stays, here or beside it."""
+    for path in (*partial.iterdir(), partial):
+        _sync(path)
+    previous = folder.with_name(f".{folder.name}.previous")
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+    partial.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,7 @@
+"""Masking policies: which patches are hidden."""
+
+from mim.masking.base import Masking
+from mim.masking.block import BlockMasking
+from mim.masking.uniform import RandomMasking
+
+__all__ = ["BlockMasking", "Masking", "RandomMasking"]

@@ -1,0 +1,52 @@
+"""What every masking policy is."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mim.randomness import RowGenerator
+
+
+class Masking(nn.Module):
+    """Decides which patches of an image are hidden.
+
+    Attributes:
+        guided: needs scores to choose by.
+    """
+
+    guided: ClassVar[bool] = False
+
+    def visible_count(self, patches: int) -> int | None:
+        """How many of ``patches`` stay visible in every image; None if that differs between images."""
+        return None
+
+    def forward(
+        self,
+        batch_size: int,
+        grid: tuple[int, int],
+        *,
+        scores: Tensor | None = None,
+        progress: float = 0.0,
+        generator: RowGenerator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Draw one mask per image.
+
+        Args:
+            batch_size: number of images ``B``.
+            grid: ``(h, w)`` patches per side, ``N = h*w``.
+            scores: ``(B, N)``, higher is hidden first; only guided policies look at them.
+            progress: share of training done, 0 to 1.
+            generator: random numbers of each row; fresh ones, seeded by torch's global generator, if not given.
+            device: where the masks are wanted; the generator's device if not given.
+
+        Returns:
+            ``(B, N)`` bool, True = hidden.
+        """
+        raise NotImplementedError
+
+
+def fresh_rows(batch_size: int, device: torch.device | str | None) -> RowGenerator:
+    """Row keys drawn from torch's global generator."""
+    return RowGenerator(torch.randint(2**62, (batch_size,), device=device))

@@ -1,0 +1,44 @@
+"""Uniform random masking, the policy of MAE (arXiv:2111.06377)."""
+
+import torch
+from torch import Tensor
+
+from mim.masking.base import Masking, fresh_rows
+from mim.randomness import RowGenerator
+
+
+class RandomMasking(Masking):
+    """Hides the same share of every image, all sets of patches being equally likely.
+
+    Args:
+        ratio: share of patches to hide, in [0, 1); MAE uses 0.75. Exactly ``int(N * (1 - ratio))`` stay visible.
+    """
+
+    def __init__(self, ratio: float = 0.75) -> None:
+        super().__init__()
+        if not 0 <= ratio < 1:
+            raise ValueError(f"ratio {ratio} is outside [0, 1): some patches must stay visible")
+        self.ratio = ratio
+
+    def visible_count(self, patches: int) -> int:
+        """``int(patches * (1 - ratio))``, truncated in floats as in the reference."""
+        visible = int(patches * (1 - self.ratio))
+        if not visible:
+            raise ValueError(f"ratio {self.ratio} hides all {patches} patches; lower it or use larger images")
+        return visible
+
+    def forward(
+        self,
+        batch_size: int,
+        grid: tuple[int, int],
+        *,
+        scores: Tensor | None = None,
+        progress: float = 0.0,
+        generator: RowGenerator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """``(B, N)`` bool, True = hidden; see :meth:`Masking.forward`."""
+        patches = grid[0] * grid[1]
+        noise = (generator or fresh_rows(batch_size, device)).rand(patches).to(device)  # (B, N)
+        order = noise.argsort(dim=1, stable=True)
+        return torch.ones_like(noise, dtype=torch.bool).scatter(1, order[:, : self.visible_count(patches)], False)

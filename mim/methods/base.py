@@ -1,0 +1,193 @@
+"""What every pretraining method shares: optimizer, position in the run, keyed randomness, the guard against NaN."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import create_optimizer_v2
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mim.encoder import Encoder
+from mim.masking.base import Masking
+from mim.randomness import RowGenerator, derive_seed
+from mim.schedules import warmup_cosine
+
+Batch = tuple[list[Tensor], Tensor]
+"""Views, ``V x (B, C, H_v, W_v)`` with global crops first, and labels ``(B,)``, which most methods ignore."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up and half-cosine decay, both per step (MAE, arXiv:2111.06377, table 8).
+
+    Args:
+        blr: base learning rate; the one used is ``blr * global batch size / 256``.
+        weight_decay: for everything but biases and normalisation; learned tokens decay as in the reference.
+        betas: AdamW's averaging coefficients.
+        warmup_epochs: epochs of linear warm-up from 0; never more than half of the run.
+        min_lr: learning rate at the last step.
+    """
+
+    blr: float = 1.5e-4
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup_epochs: float = 40.0
+    min_lr: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The length of a run, known before its first step.
+
+    Args:
+        max_steps: optimizer steps of the whole run.
+        steps_per_epoch: optimizer steps in which every image is seen once; rarely whole.
+        batch_size: global batch size: devices x accumulation x images per device.
+        seed: of everything random in the run.
+    """
+
+    max_steps: int = 1
+    steps_per_epoch: float = 1.0
+    batch_size: int = 256
+    seed: int = 0
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the data."""
+        return self.max_steps / self.steps_per_epoch
+
+    def epochs_at(self, step: int) -> str:
+        """Passes over the data after ``step`` steps, as precisely as the length of the run deserves."""
+        return f"{step / self.steps_per_epoch:.{0 if self.epochs >= 20 else 1 if self.epochs >= 2 else 2}f}"
+
+
+class NonFiniteError(Exception):
+    """The gradient of a step held NaN or infinity; the optimizer did not take it.
+
+    Args:
+        step: optimizer steps finished before the bad one.
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the loss or its gradient is not finite at step {step + 1}")
+        self.step = step
+
+
+class Method(L.LightningModule):
+    """A pretraining method: subclasses build their parts in ``__init__`` and write ``training_step(batch, batch_idx)``.
+
+    Args:
+        encoder: the student; what is exported unless the method says otherwise.
+        masking: the policy that hides patches.
+        optim: learning rate, weight decay and warm-up.
+    """
+
+    nonfinite_step: Tensor
+
+    def __init__(self, encoder: Encoder, masking: Masking, optim: OptimConfig) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.masking = masking
+        self.optim = optim
+        self.plan = Plan()
+        # First step with a non-finite gradient, -1 if none; on the device, so that looking for it does not wait.
+        self.register_buffer("nonfinite_step", torch.tensor(-1), persistent=False)
+
+    @property
+    def evaluated(self) -> Encoder:
+        """What probes measure and pictures show: the student, unless the paper evaluates the teacher."""
+        return self.encoder
+
+    @property
+    def backbone(self) -> VisionTransformer:
+        """What export writes."""
+        return self.evaluated.vit
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, 0 to 1."""
+        return self.global_step / self.plan.max_steps
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate after warm-up."""
+        return self.optim.blr * self.plan.batch_size / 256
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of warm-up; a run too short for its warm-up spends half of its steps there."""
+        return round(min(self.optim.warmup_epochs * self.plan.steps_per_epoch, self.plan.max_steps / 2))
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of the step that follows ``step`` finished ones."""
+        return warmup_cosine(step, self.warmup_steps, self.plan.max_steps, self.peak_lr, self.optim.min_lr)
+
+    def first_row(self, batch_size: int, batch_idx: int) -> int:
+        """Place of this micro-batch's first image in the global batch of its step."""
+        trainer = self._trainer
+        if trainer is None:
+            return 0
+        micro_batch = batch_idx % trainer.accumulate_grad_batches
+        return (micro_batch * trainer.world_size + trainer.global_rank) * batch_size
+
+    def row_generator(self, batch_size: int, batch_idx: int) -> RowGenerator:
+        """Random numbers for the images of this micro-batch: a function of seed, step and place in the global batch."""
+        seed = derive_seed(self.plan.seed, "rows", self.global_step)
+        return RowGenerator.for_rows(seed, self.first_row(batch_size, batch_idx), batch_size, self.device)
+
+    def visualize(self, images: Tensor) -> dict[str, Tensor]:
+        """Named pictures ``(B, C, H, W)`` of what is done to ``images``, in the images' own normalised space."""
+        return {}
+
+    def no_weight_decay(self) -> set[str]:
+        """Name patterns, beyond biases and 1-D parameters, that are not decayed (read by timm's optimizer factory)."""
+        return set()
+
+    def configure_optimizers(self) -> Optimizer:
+        """AdamW in timm's two groups; the learning rate is set at every step."""
+        optimizer: Optimizer = create_optimizer_v2(
+            self, "adamw", lr=self.peak_lr, weight_decay=self.optim.weight_decay, betas=self.optim.betas, fused=True
+        )
+        return optimizer
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Whatever still draws from the global generator (drop path) becomes a function of the step, too."""
+        first = self.first_row(len(batch[1]), batch_idx)
+        torch.manual_seed(derive_seed(self.plan.seed, "layers", self.global_step, first))
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Makes a fused optimizer skip a step whose gradient is not finite, without waiting for the device."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        bad = ~torch.nn.utils.get_total_norm(gradients).isfinite()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            flag = bad.float()
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            bad = flag > 0
+        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # read by torch's fused AdamW
+        first = bad & (self.nonfinite_step < 0)
+        self.nonfinite_step.copy_(torch.where(first, self.global_step, self.nonfinite_step))
+        if self.device.type == "cpu":
+            self.raise_if_nonfinite()
+
+    def raise_if_nonfinite(self) -> None:
+        """Raises :class:`NonFiniteError` if a step was skipped; waits for the device, so call it rarely."""
+        if (step := int(self.nonfinite_step)) >= 0:
+            raise NonFiniteError(step)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,  # noqa: ANN401 - Lightning's signature
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Sets the learning rate from the step, then steps."""
+        lr = self.learning_rate(self.global_step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)

@@ -1,0 +1,125 @@
+"""MAE: masked autoencoders are scalable vision learners (arXiv:2111.06377, 2021).
+
+Hide three quarters of the patches, encode only the rest, and let a light decoder predict the hidden pixels.
+
+Deviations, none of which changes the function computed:
+    Patches are projected after hidden ones are dropped, which equals the reference up to rounding; visible tokens keep
+    raster order instead of a shuffled one; the decoder predicts hidden patches only.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mim.encoder import Encoder
+from mim.layers.decoder import Decoder
+from mim.masking import Masking
+from mim.methods.base import Batch, Method, OptimConfig
+from mim.patches import patch_statistics, patchify, pixel_targets, unpatchify, visible_indices
+from mim.randomness import RowGenerator
+
+
+class MAE(Method):
+    """Masked autoencoder.
+
+    Args:
+        encoder: the ViT to train; MAE uses ``positions: sincos``.
+        masking: what to hide; MAE uses ``RandomMasking`` with ratio 0.75. It must hide equally many patches of every
+            image, without guidance.
+        decoder_width: width of the decoder; 512 in the paper.
+        decoder_depth: blocks of the decoder; 8 in the paper.
+        decoder_heads: attention heads of the decoder; 16 in the paper.
+        standardise: predict pixels standardised within their patch, as the released models do; raw pixels otherwise.
+        optim: learning rate, weight decay and warm-up.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        masking: Masking,
+        decoder_width: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+        standardise: bool = True,
+        optim: OptimConfig = OptimConfig(),  # noqa: B008 - frozen
+    ) -> None:
+        super().__init__(encoder, masking, optim)
+        visible_count = masking.visible_count(encoder.grid[0] * encoder.grid[1])
+        if masking.guided or visible_count is None:
+            policy = type(masking).__name__
+            raise ValueError(f"MAE needs a policy that hides equally many patches unguided, not {policy}")
+        self.visible_count = visible_count
+        height, width = encoder.patch_size
+        self.decoder = Decoder(
+            encoder.dim,
+            encoder.grid,
+            encoder.num_prefix,
+            out_dim=height * width * encoder.in_chans,
+            width=decoder_width,
+            depth=decoder_depth,
+            heads=decoder_heads,
+        )
+        self.standardise = standardise
+        initialise(self.decoder)
+        if not encoder.pretrained:
+            initialise(encoder)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean squared error of hidden patches."""
+        (images,), _ = batch
+        generator = self.row_generator(len(images), batch_idx)
+        mask = self.masking(len(images), self.encoder.grid, progress=self.progress, generator=generator)  # (B, N)
+        prediction, hidden = self.reconstruct(images, mask)
+        loss = F.mse_loss(prediction, self.targets(images, hidden))
+        self.log("train/loss", loss)
+        return loss
+
+    def reconstruct(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Predictions for the hidden patches, ``(B, M, p*p*C)``, and their places, ``(B, M)``."""
+        latent = self.encoder(images, mask, visible_count=self.visible_count)  # (B, P + K, D)
+        hidden = visible_indices(~mask, mask.shape[1] - self.visible_count)  # (B, M)
+        return self.decoder(latent, mask, hidden), hidden
+
+    def targets(self, images: Tensor, hidden: Tensor) -> Tensor:
+        """What the decoder has to predict at ``hidden (B, M)``: ``(B, M, p*p*C)``."""
+        if self.standardise:
+            return pixel_targets(images, self.encoder.patch_size, hidden)
+        return patchify(images, self.encoder.patch_size, hidden)
+
+    def visualize(self, images: Tensor) -> dict[str, Tensor]:
+        """The visible part of ``images``, grey elsewhere, and the same with hidden patches predicted.
+
+        The masks depend on the row alone, so pictures of one batch compare over training. Standardised predictions get
+        the mean and deviation of the true patch: the model cannot know them, this is for display only.
+        """
+        generator = RowGenerator.for_rows(0, 0, len(images), images.device)
+        mask = self.masking(len(images), self.encoder.grid, progress=self.progress, generator=generator)
+        prediction, hidden = self.reconstruct(images, mask)
+        patches = patchify(images, self.encoder.patch_size)  # (B, N, p*p*C)
+        if self.standardise:
+            mean, std = patch_statistics(patchify(images, self.encoder.patch_size, hidden))
+            prediction = prediction * std + mean
+        places = hidden[..., None].expand(-1, -1, patches.shape[2])
+        pictures = {
+            "hidden": patches.scatter(1, places, 0.0),
+            "reconstruction": patches.scatter(1, places, prediction.to(patches.dtype)),
+        }
+        layout = self.encoder.grid, self.encoder.patch_size, self.encoder.in_chans
+        return {name: unpatchify(picture, *layout) for name, picture in pictures.items()}
+
+
+def initialise(module: nn.Module) -> None:
+    """Draw weights as the reference does.
+
+    Linear maps and the patch embedding are Xavier uniform, biases of linear maps zero, tokens normal with deviation
+    0.02; the bias of the patch embedding keeps torch's default, learned positions keep timm's.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.Conv2d):
+            nn.init.xavier_uniform_(part.weight.flatten(1))
+    for name, parameter in module.named_parameters():
+        if name.endswith("_token"):
+            nn.init.normal_(parameter, std=0.02)

@@ -1,0 +1,107 @@
+"""Images as sequences of patches: pure functions over tensors.
+
+A patch is a rectangle of pixels; patches are numbered row by row, and prefix tokens are never counted.
+"""
+
+import torch
+from torch import Tensor
+
+
+def patch_grid(images: Tensor, patch_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Patches per side ``(h, w)`` of images ``(B, C, H, W)``.
+
+    Raises:
+        ValueError: if the image is not divisible into patches.
+    """
+    (height, width), (patch_height, patch_width) = images.shape[2:], _pair(patch_size)
+    if height % patch_height or width % patch_width:
+        patch = f"{patch_height} x {patch_width}"
+        raise ValueError(f"{height} x {width} pixels do not divide into patches of {patch}; resize or crop first")
+    return height // patch_height, width // patch_width
+
+
+def patchify(images: Tensor, patch_size: int | tuple[int, int], indices: Tensor | None = None) -> Tensor:
+    """Cut images into patches, or copy out only those that ``indices`` names.
+
+    Args:
+        images: ``(B, C, H, W)``.
+        patch_size: patch side in pixels, or ``(height, width)``.
+        indices: ``(B, K)`` patches wanted per image; all if not given.
+
+    Returns:
+        ``(B, N, p*p*C)``, or ``(B, K, p*p*C)`` in the order of ``indices``; pixels in the order (row, column, channel),
+        the channel running fastest.
+
+    Raises:
+        ValueError: if the image is not divisible into patches.
+    """
+    (height, width), (rows, columns) = _pair(patch_size), patch_grid(images, patch_size)
+    cut = images.view(*images.shape[:2], rows, height, columns, width).permute(0, 2, 4, 3, 5, 1)  # (B, h, w, p, p, C)
+    if indices is None:
+        return cut.flatten(3).flatten(1, 2)
+    batch = torch.arange(len(images), device=images.device)[:, None]
+    return cut[batch, indices // columns, indices % columns].flatten(2)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int | tuple[int, int], channels: int = 3) -> Tensor:
+    """The inverse of :func:`patchify`: ``(B, N, p*p*C)`` with ``N = h*w`` to ``(B, C, H, W)``."""
+    height, width = _pair(patch_size)
+    cut = patches.view(-1, *grid, height, width, channels)  # (B, h, w, p, p, C)
+    return cut.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every patch over all its values, each ``(B, N, 1)`` for ``(B, N, p*p*C)``."""
+    # Unbiased variance and eps inside the root as in the MAE reference; the biased one shifts the loss by 0.1 %.
+    var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (var + 1e-6).sqrt()
+
+
+def pixel_targets(images: Tensor, patch_size: int | tuple[int, int], indices: Tensor | None = None) -> Tensor:
+    """Standardised pixels of patches, the regression target of MAE (arXiv:2111.06377, sec. 3).
+
+    Args:
+        images: ``(B, C, H, W)``, any scale.
+        patch_size: patch side in pixels, or ``(height, width)``.
+        indices: ``(B, K)`` patches wanted per image; all if not given.
+
+    Returns:
+        ``(B, N, p*p*C)`` or ``(B, K, p*p*C)`` with zero mean and unit variance inside each patch.
+    """
+    patches = patchify(images, patch_size, indices)
+    mean, std = patch_statistics(patches)
+    return (patches - mean) / std
+
+
+def visible_indices(mask: Tensor, count: int | None = None) -> Tensor:
+    """Where the visible patches are, in raster order.
+
+    Pass ``~mask`` for the hidden ones.
+
+    Args:
+        mask: ``(B, N)`` bool, True = hidden; every row hides equally many.
+        count: visible patches per image. Without it the number is read from the mask, for which a GPU is waited for.
+
+    Returns:
+        ``(B, K)`` int64.
+
+    Raises:
+        ValueError: if rows hide different numbers of patches; looked at on the CPU only, where looking is free.
+    """
+    if mask.device.type == "cpu" and len(hidden := set(mask.sum(1).tolist())) > 1:
+        raise ValueError(
+            f"rows of the mask hide from {min(hidden)} to {max(hidden)} patches; all must hide equally many"
+        )
+    if count is None:
+        count = mask.shape[1] - int(mask[0].sum())
+    # A stable sort of False before True keeps raster order and, unlike nonzero, has a shape known in advance.
+    return mask.byte().argsort(dim=1, stable=True)[:, :count]
+
+
+def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Chosen tokens of every image: ``(B, N, D)`` at ``(B, K)`` to ``(B, K, D)``."""
+    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[2]))
+
+
+def _pair(patch_size: int | tuple[int, int]) -> tuple[int, int]:
+    return (patch_size, patch_size) if isinstance(patch_size, int) else patch_size

@@ -1,0 +1,161 @@
+"""What a model sees, as one picture: a row per image, a column per view of it."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib import colormaps
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngImageFile, PngInfo
+from torch import Tensor
+
+from mim.encoder import Encoder
+
+GAP, HEADER = 6, 24  # pixels between tiles, and above them for the titles
+SHORTEST, LONGEST = 96, 224  # the shorter side of a tile lies in between
+INK = (122, 122, 122)  # legible on white (4.3 : 1) and on black (4.9 : 1); the background is transparent
+
+
+def strip(
+    images: Tensor, pictures: dict[str, Tensor], encoder: Encoder, mean: Sequence[float], std: Sequence[float]
+) -> Image.Image:
+    """Input, the method's own pictures, attention and features of every image, side by side under their titles.
+
+    Args:
+        images: ``(B, C, H, W)``, normalised.
+        pictures: what the method shows by name, each ``(B, C, H, W)`` in the same normalised space.
+        encoder: whose attention and features are drawn; returned in the mode it came in.
+        mean: per channel, as used to normalise.
+        std: per channel, as used to normalise.
+
+    Returns:
+        An RGBA picture on a transparent ground. ``save_strip`` keeps its layout, so that ``read_strip`` can cut it.
+    """
+    columns = {name: to_rgb(views, mean, std) for name, views in {"input": images, **pictures}.items()}
+    training = encoder.training
+    encoder.eval()
+    columns |= encoder_views(images, encoder)
+    encoder.train(training)
+    return _lay_out(columns)
+
+
+def to_rgb(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalised ``(B, C, H, W)`` to ``(B, 3, H, W)`` uint8: the first three channels, or the first one as grey."""
+    statistics = images.new_tensor([list(mean), list(std)]).view(2, 1, -1, 1, 1)
+    pixels = images * statistics[1] + statistics[0]
+    pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
+    return _bytes(pixels)
+
+
+@torch.no_grad()
+def encoder_views(images: Tensor, encoder: Encoder) -> dict[str, Tensor]:
+    """Attention of the class token and the main directions of the patch features, ``(B, 3, h, w)`` uint8 each.
+
+    A model without class token has no such attention; "similarity" then shows the cosine to the centre patch.
+    """
+    features = encoder.feature_map(images).float()  # (B, D, h, w)
+    height, width = features.shape[-2:]
+    if encoder.vit.has_class_token:
+        attention = encoder.forward_with_attention(images)[1].float()  # (B, N)
+        return {"attention": heat(attention.view(-1, height, width)), "features": pca_rgb(features)}
+    centre = features[:, :, height // 2, width // 2, None, None]
+    return {"similarity": heat(F.cosine_similarity(features, centre)), "features": pca_rgb(features)}
+
+
+def heat(values: Tensor) -> Tensor:
+    """``(B, h, w)`` of any scale to colours ``(B, 3, h, w)`` uint8: dark is the least of each image, bright the most.
+
+    The top two per cent share one colour, since single outlying patches are common and would hide all others.
+    """
+    flat = values.flatten(1)
+    low, high = flat.amin(1), flat.quantile(0.98, dim=1)
+    share = (values - low[:, None, None]) / (high - low).clamp(min=1e-12)[:, None, None]
+    colours = colormaps["inferno"](share.clamp(0, 1).cpu().numpy())[..., :3]  # (B, h, w, 3)
+    return _bytes(torch.from_numpy(colours).permute(0, 3, 1, 2))
+
+
+def pca_rgb(features: Tensor) -> Tensor:
+    """First three principal components of ``(B, D, h, w)`` as red, green and blue, ``(B, 3, h, w)`` uint8.
+
+    Components are those of the whole batch, so that equal colours mean similar patches in all of its images.
+    """
+    batch, dim, height, width = features.shape
+    points = features.cpu().nan_to_num().permute(0, 2, 3, 1).reshape(-1, dim)  # (B * N, D); a diverged model has NaN
+    points = points - points.mean(0)
+    axes = torch.linalg.eigh(points.T @ points).eigenvectors[:, -3:].flip(1)  # (D, 3), the strongest first
+    # An eigenvector's sign is arbitrary; fixed, the same features get the same colours on every machine.
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+    colours = points @ axes
+    low, high = colours.quantile(0.01, dim=0), colours.quantile(0.99, dim=0)
+    colours = (colours - low) / (high - low).clamp(min=1e-12)
+    return _bytes(colours.view(batch, height, width, 3).permute(0, 3, 1, 2))
+
+
+def save_strip(picture: Image.Image, path: Path) -> None:
+    """Writes a picture made by ``strip`` as PNG, whole or not at all, with what ``read_strip`` needs."""
+    layout = PngInfo()
+    layout.add_text("layout", picture.info["layout"])
+    unfinished = path.with_suffix(".unfinished")
+    picture.save(unfinished, format="PNG", pnginfo=layout)
+    os.replace(unfinished, path)
+
+
+def read_strip(path: Path) -> dict[str, list[Image.Image]]:
+    """The tiles of a saved strip, title -> one RGB tile per image; empty for any other PNG."""
+    with Image.open(path, formats=["PNG"]) as picture:
+        if not isinstance(picture, PngImageFile) or "layout" not in picture.text:
+            return {}
+        layout = json.loads(picture.text["layout"])
+        size, rows = layout["tile"], range(layout["rows"])
+        pixels = picture.convert("RGB")
+    corners = {title: [_corner(row, column, size) for row in rows] for column, title in enumerate(layout["titles"])}
+    return {title: [pixels.crop((x, y, x + size[0], y + size[1])) for x, y in at] for title, at in corners.items()}
+
+
+def _lay_out(columns: dict[str, Tensor]) -> Image.Image:
+    """Pictures ``(B, 3, h, w)`` uint8 by title; the first column sets the size of the tiles."""
+    rows, _, height, width = next(iter(columns.values())).shape
+    size = _tile_size(width, height)
+    right, bottom = _corner(rows, len(columns), size)
+    canvas = Image.new("RGBA", (right, bottom), (*INK, 0))
+    draw = ImageDraw.Draw(canvas)
+    for column, (title, views) in enumerate(columns.items()):
+        draw.text((_corner(0, column, size)[0] + size[0] / 2, HEADER / 2), title, INK, _font(title, size[0]), "mm")
+        for row, view in enumerate(views.permute(0, 2, 3, 1).cpu().numpy()):
+            canvas.paste(_resize(view, size), _corner(row, column, size))
+    canvas.info["layout"] = json.dumps({"titles": list(columns), "rows": rows, "tile": size})
+    return canvas
+
+
+def _corner(row: int, column: int, size: Sequence[int]) -> tuple[int, int]:
+    """Upper left pixel of a tile."""
+    return GAP + column * (size[0] + GAP), HEADER + row * (size[1] + GAP)
+
+
+def _tile_size(width: int, height: int) -> tuple[int, int]:
+    """Small images grow by a whole factor, which keeps their pixels square and sharp."""
+    grow, shrink = math.ceil(SHORTEST / min(width, height)), min(1.0, LONGEST / min(width, height))
+    scale = grow if grow > 1 else shrink
+    return round(width * scale), round(height * scale)
+
+
+def _resize(view: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """``(h, w, 3)`` uint8; a pixel or patch that grows keeps its edges, and nothing is invented between them."""
+    grows = size[0] >= view.shape[1]
+    return Image.fromarray(view).resize(size, Image.Resampling.NEAREST if grows else Image.Resampling.LANCZOS)
+
+
+def _font(title: str, width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font, 14 px or as small as the column demands."""
+    wanted = ImageFont.load_default(14).getbbox(title)[2]
+    return ImageFont.load_default(14 * min(1, width / max(wanted, 1)))
+
+
+def _bytes(values: Tensor) -> Tensor:
+    """[0, 1] to uint8; what is not a number becomes black."""
+    return values.nan_to_num(0).clamp(0, 1).mul(255).round().byte()

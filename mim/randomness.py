@@ -1,0 +1,66 @@
+"""Random numbers as a function of what they are for, so that no generator state is ever saved.
+
+Sample order, crops and masks depend on (seed, epoch, sample) or (seed, step, position in the global batch), never
+on the worker, the rank or what was drawn before. Resuming, other worker counts and other world sizes then give the same
+numbers.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)  # splitmix64's increment, as the signed integer that torch has
+
+
+def derive_seed(*key: int | str) -> int:
+    """A 63-bit seed for a key such as ``(seed, "crop", epoch, index)``; another key gives an unrelated seed."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A fresh ``torch.Generator`` that depends on ``key`` alone."""
+    return torch.Generator(device).manual_seed(derive_seed(*key))
+
+
+class RowGenerator:
+    """Uniform numbers for a batch in which every row has its own key.
+
+    Row ``b`` draws the same numbers whatever else is in the batch, so a global batch may be cut into ranks and
+    micro-batches at will. Counter based: numbers are hashes of (key, counter), computed on the keys' device.
+
+    Args:
+        keys: ``(B,)`` int64, one key per row.
+    """
+
+    def __init__(self, keys: Tensor) -> None:
+        self.keys = keys
+        self._draws = 0
+
+    @classmethod
+    def for_rows(cls, seed: int, first: int, count: int, device: torch.device | str | None = None) -> "RowGenerator":
+        """Rows ``first .. first + count`` of the stream that ``seed`` names."""
+        rows = torch.arange(first, first + count, device=device)
+        return cls(_mix(rows + (seed & 0x7FFFFFFFFFFFFFFF)))
+
+    def rand(self, *shape: int) -> Tensor:
+        """``(B, *shape)`` float32, uniform on [0, 1); every call gives new numbers."""
+        count = int(torch.Size(shape).numel())
+        counter = torch.arange(self._draws, self._draws + count, device=self.keys.device)
+        self._draws += count
+        bits = _mix(self.keys[:, None] + counter * _GAMMA)  # (B, count)
+        return ((bits >> 40) & 0xFFFFFF).float().div(1 << 24).view(-1, *shape)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The splitmix64 finaliser (Steele et al., OOPSLA 2014) on int64, whose products wrap as unsigned ones do."""
+    x = x + _GAMMA
+    x = (x ^ _shift(x, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    x = (x ^ _shift(x, 27)) * (0x94D049BB133111EB - (1 << 64))
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch's own keeps the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,237 @@
+"""The report, section by section in reading order."""
+
+import json
+import os
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mim.report.charts import chart, seeds
+from mim.report.markup import Html, count, duration, folded, number, percent, section, table, tag
+from mim.report.record import KNN, LINEAR, LOSS, LR, RANKME, SPREAD, Run, read_json, read_run, to_float
+from mim.report.strips import overlay, what_it_sees
+from mim.report.style import PAGE, STYLE
+
+PAGE_BYTES = 3_000_000
+PICTURE_BYTES = (300_000, 60_000, 8_000)  # of one picture: the first with which the page is small enough
+OVERLAYS, BAD_FILES_SHOWN = 6, 20
+
+
+def write_report(run: Path) -> Path:
+    """Writes ``report.html`` into a run folder, finished or still growing; what is not there yet is left out.
+
+    Returns:
+        The path of the page, which is replaced as a whole.
+    """
+    for limit in PICTURE_BYTES:
+        page = compose(read_run(run), limit).encode(errors="replace")
+        if len(page) <= PAGE_BYTES:
+            break
+    path = run / "report.html"
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_bytes(page)
+    os.replace(unfinished, path)
+    return path
+
+
+def compose(run: Run, limit: int) -> str:
+    """The page, with pictures of at most ``limit`` bytes each."""
+    sections = [
+        headline(run),
+        what_it_sees(run, limit),
+        curves(run),
+        probes(run),
+        *evaluations(run, limit),
+        settings(run),
+        data(run),
+        environment(run),
+        use(run),
+        notes(run),
+    ]
+    return PAGE.format(title=escape(run.title), style=STYLE, body="\n".join(filter(None, sections)))
+
+
+def headline(run: Run) -> Html:
+    """What was trained on what, for how long, and the numbers people look for first."""
+    summary = run.summary
+    facts = [str(summary["data"])] if summary.get("data") else []
+    facts += [count(summary[f"{noun}s"], noun) for noun in ("image", "epoch", "step") if summary.get(f"{noun}s")]
+    seconds = to_float(summary.get("wall_seconds"))
+    facts += [duration(seconds)] if seconds is not None else []
+    facts += [str(summary["device"])] if summary.get("device") else []
+    status = tag("span", summary["status"], class_="status") if summary.get("status") else ""
+    return tag(
+        "header",
+        tag("p", run.folder.name, status, class_="run"),
+        tag("h1", run.title),
+        tag("p", " · ".join(facts), class_="lead"),
+        tag("dl", *headline_numbers(run), class_="numbers"),
+    )
+
+
+def headline_numbers(run: Run) -> list[Html]:
+    """Loss, accuracies beside those of the untrained encoder, health and speed, as far as they are known."""
+    first_loss, accuracy = run.first(LOSS), {"knn": ("k-NN top-1", KNN), "linear": ("linear top-1", LINEAR)}
+    entries: list[tuple[str, float | None, Callable[[float], str], object]] = [
+        ("loss", run.last("loss", LOSS), number, first_loss and f"{number(first_loss)} at the start")
+    ]
+    for key, (name, metric) in accuracy.items():
+        untrained = run.untrained(metric)
+        entries.append((name, run.last(key, metric), percent, untrained and f"untrained {percent(untrained)}"))
+    entries.append(("RankMe", run.last("rankme", RANKME), number, "effective dimensions"))
+    entries.append(("images per second", to_float(run.summary.get("images_per_second")), number, None))
+    return [
+        tag("div", tag("dt", name), tag("dd", show(value)), tag("dd", note or "", class_="note"))
+        for name, value, show, note in entries
+        if value is not None
+    ]
+
+
+def curves(run: Run) -> Html:
+    """The charts everybody looks for, and all other columns folded away."""
+    scale = run.epochs_per_step
+    charts = [
+        chart(
+            title, {name: run.metrics[key] for name, key in lines.items() if key in run.metrics}, scale, unit, from_zero
+        )
+        for title, lines, unit, from_zero in CHARTS
+    ]
+    named = {key for _, lines, *_ in CHARTS for key in lines.values()}
+    others = [chart(name, {name: points}, scale) for name, points in sorted(run.metrics.items()) if name not in named]
+    main, more = (tag("div", *filter(None, group), class_="charts") if any(group) else "" for group in (charts, others))
+    return section("How it went", main, folded("All other measurements", more))
+
+
+CHARTS: list[tuple[str, dict[str, str], str, bool]] = [
+    ("Loss", {"loss": LOSS}, "", False),
+    ("Accuracy of the frozen features", {"k-NN": KNN, "linear": LINEAR}, "%", True),
+    ("Learning rate", {"learning rate": LR}, "", True),
+    ("RankMe: effective dimensions", {"RankMe": RANKME}, "", True),
+    ("Feature spread: 0 collapsed, 1 even", {"spread": SPREAD}, "", True),
+]
+"""Title, lines by name and column, unit (``%``: the file holds shares of one), whether the axis begins at zero."""
+
+
+def probes(run: Run) -> Html:
+    """Pretrained beside untrained encoder, every seed of every probe."""
+    probe = run.summary.get("probe") or {}
+    results = {
+        PROBES.get(name, name): (np.array(result["untrained"], float), np.array(result["trained"], float))
+        for name, result in probe.items()
+        if isinstance(result, dict) and result.get("trained") and result.get("untrained")
+    }
+    if not results:
+        return Html("")
+    low = min(values.min() for pair in results.values() for values in pair)
+    high = max(values.max() for pair in results.values() for values in pair)
+    rows = [
+        (
+            name,
+            mean_and_spread(untrained),
+            tag("strong", mean_and_spread(trained)),
+            f"{100 * (trained.mean() - untrained.mean()):+.1f} points",
+            seeds(untrained, trained, low, high),
+        )
+        for name, (untrained, trained) in results.items()
+    ]
+    runs = max(len(values) for pair in results.values() for values in pair)
+    spread = f"Mean ± standard deviation of {runs} seeds." if runs > 1 else "One seed only, so no spread is known."
+    return section(
+        "What it is worth",
+        table(rows, head=["top-1", "untrained", "pretrained", "gain", "each seed: ○ untrained, ● pretrained"]),
+        lead=f"{probe.get('protocol', '')} {spread}".strip(),
+    )
+
+
+PROBES = {"knn": "k-NN", "linear": "linear"}
+
+
+def mean_and_spread(values: NDArray[np.float64]) -> str:
+    """``61.7 ± 0.4 %``."""
+    spread = f" ± {100 * values.std(ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{100 * values.mean():.1f}{spread}\u202f%"
+
+
+def evaluations(run: Run, limit: int) -> list[Html]:
+    """A section per later evaluation: ``metrics.json`` with title, protocol and metrics, and pictures beside it."""
+    sections = []
+    for path in [run.folder / "metrics.json", *sorted(run.folder.glob("evaluation/*/metrics.json"))]:
+        content = read_json(path, run.unreadable)
+        metrics = content.get("metrics")
+        if not isinstance(metrics, dict):
+            continue
+        plain = [(name, measured(value)) for name, value in metrics.items() if not isinstance(value, dict)]
+        nested = {name: value for name, value in metrics.items() if isinstance(value, dict)}
+        details = [
+            folded(name, table((key, measured(v)) for key, v in value.items())) for name, value in nested.items()
+        ]
+        files = sorted(path.parent.glob("*.png"))[:OVERLAYS] if path.parent != run.folder else []
+        overlays = tag("div", *filter(None, (overlay(file, run, limit) for file in files)), class_="pair")
+        title = str(content.get("title") or path.parent.name)
+        sections.append(section(title, table(plain), *details, overlays, lead=str(content.get("protocol") or "")))
+    return sections
+
+
+def measured(value: object) -> str:
+    """A metric of an evaluation; a list is one measured several times."""
+    if isinstance(value, list) and value and all(isinstance(item, int | float) for item in value):
+        spread = f" ± {np.std(value, ddof=1):.2g} ({len(value)} seeds)" if len(value) > 1 else ""
+        return f"{number(float(np.mean(value)))}{spread}"
+    return number(value)
+
+
+def settings(run: Run) -> Html:
+    """What differs from the defaults, and everything."""
+    changed = run.summary.get("changed") or {}
+    rows = [(name, tag("strong", written(used)), written(default)) for name, (default, used) in changed.items()]
+    everything = folded("Every setting: config.yaml", run.text("config.yaml"))
+    return section("Settings", table(rows, head=["changed", "this run", "default"]), everything)
+
+
+def written(value: object) -> str:
+    """A setting as one types it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def data(run: Run) -> Html:
+    """How many images and classes there are, and which files could not be read."""
+    known = {key: run.summary[key] for key in ("data", "images", "classes") if run.summary.get(key)}
+    bad = run.text("bad_files.txt").splitlines()
+    rows = [*((key, number(value)) for key, value in known.items()), *([("unreadable files", len(bad))] if bad else [])]
+    first = "\n".join(bad[:BAD_FILES_SHOWN])
+    title = "Unreadable files" if len(bad) <= BAD_FILES_SHOWN else f"The first {BAD_FILES_SHOWN} unreadable files"
+    return section("Data", table(rows), folded(title, first))
+
+
+def environment(run: Run) -> Html:
+    """Machine, versions and state of the code."""
+    known = {
+        key: run.summary[key]
+        for key in ("device", "parameters", "batch_size", "seed", "git")
+        if run.summary.get(key) is not None
+    }
+    versions = run.summary.get("versions") or {}
+    rows = [(key.replace("_", " "), number(value)) for key, value in known.items()]
+    rows += [("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))] if versions else []
+    return section("Environment", table(rows), folded("More: env.txt", run.text("env.txt")))
+
+
+def use(run: Run) -> Html:
+    """How to load the result, to go on and to run it again."""
+    export, command = run.summary.get("export"), run.text("command.txt") or run.summary.get("command")
+    parts = []
+    if export:
+        model = f'model = timm.create_model("local-dir:{export}", pretrained=True)'
+        lines = f"import timm\n{model}\nfeatures = model.forward_features(images)"
+        parts += [tag("p", "Load it, with nothing but timm:"), tag("pre", lines)]
+    parts += [tag("p", "Go on where it stopped:"), tag("pre", f"python tools/pretrain.py --resume {run.where}")]
+    parts += [tag("p", "Run it again:"), tag("pre", command)] if command else []
+    return section("Use it", *parts)
+
+
+def notes(run: Run) -> Html:
+    """Files of the run folder that are damaged."""
+    return section("Not shown", tag("ul", *(tag("li", line) for line in run.unreadable)) if run.unreadable else "")

@@ -1,0 +1,138 @@
+"""The folder of a run: numbered, with fixed names for everything that a run leaves behind."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mim.errors import UserError
+
+
+class RunFolder:
+    """Paths inside a run folder.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.csv"
+        self.summary = path / "summary.json"
+        self.bad_files = path / "bad_files.txt"
+        self.log = path / "log.txt"
+        self.images = path / "images"
+        self.checkpoints = path / "checkpoints"
+        self.backbone = path / "export" / "backbone"
+        self.debug = path / "debug"
+
+    @classmethod
+    def create(cls, out: str | None, name: str, overwrite: bool = False) -> "RunFolder":
+        """Makes ``out``, or the next ``runs/NNN-name``; a folder that holds a run already is refused."""
+        if out is None:
+            return cls(_numbered(Path("runs"), name))
+        path = Path(out)
+        run = cls(path)
+        if run.config.exists() and not overwrite:
+            raise UserError(
+                f"--out {out} holds a run already",
+                why=f"it has {'finished' if run.status() == 'done' else 'not finished'}",
+                hint=f"--resume {out}   or   --overwrite   or leave --out away: runs are numbered",
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / ".writable").touch()
+            (path / ".writable").unlink()
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be written: {error.strerror}", hint="--out another/folder") from error
+        if overwrite:
+            run._clear()
+        return run
+
+    @classmethod
+    def find(cls, resume: str) -> "RunFolder | None":
+        """The run that ``--resume`` names; for ``auto`` the newest unfinished one under ``runs``, if there is any."""
+        if resume != "auto":
+            run = cls(Path(resume))
+            if not run.config.is_file():
+                known = ", ".join(sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))[-3:])
+                raise UserError(f"--resume {resume}: no run there", hint=known or "start one: python tools/pretrain.py")
+            return run
+        runs = [cls(path.parent) for path in sorted(Path("runs").glob("*/config.yaml"), reverse=True)]
+        return next((run for run in runs if run.status() != "done"), None)
+
+    def status(self) -> str:
+        """``running``, ``interrupted`` or ``done``."""
+        return str(self.read_summary().get("status", "running"))
+
+    def read_summary(self) -> dict[str, Any]:
+        """What ``summary.json`` says; empty if there is none."""
+        return json.loads(self.summary.read_text()) if self.summary.exists() else {}
+
+    def write_summary(self, **facts: Any) -> None:  # noqa: ANN401
+        """Adds ``facts`` to ``summary.json``."""
+        merged = self.read_summary() | facts
+        temporary = self.summary.with_suffix(".tmp")
+        temporary.write_text(json.dumps(merged, indent=2, default=str) + "\n")
+        os.replace(temporary, self.summary)
+
+    def write_origin(self, arguments: list[str]) -> None:
+        """Writes down the command and the environment."""
+        (self.path / "command.txt").write_text(shlex.join(["python", "-m", "mim", "pretrain", *arguments]) + "\n")
+        facts = {"python": platform.python_version(), "system": platform.platform(), **versions()}
+        (self.path / "env.txt").write_text("\n".join(f"{name} {value}" for name, value in facts.items()) + "\n")
+
+    def say(self, text: str) -> None:
+        """Prints a line and keeps it in ``log.txt``."""
+        print(text, flush=True)
+        with self.log.open("a") as file:
+            file.write(text + "\n")
+
+    def _clear(self) -> None:
+        import shutil
+
+        for name in ("images", "checkpoints", "export", "tensorboard", "debug"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for file in (self.metrics, self.summary, self.bad_files, self.log, self.config):
+            file.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    names = ("mim-suite", "torch", "torchvision", "timm", "lightning", "kornia", "numpy", "pillow", "jsonargparse")
+    return {name: version(name) for name in names}
+
+
+def git_commit() -> str | None:
+    """Commit of the working copy this runs from, if it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _numbered(root: Path, name: str) -> Path:
+    """Makes and returns ``root/NNN-name`` with the next free number; safe when several runs start at once."""
+    root.mkdir(parents=True, exist_ok=True)
+    taken = [int(path.name[:3]) for path in root.iterdir() if path.name[:3].isdigit()]
+    number = max(taken, default=0) + 1
+    while True:
+        path = root / f"{number:03d}-{name}"
+        try:
+            path.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return path
+
+
+def terminal() -> bool:
+    """Whether a person is watching."""
+    return sys.stdout.isatty()

@@ -1,0 +1,20 @@
+"""Numbers that change during training, as functions of progress (0 to 1) or of the step; none of them keeps a state."""
+
+import math
+
+
+def linear(progress: float, start: float, end: float) -> float:
+    """Straight line from ``start`` at progress 0 to ``end`` at progress 1."""
+    return start + (end - start) * progress
+
+
+def cosine(progress: float, start: float, end: float) -> float:
+    """Half a cosine from ``start`` at progress 0 to ``end`` at progress 1, flat at both ends."""
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def warmup_cosine(step: int, warmup_steps: int, max_steps: int, peak: float, end: float) -> float:
+    """Linear from 0 to ``peak`` over the warm-up, then half a cosine to ``end``, reached at ``max_steps`` and kept."""
+    if step < warmup_steps:
+        return linear(step / warmup_steps, 0.0, peak)
+    return cosine(min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps)), peak, end)

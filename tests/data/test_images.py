@@ -1,0 +1,155 @@
+import io
+import os
+import pickle
+import subprocess
+import sys
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from hostile import Case, bad, colour, encode, exif, legal, npy, tiff
+from PIL import Image
+
+from mim.data.images import MAX_FILE_BYTES, ImageError, read_header, read_image
+
+BAD = list(bad())
+
+
+def pixels(source, channels=3):
+    return read_image(source, channels).permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("case", legal(), ids=lambda case: case.name)
+def test_a_legal_file_gives_the_right_pixels(case: Case):
+    difference = np.abs(pixels(case.data).astype(int) - case.truth)
+    assert difference.max() <= case.tolerance
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda case: case.name)
+def test_a_bad_file_is_refused_with_its_name_and_a_reason(case: Case):
+    with pytest.raises(ImageError) as refusal:
+        read_image(case.data, name=case.name)
+    assert refusal.value.path == case.name
+    assert 0 < len(refusal.value.reason) < 250
+    assert "\n" not in refusal.value.reason
+
+
+@pytest.mark.parametrize("case", [*legal(), *BAD], ids=lambda case: case.name)
+def test_an_image_that_can_be_read_has_a_header(case: Case):
+    try:
+        header = read_header(case.data)
+    except ImageError:
+        assert case.truth is None
+    else:
+        assert header.format
+        assert case.truth is None or sorted((header.height, header.width)) == sorted(case.truth.shape[:2])
+
+
+def test_rotten_bytes_never_raise_anything_else():
+    generator = np.random.default_rng(0)
+    files = [case.data for case in legal() if len(case.data) < 20_000]
+    for _ in range(600):
+        data = bytearray(files[generator.integers(len(files))])
+        for place in generator.integers(len(data), size=generator.integers(1, 6)):
+            data[place] = generator.integers(256)
+        with suppress(ImageError):
+            read_image(bytes(data))
+
+
+def test_a_file_on_disk_gives_the_same_as_its_bytes(tmp_path):
+    file = tmp_path / "image.png"
+    file.write_bytes(encode(Image.fromarray(colour()), "PNG"))
+    assert torch.equal(read_image(file), read_image(file.read_bytes()))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "nothing", "ring"])
+def test_only_ordinary_files_are_opened(tmp_path, kind):
+    path = tmp_path / "x.jpg"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind in ("device", "ring"):
+        path.symlink_to("/dev/zero" if kind == "device" else path)
+    with pytest.raises(ImageError, match=r"not an ordinary file|No such file|symbolic links"):
+        read_image(path)
+
+
+def test_a_huge_file_is_refused_unread(tmp_path):
+    file = tmp_path / "x.jpg"
+    with file.open("wb") as content:
+        content.truncate(MAX_FILE_BYTES + 1)
+    with pytest.raises(ImageError, match="256 MiB"):
+        read_image(file)
+
+
+def test_an_error_survives_the_way_out_of_a_worker():
+    error = pickle.loads(pickle.dumps(ImageError("a/b.jpg", "truncated")))
+    assert (type(error), error.path, error.reason) == (ImageError, "a/b.jpg", "truncated")
+
+
+def test_an_error_shows_no_control_characters():
+    assert str(ImageError("a\n\x1b[31m.jpg", "bad")) == r"a\n\x1b[31m.jpg: bad"
+
+
+def test_odd_metadata_warns_nobody(tmp_path):
+    file = tmp_path / "image.jpg"
+    file.write_bytes(next(case.data for case in legal() if case.name == "exif-broken.jpg"))
+    # A process of its own, because pytest puts its filters before ours.
+    program = f"from pathlib import Path; from mim.data.images import read_image; read_image(Path({str(file)!r}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "JPEG", "TIFF"])
+def test_grey_from_a_colour_picture(fmt):
+    image = Image.fromarray(np.full((4, 5, 3), (200, 100, 50), np.uint8))
+    grey = read_image(encode(image, fmt), channels=1)
+    assert grey.shape == (1, 4, 5)
+    assert grey.float().mean().item() == pytest.approx(0.299 * 200 + 0.587 * 100 + 0.114 * 50, abs=2)
+
+
+def test_a_colour_array_becomes_grey():
+    assert read_image(npy(np.full((4, 5, 3), 9, np.uint8)), channels=1).unique().tolist() == [9]
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5, 13])
+@pytest.mark.parametrize("first", [False, True])
+def test_many_channels_from_arrays_and_tiff(channels, first):
+    array = np.random.default_rng(0).integers(0, 65536, (20, 30, channels), np.uint16)
+    stored = array.transpose(2, 0, 1) if first else array
+    planar = {"planarconfig": "separate" if first else "contig", "photometric": "minisblack"}
+    for data in (npy(stored), tiff(stored, **planar)):
+        difference = np.abs(pixels(data, channels).astype(float) - array / 257)
+        assert difference.max() <= 0.5
+
+
+def test_channels_as_pages_of_a_tiff():
+    array = np.arange(5 * 20 * 30, dtype=np.uint8).reshape(5, 20, 30)
+    assert np.array_equal(read_image(tiff(array, photometric="minisblack"), channels=5), array)
+
+
+@pytest.mark.parametrize("data", [encode(Image.fromarray(colour()), "PNG"), npy(colour()), npy(colour()[..., 0])])
+def test_a_wrong_number_of_channels_is_refused(data):
+    with pytest.raises(ImageError, match="4 channels"):
+        read_image(data, channels=4)
+
+
+def test_a_huge_tiff_of_many_channels_is_refused_from_its_header():
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as file:
+        file.write(np.zeros((16, 16, 4), np.uint8), photometric="rgb")
+    data = bytearray(buffer.getvalue())
+    with tifffile.TiffFile(buffer) as file:
+        for name in ("ImageWidth", "ImageLength"):
+            tag = file.pages[0].tags[name]
+            data[tag.valueoffset : tag.valueoffset + 2] = b"\xff\xff"
+    with pytest.raises(ImageError, match="more than the limit"):
+        read_image(bytes(data), channels=4)
+
+
+def test_the_picture_in_an_orientation_unknown_to_exif_stays():
+    image = Image.fromarray(colour())
+    assert torch.equal(read_image(encode(image, "PNG", exif=exif(200))), read_image(encode(image, "PNG")))
