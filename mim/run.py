@@ -56,15 +56,20 @@ class RunFolder:
         return run
 
     @classmethod
-    def find(cls, resume: str) -> "RunFolder | None":
-        """The run that ``--resume`` names; for ``auto`` the newest unfinished one under ``runs``, if there is any."""
+    def find(cls, resume: str, out: str | None = None) -> "RunFolder | None":
+        """The run that ``--resume`` names.
+
+        For ``auto`` that is the run in ``out``, or without it the newest unfinished one under ``runs``; ``None`` if
+        there is none yet.
+        """
         if resume != "auto":
             run = cls(Path(resume))
             if not run.config.is_file():
                 known = ", ".join(sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))[-3:])
                 raise UserError(f"--resume {resume}: no run there", hint=known or "start one: python tools/pretrain.py")
             return run
-        runs = [cls(path.parent) for path in sorted(Path("runs").glob("*/config.yaml"), reverse=True)]
+        folders = [Path(out)] if out else sorted(Path("runs").glob("*"), reverse=True)
+        runs = [cls(folder) for folder in folders if (folder / "config.yaml").is_file()]
         return next((run for run in runs if run.status() != "done"), None)
 
     def status(self) -> str:

@@ -29,13 +29,16 @@ class Checkpoints(Callback):
         self._handlers: dict[int, Any] = {}
         self._seen = -1
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the signals over from Lightning, whose handlers act in the middle of a step."""
-        self._seen = trainer.global_step
         if trainer.is_global_zero and self.folder.exists():
             sweep(self.folder)
         for number in SIGNALS:
             self._handlers[number] = signal.signal(number, self._note)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes the step that a resumed run starts from."""
+        self._seen = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int

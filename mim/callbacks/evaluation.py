@@ -127,11 +127,9 @@ class Evaluation(Callback):
         picture = strip(images, method.visualize(images), method.evaluated, self.data.mean, self.data.std)
         method.train(training)
         self.run_log.run.images.mkdir(exist_ok=True)
-        save_strip(
-            picture,
-            self.run_log.run.images
-            / f"epoch_{epoch:0{3 if epoch == round(epoch) else 7}.{0 if epoch == round(epoch) else 3}f}.png",
-        )
+        # Three digits, and decimals only where a run is evaluated within an epoch.
+        number = f"{epoch:03.0f}" if epoch.is_integer() else f"{epoch:07.3f}"
+        save_strip(picture, self.run_log.run.images / f"epoch_{number}.png")
 
     def _say(self, method: Method, step: int, values: dict[str, float]) -> None:
         numbers = [f"{kind} {values[key]:.1%}" for kind, key in LABELLED.items() if key in values]

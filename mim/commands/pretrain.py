@@ -37,13 +37,11 @@ FREE_TO_CHANGE = ("trainer.", "data.num_workers", "data.max_bad", "log_every", "
 
 def main(args: Sequence[str]) -> int:
     """Parses dotted options, trains, exports; returns the exit status."""
-    config = parse(args)
-    resumed = RunFolder.find(config.resume) if config.resume else None
-    if resumed is None and config.resume and config.out:
-        resumed = RunFolder.find(config.out)
+    options = dict(arg.removeprefix("--").partition("=")[::2] for arg in args)
+    resumed = RunFolder.find(options["resume"], options.get("out")) if "resume" in options else None
     if resumed is not None:
-        config = _resumed_config(resumed, config, args)
-    return Pretraining(config, resumed).run(args)
+        args = _resumed_arguments(resumed, args)
+    return Pretraining(parse(args), resumed).run(args)
 
 
 class Pretraining:
@@ -321,15 +319,16 @@ class Pretraining:
         )
 
 
-def _resumed_config(run: RunFolder, config: Namespace, args: Sequence[str]) -> Namespace:
+def _resumed_arguments(run: RunFolder, args: Sequence[str]) -> list[str]:
     """The saved settings with this call's options on top; refuses what would change the function computed."""
-    given = [arg for arg in args if not arg.startswith("--config")]
-    merged = parse([f"--config={run.config}", *given])
-    allowed = (*FREE_TO_CHANGE, *filter(None, config.allow_change.split(",")))
+    saved = f"--config={run.config}"
+    merged = [saved, *(arg for arg in args if not arg.startswith(("--config=", "--out=")))]
+    allowed = (*FREE_TO_CHANGE, *filter(None, parse(merged).allow_change.split(",")))
+    changed = changes(merged)
     differing = {
-        name: (old, new)
-        for name, (old, new) in changes([f"--config={run.config}", *given]).items()
-        if not name.startswith(allowed) and not (name == "epochs" and new > old)
+        name: values
+        for name, values in changed.items()
+        if not name.startswith(allowed) and not (name == "epochs" and values[1] > values[0])
     }
     if differing:
         rows = [f"         {name:<40} {old} -> {new}" for name, (old, new) in differing.items()]
@@ -338,8 +337,8 @@ def _resumed_config(run: RunFolder, config: Namespace, args: Sequence[str]) -> N
             why="resuming continues the same schedule and optimizer",
             hint=f"drop them,  or  --allow_change {','.join(differing)},  or start fresh:  --init {run.path}",
         )
-    if merged.epochs != parse([f"--config={run.config}"]).epochs:
-        print(f"note: epochs changed to {merged.epochs:g}: schedules are stretched over the new length", flush=True)
+    if "epochs" in changed:
+        print(f"note: epochs {changed['epochs'][0]} -> {changed['epochs'][1]}: schedules are stretched", flush=True)
     return merged
 
 

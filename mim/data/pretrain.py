@@ -1,6 +1,7 @@
 """Images for pretraining: what to read, in which order, cut into which views. Labels serve the online probes only."""
 
 import os
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,9 @@ from mim.data.sources import Source, open_source
 from mim.data.views import IMAGENET_MEAN, IMAGENET_STD, SingleView, Views
 from mim.errors import UserError
 from mim.randomness import derive_seed, keyed_generator
+
+STALL = 120
+"""Seconds after which a worker that delivers nothing ends the run instead of hanging it."""
 
 Bad = tuple[str, str]
 """(file, reason) of something that could not be read."""
@@ -105,7 +109,8 @@ class PretrainData(L.LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=trainer.strategy.root_device.type == "cuda",
-            timeout=120 if self.num_workers else 0,
+            timeout=STALL if self.num_workers else 0,
+            worker_init_fn=leave_signals_to_the_run,
         )
 
     def batch(self, step: int) -> tuple[list[Tensor], Tensor, list[str]]:
@@ -124,7 +129,8 @@ class PretrainData(L.LightningDataModule):
             batch_size=batch_size,
             num_workers=self.num_workers,
             collate_fn=_collate_readable,
-            timeout=120 if self.num_workers else 0,
+            timeout=STALL if self.num_workers else 0,
+            worker_init_fn=leave_signals_to_the_run,
         )
         for images, labels in loader:
             if len(images):
@@ -270,6 +276,15 @@ def collate(samples: list[tuple[list[Tensor], int, list[Bad]]]) -> tuple[list[Te
     """Stacks views and labels, joins the lists of bad files."""
     views, labels = default_collate([(views, label) for views, label, _ in samples])
     return views, labels, [bad for *_, bads in samples for bad in bads]
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """Lets a loader's worker outlive the signals that a scheduler or Ctrl-C sends to all processes of a run.
+
+    The run still needs it for the step that it finishes before it saves. A worker ends with its parent in any case.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate_readable(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor]:

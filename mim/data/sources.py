@@ -189,7 +189,8 @@ def open_source(data: str, channels: int = 3) -> tuple[FileSource, FileSource | 
 
     Args:
         data: a folder, a ``.txt`` or ``.csv`` list, a ``.tar`` file, or tar shards as ``train-{0000..0099}.tar``.
-            A folder with ``train/`` and ``val/`` (``valid``, ``validation``, ``test``) gives both parts.
+            A folder with ``train/`` and ``val/`` (``valid``, ``validation``, ``test``) gives both parts. Of a folder
+            that holds ``images/`` beside ``masks/``, only the images count.
         channels: of the images.
 
     Raises:
@@ -197,11 +198,11 @@ def open_source(data: str, channels: int = 3) -> tuple[FileSource, FileSource | 
     """
     path = Path(data).expanduser()
     if path.is_dir():
+        name = path.resolve().name
         held_out = next((path / part for part in HELD_OUT if (path / part).is_dir()), None)
         if not (path / "train").is_dir() or held_out is None:
-            return FolderSource(path, channels), None
-        name = path.resolve().name
-        train, held = FolderSource(path / "train", channels, name), FolderSource(held_out, channels, name)
+            return FolderSource(_without_masks(path), channels, name), None
+        train, held = (FolderSource(_without_masks(part), channels, name) for part in (path / "train", held_out))
         _check_classes(data, held_out.name, train.classes, held.classes)
         return train, held
     if path.suffix.lower() in (".txt", ".csv") and path.is_file():
@@ -212,6 +213,11 @@ def open_source(data: str, channels: int = 3) -> tuple[FileSource, FileSource | 
 
 
 # Folders -------------------------------------------------------------------------------------------------------------
+
+
+def _without_masks(folder: Path) -> Path:
+    """The folder's ``images/`` if ``masks/`` lies beside it, so that masks are not taken for a class of images."""
+    return folder / "images" if (folder / "images").is_dir() and (folder / "masks").is_dir() else folder
 
 
 def _scan(root: Path) -> tuple[list[str], Counter[str], int]:

@@ -138,14 +138,11 @@ def test_a_wrong_number_of_channels_is_refused(data):
 
 
 def test_a_huge_tiff_of_many_channels_is_refused_from_its_header():
-    buffer = io.BytesIO()
-    with tifffile.TiffWriter(buffer) as file:
-        file.write(np.zeros((16, 16, 4), np.uint8), photometric="rgb")
-    data = bytearray(buffer.getvalue())
-    with tifffile.TiffFile(buffer) as file:
-        for name in ("ImageWidth", "ImageLength"):
-            tag = file.pages[0].tags[name]
-            data[tag.valueoffset : tag.valueoffset + 2] = b"\xff\xff"
+    data = bytearray(tiff(np.zeros((16, 16, 4), np.uint8), photometric="rgb"))
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        places = [file.pages[0].tags[name].valueoffset for name in ("ImageWidth", "ImageLength")]
+    for place in places:
+        data[place : place + 2] = b"\xff\xff"
     with pytest.raises(ImageError, match="more than the limit"):
         read_image(bytes(data), channels=4)
 
