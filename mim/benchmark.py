@@ -8,20 +8,26 @@ import json
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW, Optimizer
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+from mim.config import build_parser
+from mim.data.pretrain import Crops, PretrainData, collate
+from mim.errors import UserError
 from mim.methods import MAE, Batch, Method
 from mim.patches import gather_tokens, patchify, pixel_targets
 
@@ -79,9 +85,16 @@ class Contender:
     @classmethod
     def plain(cls, method: Method, batch: Batch, precision: str) -> "Contender":
         """The textbook formulation of the same method: explicit attention, no fused optimizer; see ``PLAIN_LOSSES``."""
+        if type(method) not in PLAIN_LOSSES:
+            known = ", ".join(method.__name__ for method in PLAIN_LOSSES)
+            raise UserError(
+                f"--against plain: {type(method).__name__} has no plain formulation",
+                why=f"there is one for {known}",
+                hint="--against OTHER.yaml",
+            )
         for module in method.modules():
             if isinstance(module, Attention):
-                module.fused_attn = False
+                module.fused_attn = False  # type: ignore[misc]  # final for TorchScript's sake
         groups = [{**group, "fused": None} for group in method.configure_optimizers().param_groups]
         optimizer = AdamW(groups, fused=False)
         return cls("plain", method, batch, precision, PLAIN_LOSSES[type(method)], optimizer, _gradient_norm)
@@ -98,7 +111,8 @@ class Contender:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         clock.mark()
-        return Timing(*clock.laps(), processor=time.process_time() - processor)
+        forward, backward, optimizer = clock.laps()
+        return Timing(forward, backward, optimizer, time.process_time() - processor)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision of the forward pass."""
@@ -112,7 +126,8 @@ class Contender:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, self.autocast():
             self.loss(self.method, self.batch).backward()  # type: ignore[no-untyped-call]
         self.optimizer.zero_grad(set_to_none=True)
-        return counter.get_total_flops()
+        total: int = counter.get_total_flops()
+        return total
 
     def memory(self) -> int:
         """Most bytes that a step holds at once beyond weights and optimizer state: activations and gradients."""
@@ -147,6 +162,60 @@ def ratios(first: Sequence[Timing], second: Sequence[Timing]) -> dict[str, float
         "fastest": min(b.step for b in second) / min(a.step for a in first),
         "processor": median(b.processor / a.processor for a, b in pairs),
     }
+
+
+def build(config: Namespace, device: torch.device) -> tuple[Method, Batch]:
+    """A recipe's method, and a batch of noise that went through the recipe's views; both on the device."""
+    torch.manual_seed(config.seed)
+    try:
+        objects = build_parser().instantiate_classes(config)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error), hint="python tools/pretrain.py --help_all explains every option") from error
+    method: Method = objects.model.to(device)
+    data: PretrainData = objects.data
+    encoder = method.encoder
+    data.views.configure(encoder.img_size, *data.statistics(encoder.in_chans))
+    noise = torch.randint(256, (data.batch_size, encoder.in_chans, *encoder.img_size), dtype=torch.uint8)
+    views, labels, _ = collate([(data.views.crop(image), -1, []) for image in noise])
+    return method, (data.views.to(device)([view.to(device) for view in views]), labels.to(device))
+
+
+def compile_blocks(method: Method) -> None:
+    """Compiles the transformer blocks as pretraining does: one small graph for each shape."""
+    for module in method.modules():
+        if isinstance(module, Block):
+            module.compile()
+
+
+def loader_rates(config: Namespace, contender: Contender, steps: int) -> dict[str, float]:
+    """Images per second that the loader delivers to a device that does nothing else, and to one that trains on them."""
+    data: PretrainData = build_parser().instantiate_classes(config).data
+    device, encoder = contender.method.device, contender.method.encoder
+    data.open(encoder.img_size, encoder.in_chans, config.seed)
+    warm_up = 1 + 2 * data.num_workers  # what workers prepare ahead says nothing about their speed
+
+    def batches() -> Iterator[Batch]:
+        loader = DataLoader(
+            Crops(data.source, data.views, config.seed),
+            batch_sampler=data.sampler(range(warm_up + steps)),
+            num_workers=data.num_workers,
+            collate_fn=collate,
+            pin_memory=device.type == "cuda",
+        )
+        for batch in loader:
+            views, labels = data.on_before_batch_transfer(batch, 0)
+            moved = [view.to(device, non_blocking=True) for view in views], labels.to(device)
+            yield data.on_after_batch_transfer(moved, 0)
+
+    def rate(consume: Callable[[Batch], object]) -> float:
+        start = 0.0
+        for number, batch in enumerate(batches(), start=1):
+            consume(batch)
+            if number == warm_up:
+                start = time.perf_counter()
+        return data.batch_size * steps / (time.perf_counter() - start)
+
+    return {"workers": data.num_workers, "alone": rate(lambda batch: None), "together": rate(contender.step)}
 
 
 class MatrixPeak:
@@ -209,8 +278,7 @@ PLAIN_LOSSES: dict[type[Method], Callable[[Any, Batch], Tensor]] = {MAE: plain_m
 def _training_step(method: Method, batch: Batch) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*self.trainer. reference is not registered.*")
-        loss: Tensor = method.training_step(batch, 0)
-    return loss
+        return method.training_step(batch, 0)  # type: ignore[return-value]  # Lightning's type is wider than ours
 
 
 def _gradient_norm(optimizer: Optimizer) -> Tensor:
@@ -244,7 +312,7 @@ class _Clock:
         if not self.on_gpu:
             self.marks.append(time.perf_counter())
             return
-        self.marks.append(torch.cuda.Event(enable_timing=True))
+        self.marks.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
         self.marks[-1].record()
 
     def laps(self) -> list[float]:

@@ -44,13 +44,14 @@ def init_backbone(vit: VisionTransformer, weights: str, *, trust: bool = False) 
         trust: see :func:`load_weights`.
 
     Raises:
-        UserError: if nothing is found or less than 90 % of the tensors of ``vit`` are in it.
+        UserError: if nothing is found, or less than 90 % of the tensors there and in ``vit`` match.
     """
     layout, tensors, grid = _find_weights(weights, trust)
     tensors, notes = adapt(tensors, vit, grid)
     own = vit.state_dict()
     matched = {name: tensors[name] for name in own if _same_kind(tensors.get(name), own[name])}
-    if len(matched) < _MATCH * len(own):
+    # Both ways round: the first blocks of a deeper model would fit, too, and give nonsense.
+    if len(matched) < _MATCH * max(len(own), len(tensors)):
         raise _misfit(vit, weights, tensors, len(matched))
     vit.load_state_dict(matched, strict=False)
     missing = [name for name in own if name not in matched]
@@ -122,13 +123,14 @@ def _same_kind(tensor: Tensor | None, own: Tensor) -> bool:
 
 def _misfit(vit: VisionTransformer, weights: str, tensors: dict[str, Tensor], matched: int) -> UserError:
     own, guess = vit.state_dict(), likely_model(tensors)
-    names = ["blocks.0.attn.qkv.weight", *own]
-    name = next(name for name in names if not _same_kind(tensors.get(name), own[name]))
+    names = ["blocks.0.attn.qkv.weight", *own, *tensors]
+    name = next(name for name in names if name not in own or not _same_kind(tensors.get(name), own[name]))
     there = "x".join(map(str, tensors[name].shape)) if name in tensors else "missing"
-    here = "x".join(map(str, own[name].shape))
+    here = "x".join(map(str, own[name].shape)) if name in own else "missing"
+    deeper = f", but {len(tensors) - matched} of its own have no place" if matched >= _MATCH * len(own) else ""
     example = f"e.g. {name} is {there} there, {here} here"
     return UserError(
         f"--init {weights} does not fit {cast(dict[str, Any], vit.pretrained_cfg)['architecture']}",
-        why=f"matched {matched} of {len(own)} tensors; {example}" + (f" -> looks like {guess}" if guess else ""),
+        why=f"matched {matched} of {len(own)} tensors{deeper}; {example}" + (f" -> looks like {guess}" if guess else ""),
         hint=f"--model {guess}" if guess else "the --model that these weights were made with",
     )

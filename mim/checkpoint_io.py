@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -23,17 +24,19 @@ class AtomicCheckpointIO(CheckpointIO):
     """Writes ``step-00000120.ckpt`` beside its SHA-256, then removes older ones; ``last.ckpt`` links to the newest."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # noqa: ANN401
-        """Puts ``checkpoint`` at ``path``; whatever stood there before survives until the new file is on the disk."""
+        """Puts ``checkpoint`` at ``path``; those of other steps stay until it is on the disk."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         size = _tensor_bytes(checkpoint)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(path.parent).free < 2 * size:  # the file, and as much again so that others can breathe
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with temporary.open("wb") as file:
                 writer = _HashingWriter(file)
                 torch.save(checkpoint, cast(BinaryIO, writer))
+                if writer.failure is not None:
+                    raise writer.failure
                 file.flush()
                 os.fsync(file.fileno())
             facts = {"sha256": writer.digest.hexdigest(), "bytes": writer.written, "step": checkpoint["global_step"]}
@@ -42,7 +45,8 @@ class AtomicCheckpointIO(CheckpointIO):
             os.replace(temporary, path)
             _sync_folder(path.parent)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             raise _no_room(error, path, size) from error
         _link(path)
         for old in checkpoints(path.parent)[:-KEEP]:
@@ -94,9 +98,11 @@ def verify(path: Path) -> str | None:
             return f"it is {path.stat().st_size} bytes long, {facts['bytes']} were written"
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != facts["sha256"]:
+            return "its contents changed after it was written (SHA-256 differs)"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
-    return None if digest == facts["sha256"] else "its contents changed after it was written (SHA-256 differs)"
+    return None
 
 
 def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
@@ -117,15 +123,23 @@ def sweep(folder: Path) -> None:
 
 
 class _HashingWriter:
-    """A file that hashes what passes through."""
+    """A file that hashes what passes through.
+
+    A failed write is kept for the caller: torch's archive would hide it behind an error of its own.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest, self.written = file, hashlib.sha256(), 0
+        self.failure: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
         self.written += len(data)
-        return self.file.write(data)
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.failure = self.failure or error
+        return len(data)
 
     def flush(self) -> None:
         self.file.flush()
@@ -151,9 +165,10 @@ def _sync_folder(folder: Path) -> None:
 def _link(path: Path) -> None:
     """Points ``last.ckpt`` at the newest checkpoint, for people; nothing of ours reads it."""
     temporary = path.with_name(f".last.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(path.name)
-    os.replace(temporary, path.with_name("last.ckpt"))
+    with suppress(OSError):  # a file system without links is no reason to end a run whose checkpoint is safe
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(path.name)
+        os.replace(temporary, path.with_name("last.ckpt"))
 
 
 def _tensor_bytes(tree: Any) -> int:  # noqa: ANN401

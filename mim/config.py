@@ -125,10 +125,11 @@ def changes(args: Sequence[str]) -> dict[str, tuple[Any, Any]]:
 def _explain(error: ArgumentError, parser: ArgumentParser) -> UserError:
     text = str(error).strip()
     text = re.sub(r"\s+", " ", text)
-    unknown = re.search(r"(?:[Uu]nrecognized arguments:|does not accept (?:option|nested key)) [\"'-]*([\w.]+)", text)
-    known = [action.dest for action in parser._actions]
-    near = difflib.get_close_matches(unknown[1], known, 1, 0.5) if unknown else []
-    return UserError(text[:400], hint=f"did you mean --{near[0]}?" if near else "--help_all lists every option")
+    refusals = r"[Uu]nrecognized arguments:|does not accept (?:option|nested key)|Option(?= '[\w.]+' is not accepted)"
+    unknown = re.search(rf"(?:{refusals}) [\"'-]*([\w.]+)", text)
+    known = {action.dest.split(".")[-1]: action.dest for action in parser._actions}
+    near = difflib.get_close_matches(unknown[1].split(".")[-1], known, 1) if unknown else []
+    return UserError(text[:400], hint=f"did you mean --{known[near[0]]}?" if near else "--help_all lists every option")
 
 
 def _parameters(cls: type) -> list[str]:

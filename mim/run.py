@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -36,7 +37,11 @@ class RunFolder:
     def create(cls, out: str | None, name: str, overwrite: bool = False) -> "RunFolder":
         """Makes ``out``, or the next ``runs/NNN-name``; a folder that holds a run already is refused."""
         if out is None:
-            return cls(_numbered(Path("runs"), name))
+            try:
+                return cls(_numbered(Path("runs"), name))
+            except OSError as error:
+                hint = "--out another/folder"
+                raise UserError(f"runs cannot be written: {error.strerror}", hint=hint) from error
         path = Path(out)
         run = cls(path)
         if run.config.exists() and not overwrite:
@@ -68,7 +73,7 @@ class RunFolder:
                 known = ", ".join(sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))[-3:])
                 raise UserError(f"--resume {resume}: no run there", hint=known or "start one: python tools/pretrain.py")
             return run
-        folders = [Path(out)] if out else sorted(Path("runs").glob("*"), reverse=True)
+        folders = [Path(out)] if out else sorted(Path("runs").glob("*"), key=_number, reverse=True)
         runs = [cls(folder) for folder in folders if (folder / "config.yaml").is_file()]
         return next((run for run in runs if run.status() != "done"), None)
 
@@ -104,7 +109,8 @@ class RunFolder:
 
         for name in ("images", "checkpoints", "export", "tensorboard", "debug"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for file in (self.metrics, self.summary, self.bad_files, self.log, self.config):
+        timing = self.path / "timing.csv"
+        for file in (self.metrics, timing, self.summary, self.bad_files, self.log, self.config):
             file.unlink(missing_ok=True)
 
 
@@ -126,8 +132,7 @@ def git_commit() -> str | None:
 def _numbered(root: Path, name: str) -> Path:
     """Makes and returns ``root/NNN-name`` with the next free number; safe when several runs start at once."""
     root.mkdir(parents=True, exist_ok=True)
-    taken = [int(path.name[:3]) for path in root.iterdir() if path.name[:3].isdigit()]
-    number = max(taken, default=0) + 1
+    number = max(map(_number, root.iterdir()), default=0) + 1
     while True:
         path = root / f"{number:03d}-{name}"
         try:
@@ -136,6 +141,12 @@ def _numbered(root: Path, name: str) -> Path:
             number += 1
         else:
             return path
+
+
+def _number(path: Path) -> int:
+    """Number of a run folder, 0 if it has none."""
+    digits = re.match("[0-9]+", path.name)
+    return int(digits[0]) if digits else 0
 
 
 def terminal() -> bool:

@@ -1,7 +1,7 @@
 """What happens beside the training step: checkpoints, metrics, probes and pictures."""
 
-from mim.callbacks.checkpoints import Checkpoints
+from mim.callbacks.checkpoints import Checkpoints, Signals
 from mim.callbacks.evaluation import Evaluation
 from mim.callbacks.run_log import RunLog
 
-__all__ = ["Checkpoints", "Evaluation", "RunLog"]
+__all__ = ["Checkpoints", "Evaluation", "RunLog", "Signals"]

@@ -3,7 +3,6 @@
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
@@ -11,6 +10,25 @@ from mim.checkpoint_io import checkpoint_name, sweep
 from mim.methods import Method
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Signals(Callback):
+    """Notes the signals that ask a run to stop and does nothing else; :class:`Checkpoints` looks at it after each step.
+
+    Comes first among the callbacks: it takes over from Lightning, whose handlers act in the middle of a step. Lightning
+    gives all signals back in the end, also after a failure.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the signals over."""
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
 
 
 class Checkpoints(Callback):
@@ -21,24 +39,19 @@ class Checkpoints(Callback):
     Args:
         folder: where checkpoints go.
         every: optimizer steps between two of them.
+        signals: tells of signals.
     """
 
-    def __init__(self, folder: Path, every: int) -> None:
-        self.folder, self.every = folder, every
-        self.signal: int | None = None
-        self._handlers: dict[int, Any] = {}
+    def __init__(self, folder: Path, every: int, signals: Signals) -> None:
+        self.folder, self.every, self.signals = folder, every, signals
+        self.stopped = False
         self._seen = -1
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes the signals over from Lightning, whose handlers act in the middle of a step."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes the step that a resumed run starts from, and sweeps up after a killed one."""
+        self._seen = trainer.global_step
         if trainer.is_global_zero and self.folder.exists():
             sweep(self.folder)
-        for number in SIGNALS:
-            self._handlers[number] = signal.signal(number, self._note)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes the step that a resumed run starts from."""
-        self._seen = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
@@ -48,20 +61,10 @@ class Checkpoints(Callback):
         if step == self._seen:  # between the micro-batches of a step
             return
         self._seen = step
-        stop = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
-        if stop or step % self.every == 0 or step == trainer.max_steps:
+        self.stopped = trainer.strategy.reduce_boolean_decision(self.signals.received is not None, all=False)
+        if self.stopped or step % self.every == 0 or step == trainer.max_steps:
             assert isinstance(pl_module, Method)
             pl_module.raise_if_nonfinite()
             trainer.save_checkpoint(self.folder / checkpoint_name(step), weights_only=False)  # the optimizer, too
-        if stop:
-            self.signal = self.signal or signal.SIGTERM
+        if self.stopped:
             trainer.should_stop = True
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Gives the signals back."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number

@@ -11,6 +11,7 @@ from mim.callbacks.run_log import RunLog
 from mim.data.pretrain import PretrainData
 from mim.data.sources import Source
 from mim.encoder import Encoder
+from mim.errors import UserError
 from mim.evaluation.features import Pool, extract
 from mim.evaluation.health import feature_std, health_message, rankme
 from mim.evaluation.probe import probe, probe_seeds
@@ -43,6 +44,11 @@ class Evaluation(Callback):
         self.queries = _choose(data.evaluation, max(1, probe_images // 5), data.seed, "queries")
         self.labelled = bool(data.source.labels)
         self._seen = 0
+        self._device = torch.device("cpu")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remembers the device: after training Lightning takes the model off it."""
+        self._device = trainer.strategy.root_device
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the untrained encoder: the row that every later one is compared with."""
@@ -61,21 +67,20 @@ class Evaluation(Callback):
             self._measure(trainer, pl_module, step)
         self._seen = step
 
-    def features(self, encoder: Encoder) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Features and labels of the bank, and of the queries if there is a separate test set."""
-        device = next(encoder.parameters()).device
-        self.data.views.to(device)
-        bank = extract(encoder, self.data.center_batches(self.data.source, self.bank), self.pool, device)
+    def features(self, *encoders: Encoder) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
+        """Per encoder: features and labels of the bank, and of the queries if there is a separate test set."""
+        banks = self._extract(encoders, self.data.source, self.bank)
         if self.data.evaluation is None:
-            return *bank, None, None
-        queries = extract(encoder, self.data.center_batches(self.data.evaluation, self.queries), self.pool, device)
-        return *bank, *queries
+            return [(*bank, None, None) for bank in banks]
+        queries = self._extract(encoders, self.data.evaluation, self.queries)
+        return [(*bank, *asked) for bank, asked in zip(banks, queries, strict=True)]
 
     def final(self, trained: Encoder, untrained: Sequence[Encoder]) -> dict[str, Any]:
         """Probes over three seeds of the trained encoder and of untrained ones, for the report."""
         if not self.labelled:
             return {}
-        pairs = [probe_seeds(*self.features(encoder)) for encoder in (trained, *untrained)]
+        encoders = [encoder.to(self._device) for encoder in (trained, *untrained)]
+        pairs = [probe_seeds(*features) for features in self.features(*encoders)]
         held_out = "separate test images" if self.data.evaluation else "a fifth of the images, held out of the probe"
         result: dict[str, Any] = {
             kind: {
@@ -91,6 +96,23 @@ class Evaluation(Callback):
         )
         return result
 
+    def _extract(
+        self, encoders: Sequence[Encoder], source: Source, indices: Sequence[int]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Features and labels of each encoder; an image is read once for all of them."""
+        device = next(encoders[0].parameters()).device
+        self.data.views.to(device)
+        parts = [
+            [extract(encoder, [batch], self.pool, device) for encoder in encoders]
+            for batch in self.data.center_batches(source, indices)
+        ]  # per batch, per encoder
+        if not parts:
+            raise UserError(f"--data {self.data.path}: none of the {len(indices)} images chosen for probes can be read")
+        return [
+            (torch.cat([features for features, _ in own]), torch.cat([labels for _, labels in own]))
+            for own in zip(*parts, strict=True)
+        ]
+
     def _measure(self, trainer: Trainer, method: Method, step: int) -> None:
         with self.run_log.paused():
             if trainer.is_global_zero:
@@ -105,7 +127,7 @@ class Evaluation(Callback):
             trainer.strategy.barrier()
 
     def _values(self, method: Method) -> dict[str, float]:
-        bank, labels, queries, truth = self.features(method.evaluated)
+        ((bank, labels, queries, truth),) = self.features(method.evaluated)
         values = {"val/rankme": rankme(bank), "val/feature_std": feature_std(bank)}
         if self.labelled:
             if queries is None or truth is None:

@@ -1,9 +1,9 @@
-"""Measure what a training step costs: ``python tools/benchmark.py --config configs/mae/default.yaml --against plain``."""
+"""Measure what a training step costs: ``python tools/benchmark.py --config FILE --against plain``."""
 
 import json as jsonlib
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Mapping
 from dataclasses import asdict
-from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from jsonargparse import Namespace
 
     from mim.benchmark import Contender, Timing
-    from mim.methods import Batch
 
 PHASES = ("forward", "backward", "optimizer", "step")
 
@@ -53,9 +52,11 @@ def run(
         num_workers: loader processes; one per core unless given.
         json: write every number to this file.
     """
+    for variable, level in (("KINETO_LOG_LEVEL", "99"), ("TORCH_CPP_LOG_LEVEL", "ERROR")):
+        os.environ.setdefault(variable, level)  # the profiler, asked for memory, talks about much else
     import torch
 
-    from mim.benchmark import MatrixPeak, compare, ratios
+    from mim.benchmark import Contender, MatrixPeak, build, compare, compile_blocks, loader_rates, ratios
 
     if threads:
         torch.set_num_threads(threads)
@@ -64,12 +65,16 @@ def run(
     precision = ("bf16-mixed" if bf16 else "32-true") if precision == "auto" else precision
     overrides = {"batch_size": batch_size, "model": model, "img_size": img_size, "data": data}
     overrides |= {"num_workers": num_workers}
-    parsed = _parse(config, overrides)
-    contenders = [_contender(_name(config), parsed, place, precision, compile)]
+    recipe = _parse(config, overrides)
+    contenders = [Contender(_name(config), *build(recipe, place), precision)]
     if against == "plain":
-        contenders.append(_plain(parsed, place, precision))
+        contenders.append(Contender.plain(*build(recipe, place), precision))
     elif against:
-        contenders.append(_contender(_name(Path(against)), _parse(Path(against), overrides), place, precision, compile))
+        contenders.append(Contender(_name(Path(against)), *build(_parse(Path(against), overrides), place), precision))
+    if compile:
+        for contender in contenders:
+            if contender.name != "plain":
+                compile_blocks(contender.method)
 
     encoder = contenders[0].method.encoder
     peak = MatrixPeak(place, precision, batch_size * encoder.grid[0] * encoder.grid[1], encoder.dim)
@@ -92,7 +97,7 @@ def run(
     if against:
         results["ratio"] = ratios(*timings)
     if data:
-        results["loader"] = _loader(parsed, contenders[0], rounds)
+        results["loader"] = loader_rates(recipe, contenders[0], rounds)
     _print(results)
     if json:
         json.parent.mkdir(parents=True, exist_ok=True)
@@ -121,55 +126,6 @@ def _parse(config: Path, overrides: Mapping[str, object]) -> "Namespace":
     return parse(translate([f"--config={config}", *given]))
 
 
-def _contender(
-    name: str, config: "Namespace", device: "torch.device", precision: str, compile: bool = False
-) -> "Contender":
-    from timm.models.vision_transformer import Block
-
-    from mim.benchmark import Contender
-
-    method, batch = _build(config, device)
-    if compile:
-        for module in method.modules():
-            if isinstance(module, Block):
-                module.compile()
-    return Contender(name, method, batch, precision)
-
-
-def _plain(config: "Namespace", device: "torch.device", precision: str) -> "Contender":
-    from mim.benchmark import PLAIN_LOSSES, Contender
-
-    method, batch = _build(config, device)
-    if type(method) not in PLAIN_LOSSES:
-        known = ", ".join(method.__name__ for method in PLAIN_LOSSES)
-        raise UserError(
-            f"--against plain: {type(method).__name__} has no plain formulation",
-            why=f"there is one for {known}",
-            hint="--against OTHER.yaml",
-        )
-    return Contender.plain(method, batch, precision)
-
-
-def _build(config: "Namespace", device: "torch.device") -> "tuple[Any, Batch]":
-    """The method, and a batch of noise that went through the recipe's views, on the device."""
-    import torch
-
-    from mim.config import build_parser
-    from mim.data.pretrain import collate
-
-    torch.manual_seed(config.seed)
-    try:
-        objects = build_parser().instantiate_classes(config)
-    except (ValueError, TypeError) as error:
-        raise UserError(str(error), hint="--config FILE names a recipe that pretraining takes") from error
-    method, data = objects.model.to(device), objects.data
-    encoder = method.encoder
-    data.views.configure(encoder.img_size, *data.statistics(encoder.in_chans))
-    noise = torch.randint(256, (data.batch_size, encoder.in_chans, *encoder.img_size), dtype=torch.uint8)
-    views, labels, _ = collate([(data.views.crop(image), -1, []) for image in noise])
-    return method, (data.views.to(device)([view.to(device) for view in views]), labels.to(device))
-
-
 def _summary(contender: "Contender", timings: "list[Timing]", images: int, peak: float) -> dict[str, Any]:
     times = {phase: median(getattr(timing, phase) for timing in timings) for phase in PHASES}
     fastest = min(timing.step for timing in timings)
@@ -187,41 +143,43 @@ def _summary(contender: "Contender", timings: "list[Timing]", images: int, peak:
     }
 
 
-def _loader(config: "Namespace", contender: "Contender", steps: int) -> dict[str, Any]:
-    """Images per second that the loader delivers to an idle device, and to one that trains on them."""
-    import time
-
-    from torch.utils.data import DataLoader
-
-    from mim.config import build_parser
-    from mim.data.pretrain import Crops, collate
-
-    data, device, encoder = build_parser().instantiate_classes(config).data, contender.method.device, None
-    encoder = contender.method.encoder
-    data.open(encoder.img_size, encoder.in_chans, config.seed)
-    data.check()
-    workers = data.num_workers
-    warm_up = max(2, 2 * workers)  # batches that workers prepare ahead, while the first ones start
-
-    def batches() -> Iterator["Batch"]:
-        loader = DataLoader(
-            Crops(data.source, data.views.cpu(), config.seed),
-            batch_sampler=data.sampler(range(warm_up + steps)),
-            num_workers=workers,
-            collate_fn=collate,
-            pin_memory=device.type == "cuda",
+def _print(results: Mapping[str, Any]) -> None:
+    setting, peak = results["setting"], results["peak"]
+    size = "x".join(map(str, setting["img_size"]))
+    where = f"{setting['device']}, {setting['threads']} threads, {setting['precision']}, torch {setting['torch']}"
+    print(f"batch {setting['batch_size']} at {size}, {where}; median of {setting['rounds']} rounds\n")
+    head = (
+        "forward",
+        "backward",
+        "optimizer",
+        "step",
+        "fastest",
+        "cpu time",
+        "img/s",
+        "GFLOP",
+        "GFLOP/s",
+        "peak",
+        "GiB",
+    )
+    print(f"  {'seconds':<28}" + "".join(f"{title:>10}" for title in head))
+    for step in results["steps"]:
+        seconds = step["seconds"]
+        cells = [f"{seconds[phase]:.4f}" for phase in (*PHASES, "fastest", "processor")]
+        cells += [f"{step['images_per_second']:.1f}", f"{step['flop'] / 1e9:.1f}"]
+        cells += [f"{step['flop_per_second']['median'] / 1e9:.1f}", f"{step['share_of_peak']['median']:.0%}"]
+        cells += [f"{step['memory_bytes'] / 2**30:.2f}"]
+        print(f"  {step['name']:<28}" + "".join(f"{cell:>10}" for cell in cells))
+    shape = " x ".join(map(str, peak["shape"]))
+    print(f"\n  peak     {peak['flop_per_second'] / 1e9:.1f} GFLOP/s in this run, matrix product {shape}")
+    print("  GFLOP    of the matrix products, forward and backward; a multiply-add is 2 FLOP")
+    print("  GiB      most that a step holds beyond weights and optimizer state")
+    if "ratio" in results:
+        ratio, names = results["ratio"], [step["name"] for step in results["steps"]]
+        kinds = f"median {ratio['median']:.2f}, fastest step {ratio['fastest']:.2f}, cpu time {ratio['processor']:.2f}"
+        print(f"  speed    {names[0]} over {names[1]}: {kinds}")
+    if "loader" in results:
+        loader, alone = results["loader"], results["steps"][0]["images_per_second"]
+        print(
+            f"  loader   {loader['alone']:.1f} img/s alone with {loader['workers']} workers, step {alone:.1f} img/s "
+            f"alone, together {loader['together']:.1f} img/s"
         )
-        for batch in loader:
-            views, labels = data.on_before_batch_transfer(batch, 0)
-            moved = [view.to(device, non_blocking=True) for view in views], labels.to(device)
-            yield data.on_after_batch_transfer(moved, 0)
-
-    def rate(consume: Any) -> float:  # noqa: ANN401
-        start = 0.0
-        for number, batch in zip(count(), batches(), strict=False):
-            if number == warm_up:
-                start = time.perf_counter()
-            consume(batch)
-        return data.batch_size * steps / (time.perf_counter() - start)
-
-    return {"workers": workers, "alone": rate(lambda batch: None), "together": rate(contender.step)}

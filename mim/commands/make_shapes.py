@@ -1,13 +1,16 @@
 """Writes the generated shapes to disk, as an example of what a data folder may look like."""
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from PIL import Image
-from torch import Tensor
 
-from mim.data.shapes import ShapeSource
 from mim.errors import UserError
+
+if TYPE_CHECKING:  # torch is imported when there is something to draw: --help must not wait for it
+    from torch import Tensor
+
+    from mim.data.shapes import ShapeSource
 
 Split = Literal["train", "val"]
 
@@ -25,6 +28,8 @@ def run(out: Path, train: int = 1024, val: int = 256, size: int = 64) -> None:
         val: number of validation images.
         size: side of an image in pixels.
     """
+    from mim.data.shapes import ShapeSource
+
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: the folder is not empty", hint=f"--out {out}-2   or delete it first")
@@ -35,7 +40,7 @@ def run(out: Path, train: int = 1024, val: int = 256, size: int = 64) -> None:
     print(f"wrote {train} training and {val} validation images with masks; try --data {out / 'train' / 'images'}")
 
 
-def _write_split(folder: Path, source: ShapeSource) -> None:
+def _write_split(folder: Path, source: "ShapeSource") -> None:
     for kind in ("images", "masks"):
         for name in source.classes:
             (folder / kind / name).mkdir(parents=True)
@@ -46,5 +51,5 @@ def _write_split(folder: Path, source: ShapeSource) -> None:
         _write_png(mask, folder / "masks" / file)
 
 
-def _write_png(pixels: Tensor, path: Path) -> None:
+def _write_png(pixels: "Tensor", path: Path) -> None:
     Image.fromarray(pixels.numpy()).save(path)

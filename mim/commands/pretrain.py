@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from timm.models.vision_transformer import Block
 
 from mim import __version__
-from mim.callbacks import Checkpoints, Evaluation, RunLog
+from mim.callbacks import Checkpoints, Evaluation, RunLog, Signals
 from mim.callbacks.run_log import duration
 from mim.checkpoint import ModelCard, export_backbone, init_backbone
 from mim.checkpoint_io import AtomicCheckpointIO, checkpoint_step, newest_good
@@ -93,7 +93,7 @@ class Pretraining:
             raise self._out_of_memory(error, trainer) from error
         if trainer.is_global_zero:
             return self._finish(trainer, evaluation, checkpoints, time.monotonic() - started)
-        return INTERRUPTED if checkpoints.signal else 0
+        return INTERRUPTED if checkpoints.stopped else 0
 
     def _instantiate(self, seed: int) -> Namespace:
         """Builds method and data; the same seed gives the same weights."""
@@ -145,14 +145,15 @@ class Pretraining:
             pictures=options.pictures,
         )
         saves = options.save_every * plan.steps_per_epoch if options.save_every else plan.max_steps / 20
-        checkpoints = Checkpoints(self.folder.checkpoints, max(1, round(saves)))
+        signals = Signals()
+        checkpoints = Checkpoints(self.folder.checkpoints, max(1, round(saves)), signals)
         settings = dict(vars(self.config.trainer))
         settings["precision"] = settings.get("precision") or _best_precision(settings.get("accelerator", "auto"))
         trainer = Trainer(
             **settings,
             max_steps=plan.max_steps,
             max_epochs=-1,
-            callbacks=[log, evaluation, checkpoints],
+            callbacks=[signals, log, evaluation, checkpoints],
             logger=TensorBoardLogger(self.folder.path, name="tensorboard", version="") if self.rank == 0 else False,
             plugins=[AtomicCheckpointIO()],
             log_every_n_steps=1 << 62,  # the log decides, not Lightning
@@ -190,6 +191,7 @@ class Pretraining:
         size, patch = "x".join(map(str, encoder.img_size)), "x".join(map(str, encoder.patch_size))
         accumulate = trainer.accumulate_grad_batches
         per_device = plan.batch_size // trainer.world_size // accumulate
+        damaged = getattr(source, "damaged", [])
         lines = [
             f"mim {__version__}  {name} on {model}   run {self.folder.path}",
             f"  data    {data.path}: {len(source):,} images, {labels}" + (f"; ignored: {ignored}" if ignored else ""),
@@ -204,6 +206,7 @@ class Pretraining:
             f"  device  {device}, {trainer.precision}, {data.num_workers} workers, {torch.get_num_threads()} threads",
             f"  resume  python tools/pretrain.py --resume {self.folder.path}",
         ]
+        lines += [f"  damaged {error}" for error in damaged[:5]]
         if data.first_step:
             lines.append(f"  from    step {data.first_step:,} of {plan.max_steps:,}")
         self._say("\n".join(lines) + "\n")
@@ -234,10 +237,10 @@ class Pretraining:
         facts |= {"bad_files": len(self.data.bad_files.reasons)}
         if torch.cuda.is_available():
             facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-        if checkpoints.signal is not None:
+        if checkpoints.stopped and trainer.global_step < self.plan.max_steps:
             folder.write_summary(status="interrupted", **facts)
             self._say(
-                f"stopped by signal {checkpoints.signal} after step {trainer.global_step:,}, saved\n"
+                f"stopped by a signal after step {trainer.global_step:,}, saved\n"
                 f"  resume  python tools/pretrain.py --resume {folder.path}"
             )
             return INTERRUPTED

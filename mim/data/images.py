@@ -18,6 +18,7 @@ import struct
 import warnings
 import zlib
 from io import BytesIO
+from itertools import islice
 from math import ceil, prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -277,10 +278,15 @@ def _read_tiff(data: bytes, channels: int) -> NDArray[Any]:
     import tifffile  # 0.1 s, and few need it
 
     with tifffile.TiffFile(BytesIO(data)) as file:
-        series = file.series[0]
-        shape = tuple(size for size in series.shape if size > 1) if len(series.shape) > 3 else series.shape
-        _check_array(shape, series.dtype, channels)
-        return np.asarray(series.asarray()).reshape(shape)
+        # Never the whole chain of pages: in a damaged file it may be a ring.
+        pages = list(islice(file.pages, channels + 1))
+        # Channels may be pages; otherwise the first page is the picture.
+        pages = pages if len(pages[0].shape) == 2 and channels not in (1, 3) else pages[:1]
+        shape = (len(pages), *pages[0].shape) if len(pages) > 1 else pages[0].shape
+        if any(page.shape != pages[0].shape for page in pages):
+            raise ValueError("pages of different shapes")
+        _check_array(shape, pages[0].dtype, channels)
+        return np.stack([page.asarray() for page in pages]).reshape(shape)
 
 
 def _channel_axis(shape: tuple[int, ...], channels: int) -> int:
@@ -293,8 +299,8 @@ def _channel_axis(shape: tuple[int, ...], channels: int) -> int:
     raise ValueError(f"an array of shape {shape}, where {channels} channels are expected")
 
 
-def _check_array(shape: tuple[int, ...], dtype: np.dtype[Any], channels: int) -> None:
-    if dtype.kind not in "buif":
+def _check_array(shape: tuple[int, ...], dtype: np.dtype[Any] | None, channels: int) -> None:
+    if dtype is None or dtype.kind not in "buif":
         raise ValueError(f"an array of {dtype}, not of numbers")
     if len(shape) not in (2, 3) or 0 in shape:
         raise ValueError(f"an array of shape {shape}, not of an image")

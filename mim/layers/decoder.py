@@ -1,7 +1,10 @@
 """The light decoder of masked autoencoders (arXiv:2111.06377): fill in mask tokens, run a few blocks, predict."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
+from timm.layers.attention import Attention
 from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -60,11 +63,28 @@ class Trunk(nn.Module):
 
     def forward(self, sequence: Tensor, indices: Tensor | None = None) -> Tensor:
         """``(B, P + N, E)`` to ``(B, N, out_dim)``, or only the patches in ``indices (B, M)``: ``(B, M, out_dim)``."""
-        tokens = self.blocks(sequence)[:, self.num_prefix :]
-        if indices is not None:
-            tokens = gather_tokens(tokens, indices)
+        if indices is None:
+            tokens = self.blocks(sequence)[:, self.num_prefix :]
+        else:
+            tokens = _block_at(self.blocks[-1], self.blocks[:-1](sequence), indices + self.num_prefix)
         prediction: Tensor = self.predict(self.norm(tokens))
         return prediction
+
+
+def _block_at(block: nn.Module, tokens: Tensor, indices: Tensor) -> Tensor:
+    """What a block of a :class:`Trunk` gives at ``indices (B, M)``, which attend to all ``tokens``: ``(B, M, E)``."""
+    block = cast(Block, block)
+    attn, width = cast(Attention, block.attn), tokens.shape[2]
+    normed = block.norm1(tokens)
+    weights, biases = attn.qkv.weight.tensor_split([width]), attn.qkv.bias.tensor_split([width])
+    query = F.linear(gather_tokens(normed, indices), weights[0], biases[0])  # (B, M, E)
+    keys_values = F.linear(normed, weights[1], biases[1])  # (B, P + N, 2E)
+    parts = (query, *keys_values.chunk(2, dim=2))
+    heads = [part.view(*part.shape[:2], attn.num_heads, -1).transpose(1, 2) for part in parts]
+    attended = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    chosen = gather_tokens(tokens, indices) + attn.proj(attended)
+    refined: Tensor = chosen + block.mlp(block.norm2(chosen))
+    return refined
 
 
 class Decoder(nn.Module):

@@ -1,6 +1,7 @@
 import io
 import os
 import pickle
+import struct
 import subprocess
 import sys
 from contextlib import suppress
@@ -135,6 +136,25 @@ def test_channels_as_pages_of_a_tiff():
 def test_a_wrong_number_of_channels_is_refused(data):
     with pytest.raises(ImageError, match="4 channels"):
         read_image(data, channels=4)
+
+
+def test_a_ring_of_pages_ends():
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as file:  # unequal pages: tifffile itself would go round for ever
+        for shape in ((20, 30), (10, 12)):
+            file.write(np.zeros(shape), photometric="minisblack", metadata=None)
+    data = bytearray(buffer.getvalue())
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        first, last = file.pages[0], file.pages[1]
+        struct.pack_into("<I", data, last.offset + 2 + 12 * len(last.tags), first.offset)
+    with pytest.raises(ImageError, match="different shapes"):
+        read_image(bytes(data), channels=4)
+
+
+@pytest.mark.parametrize("pages", [3, 5])
+def test_a_wrong_number_of_pages_is_refused(pages):
+    with pytest.raises(ImageError, match="4 channels"):
+        read_image(tiff(np.zeros((pages, 20, 30), np.uint8), photometric="minisblack"), channels=4)
 
 
 def test_a_huge_tiff_of_many_channels_is_refused_from_its_header():

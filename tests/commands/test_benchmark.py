@@ -1,0 +1,181 @@
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mim.benchmark import PLAIN_LOSSES, Contender, MatrixPeak, Timing, compare, plain_mae_loss, ratios
+from mim.cli import CONFIGS, main
+from mim.commands import benchmark
+from mim.encoder import Encoder
+from mim.errors import UserError
+from mim.masking import RandomMasking
+from mim.methods import MAE, Method, OptimConfig
+
+TINY = Path(__file__).parents[1] / "tiny.yaml"
+
+
+def build(standardise=True, **kwargs):
+    torch.manual_seed(0)
+    kwargs = {"embed_dim": 16, "depth": 2, "num_heads": 2} | kwargs
+    encoder = Encoder("vit_tiny_patch16_224", 32, 8, positions="sincos", kwargs=kwargs)
+    return MAE(encoder, RandomMasking(), 16, 2, 2, standardise)
+
+
+@pytest.fixture
+def batch():
+    return [torch.randn(4, 3, 32, 32)], torch.zeros(4)
+
+
+class Product(Method):
+    """One matrix product whose arithmetic is known."""
+
+    def __init__(self):
+        super().__init__(Encoder("test_vit", 32), RandomMasking(), OptimConfig())
+        self.map = nn.Linear(64, 32, bias=False)
+
+    def training_step(self, batch, batch_idx):
+        return self.map(batch[0][0].flatten(1)[:, :64]).sum()
+
+
+@pytest.mark.parametrize("standardise", [True, False])
+@pytest.mark.parametrize("kwargs", [{}, {"reg_tokens": 2}, {"class_token": False, "global_pool": "avg"}])
+def test_the_plain_formulation_computes_the_same_loss_and_gradients(batch, standardise, kwargs):
+    ours = build(standardise, **kwargs)
+    plain = Contender.plain(copy.deepcopy(ours), batch, "32-true").method
+    loss, plain_loss = Contender("ours", ours, batch, "32-true").loss(ours, batch), plain_mae_loss(plain, batch)
+    torch.testing.assert_close(plain_loss, loss, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    plain_loss.backward()
+    for (name, parameter), other in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        if parameter.requires_grad:
+            torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_step_of_either_formulation_leads_to_the_same_weights(batch):
+    ours, plain = Contender("ours", build(), batch, "32-true"), Contender.plain(build(), batch, "32-true")
+    before = copy.deepcopy(ours.method.state_dict())
+    ours.step()
+    plain.step()
+    after, other = ours.method.state_dict(), plain.method.state_dict()
+    weight = "decoder.trunk.predict.weight"
+    assert not torch.equal(after[weight], before[weight])
+    torch.testing.assert_close(other[weight], after[weight], rtol=1e-3, atol=1e-6)
+
+
+def test_the_method_of_a_step_keeps_fused_attention_while_the_plain_one_has_none(batch):
+    ours, plain = Contender("ours", build(), batch, "32-true"), Contender.plain(build(), batch, "32-true")
+    fused = [{block.attn.fused_attn for block in c.method.encoder.vit.blocks} for c in (ours, plain)]
+    assert fused == [{True}, {False}]
+
+
+def test_a_multiply_add_counts_as_two_operations():
+    images = torch.randn(5, 3, 32, 32)
+    contender = Contender("product", Product(), ([images], torch.zeros(5)), "32-true")
+    forward = 2 * 5 * 64 * 32
+    assert contender.flops() == 2 * forward  # forward and the gradient of the weight; pixels need none
+
+
+def test_attention_is_counted_although_it_is_fused(batch):
+    ours, plain = Contender("ours", build(), batch, "32-true"), Contender.plain(build(), batch, "32-true")
+    patches, hidden, width = 16, 12, 16
+    embedding = 2 * 2 * 4 * hidden * (3 * 64) * 16  # patches that only the plain formulation embeds
+    prediction = 3 * 2 * 4 * (patches - hidden + 1) * width * (3 * 64)  # and predicts, with the class token
+    assert plain.flops() - ours.flops() == embedding + prediction
+
+
+def test_step_memory_holds_at_least_the_gradients(batch):
+    contender = Contender("ours", build(), batch, "32-true")
+    contender.step()
+    gradients = sum(4 * p.numel() for p in contender.method.parameters() if p.requires_grad)
+    assert gradients < contender.memory() < 100 * gradients
+
+
+def test_twice_the_images_need_more_memory():
+    memory = []
+    for size in (8, 64):
+        contender = Contender("ours", build(), ([torch.randn(size, 3, 32, 32)], torch.zeros(size)), "32-true")
+        contender.step()
+        memory.append(contender.memory())
+    assert memory[1] > 2 * memory[0]
+
+
+def test_contenders_take_turns():
+    turns = []
+
+    class Turn:
+        def __init__(self, name):
+            self.name = name
+
+        def step(self):
+            turns.append(self.name)
+            return Timing(1, 2, 3, 4)
+
+    timings = compare([Turn("A"), Turn("B")], rounds=2, between=lambda: turns.append("|"))
+    assert "".join(turns) == "AABB" + "AB|AB|"
+    assert [len(taken) for taken in timings] == [2, 2]
+
+
+def test_the_ratio_is_a_median_over_turns():
+    first = [Timing(1, 0, 0, 1), Timing(1, 0, 0, 1), Timing(8, 0, 0, 1)]
+    second = [Timing(2, 0, 0, 3), Timing(3, 0, 0, 3), Timing(8, 0, 0, 3)]
+    assert ratios(first, second) == {"median": 2, "fastest": 2, "processor": 3}
+
+
+def test_the_peak_keeps_the_best_rate_it_has_seen():
+    peak = MatrixPeak(torch.device("cpu"), "32-true", tokens=16, dim=16)
+    peak.shapes = [(64, 64, 64)]
+    peak.measure()
+    peak.rate, peak.shape = 1e30, (1, 1, 1)
+    peak.measure()
+    assert (peak.rate, peak.shape) == (1e30, (1, 1, 1))
+
+
+def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(MatrixPeak, "measure", lambda self: setattr(self, "rate", 1e9))
+    file = tmp_path / "speed" / "mae.json"
+    options = {"batch_size": 2, "rounds": 2, "data": "shapes", "num_workers": 0}
+    benchmark.run(TINY, against="plain", device="cpu", json=file, **options)
+    results, printed = json.loads(file.read_text()), capsys.readouterr().out
+    assert [step["name"] for step in results["steps"]] == ["tests/tiny", "plain"]
+    assert len(results["steps"][0]["timings"]) == 2
+    assert f"median {results['ratio']['median']:.2f}" in printed
+    assert f"together {results['loader']['together']:.1f} img/s" in printed
+
+
+def test_two_recipes_can_be_compared(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(MatrixPeak, "measure", lambda self: setattr(self, "rate", 1e9))
+    deeper = tmp_path / "deeper.yaml"
+    deeper.write_text(TINY.read_text().replace("decoder_depth: 1", "decoder_depth: 3"))
+    file = tmp_path / "both.json"
+    benchmark.run(TINY, against=str(deeper), batch_size=2, rounds=1, device="cpu", json=file)
+    first, second = (step["flop"] for step in json.loads(file.read_text())["steps"])
+    assert second > first
+    assert "tests/tiny over" in capsys.readouterr().out
+
+
+def test_a_method_without_a_plain_formulation_is_refused(monkeypatch, capsys):
+    monkeypatch.delitem(PLAIN_LOSSES, MAE)
+    assert main("benchmark", ["--config", str(TINY), "--against", "plain", "--device", "cpu"]) == 2
+    assert "MAE has no plain formulation" in capsys.readouterr().err
+
+
+def test_a_recipe_that_is_not_there_is_refused():
+    with pytest.raises(UserError, match="is not a file"):
+        benchmark.run(Path("nothing.yaml"), device="cpu")
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("mae/vit_*_224.yaml")), ids=lambda path: path.stem)
+def test_published_recipes_parse(config):
+    parsed = benchmark._parse(config, {})
+    assert parsed.model.init_args.encoder.model == config.stem
+    assert parsed.data.batch_size == 4096
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, mim.commands.benchmark; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,238 @@
+"""The main job, driven as a user drives it."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from mim.cli import main
+
+ROOT = Path(__file__).parents[2]
+TINY = str(ROOT / "tests" / "tiny.yaml")
+
+
+def train(out, *args, config=TINY):
+    return main("pretrain", ["--config", config, "--out", str(out), *map(str, args)])
+
+
+def final_state(run):
+    path = max(Path(run, "checkpoints").glob("step-*.ckpt"))
+    return torch.load(path, weights_only=True)
+
+
+def leaves(tree, name=""):
+    """Every value of a nested state under its path."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from leaves(value, f"{name}.{key}")
+    elif isinstance(tree, list | tuple):
+        for key, value in enumerate(tree):
+            yield from leaves(value, f"{name}.{key}")
+    else:
+        yield name, tree
+
+
+def assert_bit_identical(run, other):
+    """Weights, optimizer, loop counters and metrics."""
+    first, second = dict(leaves(final_state(run))), dict(leaves(final_state(other)))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        same = torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name]
+        assert same, name
+    assert Path(run, "metrics.csv").read_bytes() == Path(other, "metrics.csv").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """An uninterrupted run."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(folder) == 0
+    return folder
+
+
+def test_a_run_leaves_everything_it_promises(run):
+    names = "config.yaml metrics.csv summary.json report.html command.txt env.txt log.txt tensorboard images checkpoints"
+    for name in (*names.split(), "export/backbone/config.json", "export/backbone/model.safetensors"):
+        assert (run / name).exists(), name
+    assert not (run / "bad_files.txt").exists()
+    assert len(list((run / "images").glob("epoch_*.png"))) == 3  # untrained, in between, at the end
+
+
+def test_the_loss_falls(run):
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
+    assert len(losses) == 24
+    assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
+
+
+def test_probes_and_health_are_measured_from_the_untrained_encoder_on(run):
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    measured = [row for row in rows if row["val/rankme"]]
+    assert [int(row["step"]) for row in measured] == [0, 13, 24]
+    assert all(row["val/knn_top1"] and row["val/linear_top1"] and row["val/feature_std"] for row in measured)
+
+
+def test_the_summary_compares_with_untrained_encoders_over_seeds(run):
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "done"
+    assert len(summary["probe"]["linear"]["trained"]) == len(summary["probe"]["linear"]["untrained"]) == 3
+    assert summary["steps"] == 24
+
+
+def test_timm_alone_loads_the_backbone_with_the_trained_weights(run):
+    vit = timm.create_model(f"local-dir:{run / 'export' / 'backbone'}", pretrained=True).eval()
+    trained = final_state(run)["state_dict"]
+    for name, value in vit.state_dict().items():
+        assert torch.equal(value, trained[f"encoder.vit.{name}"]), name
+    assert vit.pretrained_cfg["input_size"] == (3, 32, 32)
+
+
+def test_the_saved_config_repeats_the_run(run, tmp_path):
+    assert train(tmp_path / "again", config=str(run / "config.yaml")) == 0
+    assert_bit_identical(run, tmp_path / "again")
+
+
+def test_a_finished_run_resumes_to_nothing(run, capsys):
+    before = final_state(run)["state_dict"]
+    assert main("pretrain", ["--resume", str(run)]) == 0
+    assert all(torch.equal(value, before[name]) for name, value in final_state(run)["state_dict"].items())
+
+
+def test_workers_do_not_change_the_weights(run, tmp_path):
+    assert train(tmp_path / "run", "--num_workers", 2) == 0
+    assert_bit_identical(run, tmp_path / "run")
+
+
+def start(*args, cwd=ROOT):
+    command = [sys.executable, str(ROOT / "tools" / "pretrain.py"), *map(str, args)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def strike(process, number, after):
+    """Waits for some lines of progress, sends a signal, returns the exit status."""
+    seen = 0
+    for line in process.stdout:
+        seen += " step " in line and "loss" in line
+        if seen == after:
+            break
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_exits_75_and_resumes_bit_exactly(run, tmp_path, number):
+    out = tmp_path / "run"
+    assert strike(start("--config", TINY, "--out", out, "--num_workers", 2), number, after=1) == 75
+    assert json.loads((out / "summary.json").read_text())["status"] == "interrupted"
+    assert main("pretrain", ["--resume", str(out), "--num_workers", "0"]) == 0
+    assert_bit_identical(run, out)
+
+
+def test_sigkill_and_resume_bit_exactly(run, tmp_path):
+    out = tmp_path / "run"
+    assert strike(start("--config", TINY, "--out", out), signal.SIGKILL, after=1) == -signal.SIGKILL
+    assert strike(start("--resume", out), signal.SIGKILL, after=1) == -signal.SIGKILL
+    assert main("pretrain", ["--resume", str(out)]) == 0
+    assert_bit_identical(run, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ten_sigkills_and_resumes_are_bit_exact(run, tmp_path, workers):
+    import random
+
+    chance = random.Random(workers)
+    for trial in range(4):
+        out = tmp_path / f"run{trial}"
+        arguments = ["--config", TINY, "--out", out, "--num_workers", workers]
+        for _ in range(3):
+            process = start(*arguments)
+            arguments = ["--resume", out]
+            for _ in range(chance.randint(8, 16)):
+                process.stdout.readline()
+            time.sleep(chance.random() * 0.5)
+            process.kill()
+            process.communicate()
+        assert main("pretrain", ["--resume", str(out)]) == 0
+        assert_bit_identical(run, out)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert strike(start("--config", TINY, "--out", out), signal.SIGTERM, after=5) == 75
+    newest = max((out / "checkpoints").glob("step-*.ckpt"))
+    damaged = bytearray(newest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    newest.write_bytes(damaged)
+    assert main("pretrain", ["--resume", str(out)]) == 0
+    assert f"{newest} is damaged" in capsys.readouterr().out
+    assert_bit_identical(run, out)
+
+
+def test_resume_auto_starts_and_then_continues(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "run"
+    assert strike(start("--config", TINY, "--out", out, "--resume", "auto"), signal.SIGTERM, after=1) == 75
+    assert train(out, "--resume", "auto") == 0
+    assert_bit_identical(run, out)
+
+
+def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
+    """Float sums are taken in another order, so equal to rounding only: 1e-6 after 24 AdamW steps (weights up to 1)."""
+    exact = ["--model.init_args.encoder.drop_path_rate", 0]
+    assert train(tmp_path / "one", *exact) == 0
+    process = start("--config", TINY, "--out", tmp_path / "two", *exact, "--devices", 2, "--trainer.accelerator", "cpu")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    one, two = (final_state(tmp_path / name)["state_dict"] for name in ("one", "two"))
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
+    losses = [
+        [float(row["train/loss"]) for row in csv.DictReader((tmp_path / name / "metrics.csv").open()) if row["train/loss"]]
+        for name in ("one", "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_accumulation_equals_the_whole_batch(run, tmp_path):
+    """Gradients are averaged in another order: equal to rounding."""
+    exact = ["--model.init_args.encoder.drop_path_rate", 0]
+    assert train(tmp_path / "one", *exact) == 0
+    assert train(tmp_path / "four", *exact, "--accumulate", 4) == 0
+    one, four = (final_state(tmp_path / name)["state_dict"] for name in ("one", "four"))
+    assert max(float((one[name] - four[name]).abs().max()) for name in one) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--precision", "bf16-mixed"],
+        ["--model.init_args.encoder.grad_checkpointing", "true"],
+        ["--trainer.gradient_clip_val", "1.0"],
+        ["--pool", "cls"],
+        ["--in_chans", "1"],
+        ["--img_size", "[32, 48]"],
+    ],
+    ids=lambda settings: settings[0].split(".")[-1].lstrip("-"),
+)
+def test_lightnings_settings_train_to_the_end(tmp_path, settings):
+    if settings[0] == "--in_chans":  # the generated shapes are RGB
+        from mim.commands.make_shapes import run as make_shapes
+
+        make_shapes(tmp_path / "shapes", train=40, val=20, size=32)
+        settings = [*settings, "--data", tmp_path / "shapes" / "train" / "images"]
+    assert train(tmp_path / "run", "--epochs", 0.1, "--pictures", 1, "--probe_images", 40, *settings) == 0
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_and_export(tmp_path):
+    assert train(tmp_path / "run", "--epochs", 0.1, "--compile") == 0
+    assert (tmp_path / "run" / "export" / "backbone" / "model.safetensors").exists()

@@ -1,0 +1,49 @@
+"""Every recipe that is shipped parses, and describes a model that can be built."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from mim.config import build_parser, parse
+from mim.methods import Method
+
+ROOT = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(ROOT.rglob("*.yaml"))
+
+
+@pytest.fixture(params=CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def path(request):
+    return request.param
+
+
+def test_there_are_recipes():
+    assert CONFIGS
+
+
+def test_its_method_is_one_of_ours(path):
+    module, _, name = parse([f"--config={path}"]).model.class_path.rpartition(".")
+    assert issubclass(getattr(importlib.import_module(module), name), Method)
+
+
+def test_its_images_divide_into_patches(path):
+    config = parse([f"--config={path}"])
+    with torch.device("meta"):  # no memory for big models
+        encoder = build_parser().instantiate_classes(config).model.encoder
+    for side, patch, count in zip(encoder.img_size, encoder.patch_size, encoder.grid, strict=True):
+        assert side == patch * count
+
+
+def test_its_first_line_says_what_it_is(path):
+    assert path.read_text().startswith("# ")
+
+
+def test_it_shows_the_command_that_runs_it(path):
+    assert "python tools/pretrain.py" in path.read_text()
+
+
+@pytest.mark.parametrize("folder", [path for path in ROOT.iterdir() if path.is_dir()], ids=lambda path: path.name)
+def test_every_method_has_a_default_and_a_demo(folder):
+    assert (folder / "default.yaml").is_file()
+    assert (folder / "demo.yaml").is_file()
