@@ -131,6 +131,7 @@ def _misfit(vit: VisionTransformer, weights: str, tensors: dict[str, Tensor], ma
     example = f"e.g. {name} is {there} there, {here} here"
     return UserError(
         f"--init {weights} does not fit {cast(dict[str, Any], vit.pretrained_cfg)['architecture']}",
-        why=f"matched {matched} of {len(own)} tensors{deeper}; {example}" + (f" -> looks like {guess}" if guess else ""),
+        why=f"matched {matched} of {len(own)} tensors{deeper}; {example}"
+        + (f" -> looks like {guess}" if guess else ""),
         hint=f"--model {guess}" if guess else "the --model that these weights were made with",
     )

@@ -80,8 +80,8 @@ def _block_at(block: nn.Module, tokens: Tensor, indices: Tensor) -> Tensor:
     query = F.linear(gather_tokens(normed, indices), weights[0], biases[0])  # (B, M, E)
     keys_values = F.linear(normed, weights[1], biases[1])  # (B, P + N, 2E)
     parts = (query, *keys_values.chunk(2, dim=2))
-    heads = [part.view(*part.shape[:2], attn.num_heads, -1).transpose(1, 2) for part in parts]
-    attended = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    query, key, value = (part.view(*part.shape[:2], attn.num_heads, -1).transpose(1, 2) for part in parts)
+    attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
     chosen = gather_tokens(tokens, indices) + attn.proj(attended)
     refined: Tensor = chosen + block.mlp(block.norm2(chosen))
     return refined

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -25,6 +26,11 @@ def train(out, *args, config=TINY):
 def final_state(run):
     path = max(Path(run, "checkpoints").glob("step-*.ckpt"))
     return torch.load(path, weights_only=True)
+
+
+def losses(run):
+    rows = csv.DictReader(Path(run, "metrics.csv").open())
+    return [float(row["train/loss"]) for row in rows if row["train/loss"]]
 
 
 def leaves(tree, name=""):
@@ -59,7 +65,9 @@ def run(tmp_path_factory):
 
 
 def test_a_run_leaves_everything_it_promises(run):
-    names = "config.yaml metrics.csv summary.json report.html command.txt env.txt log.txt tensorboard images checkpoints"
+    names = (
+        "config.yaml metrics.csv summary.json report.html command.txt env.txt log.txt tensorboard images checkpoints"
+    )
     for name in (*names.split(), "export/backbone/config.json", "export/backbone/model.safetensors"):
         assert (run / name).exists(), name
     assert not (run / "bad_files.txt").exists()
@@ -67,10 +75,9 @@ def test_a_run_leaves_everything_it_promises(run):
 
 
 def test_the_loss_falls(run):
-    rows = list(csv.DictReader((run / "metrics.csv").open()))
-    losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
-    assert len(losses) == 24
-    assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
+    history = losses(run)
+    assert len(history) == 24
+    assert sum(history[-4:]) < 0.95 * sum(history[:4])
 
 
 def test_probes_and_health_are_measured_from_the_untrained_encoder_on(run):
@@ -113,7 +120,9 @@ def test_workers_do_not_change_the_weights(run, tmp_path):
 
 def start(*args, cwd=ROOT):
     command = [sys.executable, str(ROOT / "tools" / "pretrain.py"), *map(str, args)]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: sums in another order round differently
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=one_thread, **pipe)
 
 
 def strike(process, number, after):
@@ -186,6 +195,18 @@ def test_resume_auto_starts_and_then_continues(run, tmp_path, monkeypatch, capsy
     assert_bit_identical(run, out)
 
 
+def largest_difference(run, other):
+    """Over all weights but the biases of keys, which cannot change the output: AdamW blows their rounding errors up."""
+    first, second = (final_state(folder)["state_dict"] for folder in (run, other))
+    largest = 0.0
+    for name, value in first.items():
+        difference = (value - second[name]).abs()
+        if name.endswith("qkv.bias"):
+            difference = torch.cat([difference.chunk(3)[0], difference.chunk(3)[2]])
+        largest = max(largest, float(difference.max()))
+    return largest
+
+
 def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
     """Float sums are taken in another order, so equal to rounding only: 1e-6 after 24 AdamW steps (weights up to 1)."""
     exact = ["--model.init_args.encoder.drop_path_rate", 0]
@@ -193,13 +214,8 @@ def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
     process = start("--config", TINY, "--out", tmp_path / "two", *exact, "--devices", 2, "--trainer.accelerator", "cpu")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    one, two = (final_state(tmp_path / name)["state_dict"] for name in ("one", "two"))
-    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
-    losses = [
-        [float(row["train/loss"]) for row in csv.DictReader((tmp_path / name / "metrics.csv").open()) if row["train/loss"]]
-        for name in ("one", "two")
-    ]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-6
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
 
 
 def test_accumulation_equals_the_whole_batch(run, tmp_path):
@@ -207,8 +223,7 @@ def test_accumulation_equals_the_whole_batch(run, tmp_path):
     exact = ["--model.init_args.encoder.drop_path_rate", 0]
     assert train(tmp_path / "one", *exact) == 0
     assert train(tmp_path / "four", *exact, "--accumulate", 4) == 0
-    one, four = (final_state(tmp_path / name)["state_dict"] for name in ("one", "four"))
-    assert max(float((one[name] - four[name]).abs().max()) for name in one) < 1e-6
+    assert largest_difference(tmp_path / "one", tmp_path / "four") < 1e-6
 
 
 @pytest.mark.parametrize(
