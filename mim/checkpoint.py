@@ -128,10 +128,9 @@ def _misfit(vit: VisionTransformer, weights: str, tensors: dict[str, Tensor], ma
     there = "x".join(map(str, tensors[name].shape)) if name in tensors else "missing"
     here = "x".join(map(str, own[name].shape)) if name in own else "missing"
     deeper = f", but {len(tensors) - matched} of its own have no place" if matched >= _MATCH * len(own) else ""
-    example = f"e.g. {name} is {there} there, {here} here"
+    example = f"e.g. {name} is {there} there, {here} here" + (f" -> looks like {guess}" if guess else "")
     return UserError(
         f"--init {weights} does not fit {cast(dict[str, Any], vit.pretrained_cfg)['architecture']}",
-        why=f"matched {matched} of {len(own)} tensors{deeper}; {example}"
-        + (f" -> looks like {guess}" if guess else ""),
+        why=f"matched {matched} of {len(own)} tensors{deeper}; {example}",
         hint=f"--model {guess}" if guess else "the --model that these weights were made with",
     )

@@ -55,6 +55,7 @@ PRETRAIN: dict[str, Option] = {
     "devices": Option("trainer.devices", "N", "devices to train on   [all]"),
     "precision": Option("trainer.precision", "P", "32-true or bf16-mixed   [bf16-mixed where the GPU has it]"),
     "compile": Option("compile", "", "compile the transformer blocks"),
+    "threads": Option("threads", "N", "CPU threads of the training process   [torch's choice]"),
     "num_workers": Option("data.num_workers", "N", "loader processes   [one per core]"),
     "max_bad": Option("data.max_bad", "SHARE", "share of unreadable files that is tolerated   [0.01]"),
     "save_every": Option("save_every", "N", "epochs between checkpoints   [20 over the run]"),

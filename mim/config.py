@@ -50,6 +50,8 @@ class RunOptions:
         pool: what probes measure: the class token or the mean of the patch tokens.
         probe_images: most images that a probe learns from.
         compile: compile the transformer blocks with ``torch.compile``.
+        threads: of the training process on a CPU; torch's choice unless given. Small models are faster with one thread
+            and loader processes beside it. Sums depend on it in the last digit, so a resumed run must not change it.
     """
 
     epochs: float = 100.0
@@ -61,6 +63,7 @@ class RunOptions:
     pool: Literal["mean", "cls"] = "mean"
     probe_images: int = 5000
     compile: bool = False
+    threads: int | None = None
 
 
 def build_parser() -> ArgumentParser:

@@ -61,7 +61,7 @@ def test_later_options_win():
 
 def test_run_options_are_the_runs_part_of_the_settings():
     assert run_options(parse([TINY, "--seed=4"])) == RunOptions(
-        epochs=0.375, seed=4, save_every=0.0625, eval_every=0.2, log_every=1, pictures=2, probe_images=60
+        epochs=0.375, seed=4, save_every=0.0625, eval_every=0.2, log_every=1, pictures=2, probe_images=60, threads=1
     )
 
 

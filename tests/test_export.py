@@ -1,40 +1,29 @@
 """``tools/export.py``: from a run, a folder or a file to a timm folder or a graph."""
 
 import re
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-import yaml
 
-import mim.checkpoint
+from mim.checkpoint_io import AtomicCheckpointIO, checkpoint_name
 from mim.commands.export import run as export
+from mim.config import build_parser, parse, save_config
 from mim.errors import UserError
 
 
-def tiny(**kwargs):
-    return timm.create_model("test_vit", img_size=32, patch_size=8, num_classes=0, **kwargs).eval()
-
-
-class Tiny:
-    """Stands for a method."""
-
-    def __init__(self, **kwargs):
-        self.backbone = tiny(**kwargs)
-
-
 @pytest.fixture
-def method(tmp_path, monkeypatch):
-    """A run in ``tmp_path / run`` of a model with a ratio that only its config knows."""
-    method = Tiny(mlp_ratio=2)
-    config = {
-        "epochs": 5.0,
-        "data": {"path": "photos", "mean": None, "std": [0.1, 0.2, 0.3]},
-        "model": {"class_path": "MAE", "init_args": {"encoder": {"model": "test_vit", "kwargs": {"mlp_ratio": 2}}}},
-    }
+def method(tmp_path):
+    """The method of a run in ``tmp_path / run``, whose model has a ratio that only its config knows."""
+    settings = ["--data.path=photos", "--data.std=[0.1, 0.2, 0.3]", '--model.init_args.encoder.kwargs={"mlp_ratio": 2}']
+    config = parse([f"--config={Path(__file__).with_name('tiny.yaml')}", *settings])
+    method = build_parser().instantiate_classes(config).model.eval()
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.setattr(mim.checkpoint, "load_method", lambda folder: method, raising=False)
+    save_config(config, tmp_path / "run" / "config.yaml")
+    (tmp_path / "run" / "command.txt").write_text("python -m mim pretrain --data photos")
+    state = {"state_dict": method.state_dict(), "global_step": 24}
+    AtomicCheckpointIO().save_checkpoint(state, tmp_path / "run" / "checkpoints" / checkpoint_name(24))
     return method
 
 
@@ -68,6 +57,7 @@ def test_normalisation_and_licence_of_a_run_are_recorded(tmp_path, method):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: cc-by-4.0" in card
     assert "Data: photos" in card
+    assert "`python -m mim pretrain --data photos`" in card
 
 
 def test_an_export_can_be_exported_again(tmp_path, file):

@@ -92,7 +92,7 @@ class Evaluation(Callback):
         }
         result["protocol"] = (
             f"frozen encoder, {'class token' if self.pool == 'cls' else 'mean of patch tokens'}, centre crop, "
-            f"learnt from {len(self.bank):,} images, scored on {held_out}; 20-NN and logistic regression; three seeds"
+            f"learnt from {len(self.bank):,} images, scored on {held_out}; 20-NN and logistic regression."
         )
         return result
 

@@ -55,6 +55,8 @@ class Pretraining:
     def __init__(self, config: Namespace, resumed: RunFolder | None) -> None:
         _quieten()
         self.config, self.resumed, self.options = config, resumed, run_options(config)
+        if self.options.threads:
+            torch.set_num_threads(self.options.threads)
         objects = self._instantiate(self.options.seed)
         self.method: Method = objects.model
         self.data: PretrainData = objects.data

@@ -32,7 +32,7 @@ def what_it_sees(run: Run, limit: int) -> Html:
             "figure",
             tag("figcaption", title),
             mosaic(
-                {"input": newest["input"]} | {f"epoch {epoch}": strips[epoch][title] for epoch in shown},
+                {"input": newest["input"]} | {f"epoch {epoch:g}": strips[epoch][title] for epoch in shown},
                 rows[:ROWS_OVER_TIME],
                 limit,
             ),
@@ -41,7 +41,7 @@ def what_it_sees(run: Run, limit: int) -> Html:
     ]
     later = [tag("h3", "The same images over time"), tag("div", *timelines, class_="pair")] if timelines else []
     explained = [SEEN[title] for title in newest if title in SEEN]
-    lead = " ".join([f"After epoch {max(epochs)}." if max(epochs) else "Before training.", *explained])
+    lead = " ".join([f"After epoch {max(epochs):g}." if max(epochs) else "Before training.", *explained])
     return section("What it sees", tag("div", *blocks, class_="pair"), *later, lead=lead)
 
 

@@ -29,8 +29,12 @@ def final_state(run):
 
 
 def losses(run):
-    rows = csv.DictReader(Path(run, "metrics.csv").open())
-    return [float(row["train/loss"]) for row in rows if row["train/loss"]]
+    return [float(row["train/loss"]) for row in rows(run) if row["train/loss"]]
+
+
+def rows(run):
+    with Path(run, "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
 
 
 def leaves(tree, name=""):
@@ -81,8 +85,7 @@ def test_the_loss_falls(run):
 
 
 def test_probes_and_health_are_measured_from_the_untrained_encoder_on(run):
-    rows = list(csv.DictReader((run / "metrics.csv").open()))
-    measured = [row for row in rows if row["val/rankme"]]
+    measured = [row for row in rows(run) if row["val/rankme"]]
     assert [int(row["step"]) for row in measured] == [0, 13, 24]
     assert all(row["val/knn_top1"] and row["val/linear_top1"] and row["val/feature_std"] for row in measured)
 
