@@ -177,14 +177,18 @@ class BadFiles:
         found, self.reasons = self.reasons, {line[0]: line[-1] for line in known}
         self._log = log
         for name, reason in found.items():
-            self.add(name, reason)
+            self._note(name, reason)
 
     def add(self, name: str, reason: str) -> None:
         """Notes an unreadable file; the first mention is printed."""
+        if name not in self.reasons:
+            warnings.warn(f"{name} cannot be read ({reason}) - skipped", BadFileWarning, stacklevel=2)
+            self._note(name, reason)
+
+    def _note(self, name: str, reason: str) -> None:
         if name in self.reasons:
             return
         self.reasons[name] = reason
-        warnings.warn(f"{name} cannot be read ({reason}) - skipped", BadFileWarning, stacklevel=2)
         if self._log is not None:
             with self._log.open("a") as file:
                 file.write(f"{name}\t{reason}\n")
