@@ -1,5 +1,6 @@
 """Images for pretraining: the same crop for a key anywhere, unreadable files replaced, counted and named once."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
