@@ -99,7 +99,7 @@ class Encoder(nn.Module):
     @property
     def in_chans(self) -> int:
         """Image channels ``C``."""
-        return int(self.vit.in_chans)
+        return int(self.vit.patch_embed.proj.in_channels)
 
     @property
     def num_prefix(self) -> int:

@@ -44,7 +44,8 @@ def extract(
 ) -> tuple[Tensor, Tensor]:
     """Features and labels of all batches, in order; only these stay in memory.
 
-    Runs in evaluation mode without gradients, under the caller's autocast; every module gets its own mode back.
+    Runs in evaluation mode without gradients, under the caller's autocast; every module gets its own mode back. Not in
+    inference mode: autocast keeps the weights it has cast, and training could not use those.
 
     Args:
         encoder: lies on ``device``.
@@ -59,13 +60,12 @@ def extract(
         ValueError: if there is no batch, or a feature is NaN or infinite: scores computed from it would mean nothing.
     """
     features, labels = [], []
-    with _evaluating(encoder), torch.inference_mode():
+    with _evaluating(encoder), torch.no_grad():
         for images, targets in batches:
             features.append(pooled_features(encoder, images.to(device, non_blocking=True), pool))
             labels.append(targets.to(device, torch.int64))
     if not features:
         raise ValueError("no images to extract features from: the batches are empty")
-    # Joined outside inference mode: the result is an ordinary tensor, fit for autograd.
     joined = torch.cat(features)
     if not joined.isfinite().all():
         raise ValueError("the encoder's features hold NaN or infinite values; its weights have diverged")
