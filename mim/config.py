@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -99,7 +100,7 @@ def run_options(config: Namespace) -> RunOptions:
     return RunOptions(**{field.name: config[field.name] for field in fields(RunOptions)})
 
 
-SESSION = ("config", "out", "resume", "overwrite", "allow_change", "init", "trust")
+SESSION = ("config", "out", "resume", "overwrite", "allow_change")
 """Options of one call of the command, not settings of the run."""
 
 
@@ -114,7 +115,9 @@ def save_config(config: Namespace, path: Path) -> None:
     for name in SESSION:
         kept.pop(name, None)
     header = "# Every setting of this run; feed it back with --config.\n"
-    path.write_text(header + build_parser().dump(kept, skip_none=False, skip_validation=True))
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(header + build_parser().dump(kept, skip_none=False, skip_validation=True))
+    os.replace(temporary, path)  # whole or absent: a run is a folder with this file in it
 
 
 def changes(args: Sequence[str]) -> dict[str, tuple[Any, Any]]:

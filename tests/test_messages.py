@@ -185,3 +185,8 @@ def test_resuming_what_is_not_a_run(mistake):
 
 def test_a_config_that_does_not_exist(mistake):
     assert "nowhere.yaml" in mistake(config="nowhere.yaml")
+
+
+def test_a_device_that_is_not_there(mistake, photos):
+    text = mistake("--data", "photos", "--trainer.accelerator", "nonsense")
+    assert "devices" in text

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 from timm.models.vision_transformer import Block
 
@@ -53,7 +54,8 @@ class Pretraining:
     """
 
     def __init__(self, config: Namespace, resumed: RunFolder | None) -> None:
-        _quieten()
+        self.rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0"))))
+        _quieten(self.rank)
         self.config, self.resumed, self.options = config, resumed, run_options(config)
         if self.options.threads:
             torch.set_num_threads(self.options.threads)
@@ -69,7 +71,6 @@ class Pretraining:
             batch_size=batch_size,
             seed=self.options.seed,
         )
-        self.rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0"))))
 
     def run(self, args: Sequence[str]) -> int:
         """Trains to the end, to a signal or to a failure."""
@@ -151,19 +152,24 @@ class Pretraining:
         checkpoints = Checkpoints(self.folder.checkpoints, max(1, round(saves)), signals)
         settings = dict(vars(self.config.trainer))
         settings["precision"] = settings.get("precision") or _best_precision(settings.get("accelerator", "auto"))
-        trainer = Trainer(
-            **settings,
-            max_steps=plan.max_steps,
-            max_epochs=-1,
-            callbacks=[signals, log, evaluation, checkpoints],
-            logger=TensorBoardLogger(self.folder.path, name="tensorboard", version="") if self.rank == 0 else False,
-            plugins=[AtomicCheckpointIO()],
-            log_every_n_steps=1 << 62,  # the log decides, not Lightning
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
+        try:
+            trainer = Trainer(
+                **settings,
+                max_steps=plan.max_steps,
+                max_epochs=-1,
+                callbacks=[signals, log, evaluation, checkpoints],
+                logger=TensorBoardLogger(self.folder.path, name="tensorboard", version="") if self.rank == 0 else False,
+                plugins=[AtomicCheckpointIO()],
+                log_every_n_steps=1 << 62,  # the log decides, not Lightning
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                use_distributed_sampler=False,
+            )
+        except (ValueError, RuntimeError, MisconfigurationException) as error:
+            raise UserError(
+                f"these devices cannot be used: {error}", hint="--devices 1, --trainer.accelerator cpu"
+            ) from error
         parts = trainer.world_size * trainer.accumulate_grad_batches
         if plan.batch_size % parts:
             near = max(1, round(plan.batch_size / parts)) * parts
@@ -361,12 +367,14 @@ def _best_precision(accelerator: str) -> str:
     return "bf16-mixed" if cuda and torch.cuda.is_bf16_supported() else "32-true"
 
 
-def _quieten() -> None:
+def _quieten(rank: int) -> None:
     """Keeps Lightning's tips and hints off the screen; what a user can act on, we say ourselves."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    if rank != 0:
+        warnings.filterwarnings("ignore", category=BadFileWarning)  # the first process names them
     warnings.showwarning = _show_warning
 
 

@@ -44,8 +44,7 @@ def extract(
 ) -> tuple[Tensor, Tensor]:
     """Features and labels of all batches, in order; only these stay in memory.
 
-    Runs in evaluation mode without gradients, under the caller's autocast; every module gets its own mode back. Not in
-    inference mode: autocast keeps the weights it has cast, and training could not use those.
+    Runs in evaluation mode without gradients, under the caller's autocast; every module gets its own mode back.
 
     Args:
         encoder: lies on ``device``.
@@ -60,10 +59,11 @@ def extract(
         ValueError: if there is no batch, or a feature is NaN or infinite: scores computed from it would mean nothing.
     """
     features, labels = [], []
-    with _evaluating(encoder), torch.no_grad():
+    with _evaluating(encoder), torch.inference_mode():
         for images, targets in batches:
             features.append(pooled_features(encoder, images.to(device, non_blocking=True), pool))
             labels.append(targets.to(device, torch.int64))
+    torch.clear_autocast_cache()  # weights cast in here carry no gradient; a caller that trains must not meet them
     if not features:
         raise ValueError("no images to extract features from: the batches are empty")
     joined = torch.cat(features)

@@ -254,3 +254,14 @@ def test_lightnings_settings_train_to_the_end(tmp_path, settings):
 def test_compiled_blocks_train_and_export(tmp_path):
     assert train(tmp_path / "run", "--epochs", 0.1, "--compile") == 0
     assert (tmp_path / "run" / "export" / "backbone" / "model.safetensors").exists()
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again_from_its_initial_weights(tmp_path):
+    assert train(tmp_path / "first", "--epochs", 0.1) == 0
+    start_from = ["--init", tmp_path / "first" / "export" / "backbone", "--epochs", 0.1]
+    assert train(tmp_path / "whole", *start_from) == 0
+    assert train(tmp_path / "killed", *start_from) == 0
+    for checkpoint in (tmp_path / "killed" / "checkpoints").iterdir():
+        checkpoint.unlink()
+    assert main("pretrain", ["--resume", str(tmp_path / "killed")]) == 0
+    assert_bit_identical(tmp_path / "whole", tmp_path / "killed")
