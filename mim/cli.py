@@ -163,6 +163,8 @@ def _dispatch(command: str, args: list[str]) -> int:
     if command == "pretrain":
         status: int = module.main(args)
         return status
+    if command == "info" and args and not args[0].startswith("-"):  # `info models "vit_small*"`
+        args = [f"--{name}={value}" for name, value in zip(("what", "name"), args, strict=False)]
     _call(module.run, command, args)
     return 0
 
