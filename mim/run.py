@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from mim.errors import UserError
 
 
@@ -100,7 +102,8 @@ class RunFolder:
 
     def say(self, text: str) -> None:
         """Prints a line and keeps it in ``log.txt``."""
-        print(text, flush=True)
+        tqdm.write(text)  # beside a progress bar, not into it
+        sys.stdout.flush()
         with self.log.open("a") as file:
             file.write(text + "\n")
 

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 from timm.models.vision_transformer import Block
+from tqdm import tqdm
 
 from mim import __version__
 from mim.callbacks import Checkpoints, Evaluation, RunLog, Signals
@@ -380,4 +382,5 @@ def _quieten(rank: int) -> None:
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: object, **more: object) -> None:
     head = "warning:" if issubclass(category, BadFileWarning) else f"warning: {category.__name__}:"
-    print(f"{head} {message}", flush=True)
+    tqdm.write(f"{head} {message}")
+    sys.stdout.flush()
