@@ -189,7 +189,7 @@ def _pretrain_help() -> str:
         [
             f"mim {__version__}: {COMMANDS['pretrain']}",
             "",
-            "  python tools/pretrain.py                          built-in photos, two minutes on a CPU",
+            "  python tools/pretrain.py                          built-in photos, under two minutes on two CPU cores",
             "  python tools/pretrain.py --data photos            your own images",
             "",
             *(f"  {option:<22}{text}" for option, text in rows),
