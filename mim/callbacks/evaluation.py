@@ -42,7 +42,7 @@ class Evaluation(Callback):
         self.run_log, self.data, self.steps, self.pool, self.pictures = run_log, data, set(steps), pool, pictures
         self.bank = _choose(data.source, probe_images, data.seed, "bank")
         self.queries = _choose(data.evaluation, max(1, probe_images // 5), data.seed, "queries")
-        self.labelled = bool(data.source.labels)
+        self.labelled = _worth_probing(data.source, data.evaluation, self.bank)
         self._seen = 0
         self._device = torch.device("cpu")
 
@@ -163,6 +163,14 @@ class Evaluation(Callback):
 
 
 LABELLED = {"knn": "val/knn_top1", "linear": "val/linear_top1"}
+
+
+def _worth_probing(source: Source, evaluation: Source | None, bank: Sequence[int]) -> bool:
+    """Whether labels can tell encoders apart: at least two classes, on average five images of each to learn from."""
+    if not source.labels or (evaluation is not None and not evaluation.labels):
+        return False
+    classes = len({source.labels[index] for index in bank})
+    return classes >= 2 and len(bank) >= 5 * classes
 
 
 def _choose(source: Source | None, most: int, seed: int, purpose: str) -> list[int]:

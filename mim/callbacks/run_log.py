@@ -82,7 +82,7 @@ class RunLog(Callback):
         self.timing = MetricsTable(run.path / "timing.csv")
         self._bar: tqdm[Any] | None = None
         self._seen = self._first = 0
-        self._waited = self._since = self._idle_since = self._started = 0.0
+        self._waited = self._since = self._idle_since = self._started = self._said = 0.0
         self._warned = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -163,12 +163,18 @@ class RunLog(Callback):
         ]
         if self._bar is not None:
             self._bar.set_postfix_str("  ".join(facts[:1] + facts[2:-1]), refresh=False)
-        elif step == plan.max_steps or step // self.every % max(1, plan.max_steps // self.every // 20) == 0:
+        elif self._due(step, plan.max_steps):
+            self._said = time.monotonic()
             self.run.say(f"{time.strftime('%H:%M:%S')}  " + "  ".join(facts))
         if speed["data_wait"] > 0.2 and step - self._first >= 20 and not self._warned:
             self._warned = True
             hint = f"try --num_workers {2 * max(1, _workers(trainer))}, or tar shards on a slow disk"
             self.run.say(f"loader is the bottleneck ({speed['data_wait']:.0%} waiting): {hint}")
+
+    def _due(self, step: int, max_steps: int) -> bool:
+        """A line for every twentieth of the run, and every minute of a slow one."""
+        twentieth = max(1, max_steps // self.every // 20)
+        return step == max_steps or step // self.every % twentieth == 0 or time.monotonic() - self._said > 60
 
 
 def duration(seconds: float) -> str:

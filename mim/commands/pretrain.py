@@ -81,7 +81,7 @@ class Pretraining:
         self.folder = self._folder(args)
         trainer, evaluation, checkpoints = self._trainer()
         if self.rank == 0:
-            self._introduce(trainer, checked, args)
+            self._introduce(trainer, evaluation, checked, args)
         if checkpoint is None and self.config.init:
             message = init_backbone(self.method.encoder.vit, self.config.init, trust=self.config.trust)
             self._say(message)
@@ -186,7 +186,9 @@ class Pretraining:
         if self.rank == 0:
             self.folder.say(text)
 
-    def _introduce(self, trainer: Trainer, checked: tuple[int, tuple[int, int]], args: Sequence[str]) -> None:
+    def _introduce(
+        self, trainer: Trainer, evaluation: Evaluation, checked: tuple[int, tuple[int, int]], args: Sequence[str]
+    ) -> None:
         """Says what is going to happen before it happens, and keeps it in ``summary.json``."""
         method, data, plan, source = self.method, self.data, self.plan, self.data.source
         encoder = method.evaluated
@@ -195,7 +197,9 @@ class Pretraining:
         backbone = sum(p.numel() for p in method.backbone.parameters())
         grid, patches = encoder.grid, math.prod(encoder.grid)
         name, model = type(method).__name__.lower(), self.config.model.init_args.encoder.model
-        labels = f"{len(source.classes)} labels -> k-NN and linear probe" if source.labels else "no labels"
+        labels = f"{len(source.classes):,} labels" if source.labels else "no labels"
+        if source.labels:
+            labels += " -> k-NN and linear probe" if evaluation.labelled else ", too few images of each for probes"
         ignored = ", ".join(f"{number} {kind}" for kind, number in getattr(source, "ignored", {}).items())
         device = "cpu" if trainer.strategy.root_device.type == "cpu" else torch.cuda.get_device_name()
         size, patch = "x".join(map(str, encoder.img_size)), "x".join(map(str, encoder.patch_size))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from torchvision.transforms.v2.functional import to_pil_image
 
 from mim.cli import main
 
@@ -265,3 +266,14 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_from_its_initial_
         checkpoint.unlink()
     assert main("pretrain", ["--resume", str(tmp_path / "killed")]) == 0
     assert_bit_identical(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_labels_of_single_images_do_not_stop_a_run(tmp_path, capsys):
+    """One folder per photo is a habit of people and of ImageNet samples: nothing to probe, but enough to learn from."""
+    for number in range(12):
+        folder = tmp_path / "photos" / f"class{number}"
+        folder.mkdir(parents=True)
+        pixels = torch.randint(256, (3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+        to_pil_image(pixels).save(folder / "photo.png")
+    assert train(tmp_path / "run", "--data", tmp_path / "photos", "--epochs", 2) == 0
+    assert "12 labels, too few images of each for probes" in capsys.readouterr().out
