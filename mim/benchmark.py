@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from mim.config import build_parser
+from mim.config import instantiate
 from mim.data.pretrain import Crops, PretrainData, collate
 from mim.errors import UserError
 from mim.methods import MAE, Batch, Method
@@ -167,10 +167,7 @@ def ratios(first: Sequence[Timing], second: Sequence[Timing]) -> dict[str, float
 def build(config: Namespace, device: torch.device) -> tuple[Method, Batch]:
     """A recipe's method, and a batch of noise that went through the recipe's views; both on the device."""
     torch.manual_seed(config.seed)
-    try:
-        objects = build_parser().instantiate_classes(config)
-    except (ValueError, TypeError) as error:
-        raise UserError(str(error), hint="python tools/pretrain.py --help_all explains every option") from error
+    objects = instantiate(config)
     method: Method = objects.model.to(device)
     data: PretrainData = objects.data
     encoder = method.encoder
@@ -189,7 +186,7 @@ def compile_blocks(method: Method) -> None:
 
 def loader_rates(config: Namespace, contender: Contender, steps: int) -> dict[str, float]:
     """Images per second that the loader delivers to a device that does nothing else, and to one that trains on them."""
-    data: PretrainData = build_parser().instantiate_classes(config).data
+    data: PretrainData = instantiate(config).data
     device, encoder = contender.method.device, contender.method.encoder
     data.open(encoder.img_size, encoder.in_chans, config.seed)
     warm_up = 1 + 2 * data.num_workers  # what workers prepare ahead says nothing about their speed

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mim.checkpoint_io import AtomicCheckpointIO, newest_good
-from mim.config import build_parser, parse
+from mim.config import instantiate, parse
 from mim.data.pretrain import PretrainData
 from mim.errors import UserError
 from mim.interop import ModelCard, adapt, export_backbone, likely_model, load_weights, to_timm
@@ -30,7 +30,7 @@ def load_method(run: Path) -> tuple[Method, PretrainData, Namespace]:
     path, refused = newest_good(run / "checkpoints")
     if path is None:
         raise UserError(f"{run} has no checkpoint that can be used", why=refused[0] if refused else "it saved none yet")
-    objects = build_parser().instantiate_classes(config)
+    objects = instantiate(config)
     objects.model.load_state_dict(AtomicCheckpointIO().load_checkpoint(path)["state_dict"])
     return objects.model.eval(), objects.data, config
 

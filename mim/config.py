@@ -95,6 +95,20 @@ def parse(args: Sequence[str]) -> Namespace:
         raise _explain(error, parser) from error
 
 
+def instantiate(config: Namespace) -> Namespace:
+    """Builds what a parsed config describes; what a constructor refuses becomes a :class:`UserError`."""
+    try:
+        objects: Namespace = build_parser().instantiate(config)
+    except (ValueError, TypeError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # jsonargparse wraps it in a description of the types it has tried
+            cause = cause.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise UserError(str(cause), hint="--help_all explains every option") from error
+    return objects
+
+
 def run_options(config: Namespace) -> RunOptions:
     """The run's own options out of a parsed config."""
     return RunOptions(**{field.name: config[field.name] for field in fields(RunOptions)})

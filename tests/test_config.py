@@ -49,7 +49,7 @@ def test_a_method_is_named_with_or_without_its_module(name):
 
 
 def test_settings_become_objects():
-    method = build_parser().instantiate_classes(parse([TINY, "--model.init_args.encoder.img_size=64"])).model
+    method = build_parser().instantiate(parse([TINY, "--model.init_args.encoder.img_size=64"])).model
     assert isinstance(method, MAE)
     assert method.encoder.grid == (8, 8)
 

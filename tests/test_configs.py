@@ -30,7 +30,7 @@ def test_its_method_is_one_of_ours(path):
 def test_its_images_divide_into_patches(path):
     config = parse([f"--config={path}"])
     with torch.device("meta"):  # no memory for big models
-        encoder = build_parser().instantiate_classes(config).model.encoder
+        encoder = build_parser().instantiate(config).model.encoder
     for side, patch, count in zip(encoder.img_size, encoder.patch_size, encoder.grid, strict=True):
         assert side == patch * count
 

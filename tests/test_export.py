@@ -9,7 +9,7 @@ import torch
 
 from mim.checkpoint_io import AtomicCheckpointIO, checkpoint_name
 from mim.commands.export import run as export
-from mim.config import build_parser, parse, save_config
+from mim.config import instantiate, parse, save_config
 from mim.errors import UserError
 
 
@@ -18,7 +18,7 @@ def method(tmp_path):
     """The method of a run in ``tmp_path / run``, whose model has a ratio that only its config knows."""
     settings = ["--data.path=photos", "--data.std=[0.1, 0.2, 0.3]", '--model.init_args.encoder.kwargs={"mlp_ratio": 2}']
     config = parse([f"--config={Path(__file__).with_name('tiny.yaml')}", *settings])
-    method = build_parser().instantiate_classes(config).model.eval()
+    method = instantiate(config).model.eval()
     (tmp_path / "run").mkdir()
     save_config(config, tmp_path / "run" / "config.yaml")
     (tmp_path / "run" / "command.txt").write_text("python -m mim pretrain --data photos")

@@ -23,7 +23,7 @@ from mim.callbacks import Checkpoints, Evaluation, RunLog, Signals
 from mim.callbacks.run_log import duration
 from mim.checkpoint import ModelCard, export_backbone, init_backbone
 from mim.checkpoint_io import AtomicCheckpointIO, checkpoint_step, newest_good
-from mim.config import build_parser, changes, parse, run_options, save_config
+from mim.config import changes, instantiate, parse, run_options, save_config
 from mim.data.pretrain import BadFileWarning, PretrainData
 from mim.encoder import Encoder
 from mim.errors import UserError
@@ -103,11 +103,7 @@ class Pretraining:
     def _instantiate(self, seed: int) -> Namespace:
         """Builds method and data; the same seed gives the same weights."""
         torch.manual_seed(seed)
-        try:
-            objects: Namespace = build_parser().instantiate_classes(self.config)
-        except (ValueError, TypeError) as error:
-            raise UserError(str(error), hint="--help_all explains every option") from error
-        return objects
+        return instantiate(self.config)
 
     def _checkpoint(self) -> Path | None:
         """The newest good checkpoint of the resumed run; the loader then starts at its step."""
@@ -259,7 +255,8 @@ class Pretraining:
             )
             return INTERRUPTED
         difference = self.export(folder.backbone)
-        probe = evaluation.final(self.method.evaluated.cpu(), [self._untrained(seed) for seed in range(3)])
+        untrained = [self._untrained(seed) for seed in range(3)] if evaluation.labelled else []
+        probe = evaluation.final(self.method.evaluated, untrained)
         for kind in ("knn", "linear"):
             facts[kind] = table.last(f"val/{kind}_top1")
         folder.write_summary(

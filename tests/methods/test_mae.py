@@ -230,7 +230,7 @@ def test_a_config_file_builds_it():
     masking = {"class_path": "RandomMasking", "init_args": {"ratio": 0.5}}
     settings = {"encoder": encoder, "masking": masking, "decoder_width": 16, "decoder_heads": 2, "decoder_depth": 1}
     config = parser.parse_object({"model": {"class_path": "MAE", "init_args": settings}})
-    method = parser.instantiate_classes(config).model
+    method = parser.instantiate(config).model
     assert isinstance(method, MAE)
     assert method.encoder.grid == (4, 8)
     assert method.masking.ratio == 0.5
