@@ -77,14 +77,16 @@ class Pretraining:
     def run(self, args: Sequence[str]) -> int:
         """Trains to the end, to a signal or to a failure."""
         checkpoint = self._checkpoint()
+        initialised = None
+        if checkpoint is None and self.config.init:  # before there is a folder: weights that do not fit leave none
+            initialised = init_backbone(self.method.encoder.vit, self.config.init, trust=self.config.trust)
         checked = self.data.check()
         self.folder = self._folder(args)
         trainer, evaluation, checkpoints = self._trainer()
         if self.rank == 0:
             self._introduce(trainer, evaluation, checked, args)
-        if checkpoint is None and self.config.init:
-            message = init_backbone(self.method.encoder.vit, self.config.init, trust=self.config.trust)
-            self._say(message)
+            if initialised:
+                self._say(initialised)
         if self.options.compile:
             for module in self.method.modules():
                 if isinstance(module, Block):  # one small graph, compiled once and used by every block
