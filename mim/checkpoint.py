@@ -3,7 +3,7 @@
 import json
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import timm
 import torch
@@ -15,11 +15,21 @@ from torch import Tensor
 from mim.checkpoint_io import AtomicCheckpointIO, newest_good
 from mim.config import instantiate, parse
 from mim.data.pretrain import PretrainData
+from mim.encoder import Encoder
 from mim.errors import UserError
 from mim.interop import ModelCard, adapt, export_backbone, likely_model, load_weights, to_timm
 from mim.methods import Method
 
-__all__ = ["ModelCard", "export_backbone", "init_backbone", "load_method", "load_weights"]
+__all__ = [
+    "LoadedEncoder",
+    "ModelCard",
+    "export_backbone",
+    "init_backbone",
+    "load_encoder",
+    "load_method",
+    "load_weights",
+    "untrained_encoder",
+]
 
 _MATCH = 0.9  # share of the model's tensors below which a file was made for another model
 
@@ -33,6 +43,91 @@ def load_method(run: Path) -> tuple[Method, PretrainData, Namespace]:
     objects = instantiate(config)
     objects.model.load_state_dict(AtomicCheckpointIO().load_checkpoint(path)["state_dict"])
     return objects.model.eval(), objects.data, config
+
+
+class LoadedEncoder(NamedTuple):
+    """An encoder to be measured and the images it expects.
+
+    Args:
+        encoder: with its weights, in evaluation mode.
+        mean: per channel, of the pixels in 0..1 that it was trained on.
+        std: as ``mean``.
+        note: one line on where the weights come from and what was done to make them fit.
+    """
+
+    encoder: Encoder
+    mean: list[float]
+    std: list[float]
+    note: str
+
+
+def load_encoder(
+    weights: str, *, model: str | None = None, img_size: int | tuple[int, int] | None = None, trust: bool = False
+) -> LoadedEncoder:
+    """The encoder that ``--weights`` names: what every evaluation starts from.
+
+    Args:
+        weights: a run or timm folder, a checkpoint file, or a timm name, which timm may download.
+        model: timm name of the model that a checkpoint file belongs to; guessed from its shapes if not given.
+        img_size: side of the images in pixels if it is not the model's own; positions are resized, which ``note`` says.
+        trust: see :func:`load_weights`.
+
+    Raises:
+        UserError: if nothing is found or the weights do not fit.
+    """
+    folder = Path(weights.removeprefix("local-dir:"))
+    if _is_unexported_run(folder):
+        method, data, _ = load_method(folder)
+        encoder = method.evaluated
+        if img_size not in (None, encoder.img_size, encoder.img_size[0]):
+            hint = f"python tools/export.py --run {folder}   first"
+            raise UserError(f"--img_size {img_size}: only an exported run can be resized", hint=hint)
+        note = f"newest checkpoint of {folder}, which has not finished"
+        return LoadedEncoder(encoder, *data.statistics(encoder.in_chans), note)
+    encoder = Encoder(model or _model_of(weights, trust), img_size)
+    note = init_backbone(encoder.vit, weights, trust=trust)
+    cfg = cast(dict[str, Any], encoder.vit.pretrained_cfg)
+    return LoadedEncoder(encoder.eval(), list(cfg["mean"]), list(cfg["std"]), note.removeprefix("init: "))
+
+
+def untrained_encoder(
+    weights: str,
+    seed: int,
+    *,
+    model: str | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    trust: bool = False,
+) -> Encoder:
+    """The encoder of :func:`load_encoder` before training, as ``seed`` draws it: the row to compare with."""
+    folder = Path(weights.removeprefix("local-dir:"))
+    run = next((home for home in (folder, *folder.parents[:2]) if (home / "config.yaml").is_file()), None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if run is None:
+            return Encoder(model or _model_of(weights, trust), img_size).eval()
+        config = parse([f"--config={run / 'config.yaml'}"])
+        if img_size is not None:
+            config.model.init_args.encoder.img_size = img_size
+        method: Method = instantiate(config).model
+        return method.evaluated.eval()
+
+
+def _is_unexported_run(folder: Path) -> bool:
+    exported = any((home / "config.json").is_file() for home in (folder, folder / "export" / "backbone"))
+    return (folder / "config.yaml").is_file() and not exported
+
+
+def _model_of(weights: str, trust: bool) -> str:
+    """What ``timm.create_model`` builds the model of these weights from."""
+    folder = Path(weights.removeprefix("local-dir:"))
+    if folder.is_dir():
+        return f"local-dir:{_weights_in(folder)[0].parent}"
+    if not folder.exists():
+        return weights
+    guess = likely_model(to_timm(load_weights(folder, trust=trust, option="--weights"))[1])
+    if guess is None:
+        raise UserError(f"--weights {weights} does not say which model it belongs to", hint="--model vit_...")
+    return guess
 
 
 def init_backbone(vit: VisionTransformer, weights: str, *, trust: bool = False) -> str:

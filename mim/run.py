@@ -9,7 +9,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
@@ -115,6 +115,25 @@ class RunFolder:
         timing = self.path / "timing.csv"
         for file in (self.metrics, timing, self.summary, self.bad_files, self.log, self.config):
             file.unlink(missing_ok=True)
+
+
+def evaluation_folder(weights: str, out: str | None, name: str) -> Path:
+    """Where an evaluation writes: ``out``, or inside the run that ``weights`` belong to, or the next ``runs/NNN-name``.
+
+    A folder ``RUN/evaluation/NAME`` is replaced by a later evaluation of the same name: it is a function of the run.
+    """
+    given = Path(weights.removeprefix("local-dir:"))
+    run = next((home for home in (given, *given.parents[:2]) if (home / "config.yaml").is_file()), None)
+    try:
+        if out is None and run is None:
+            return _numbered(Path("runs"), name)
+        folder = Path(out) if out else cast(Path, run) / "evaluation" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in (*folder.glob("*.png"), folder / "metrics.json"):
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{out or 'runs'} cannot be written: {error.strerror}", hint="--out another/folder") from error
+    return folder
 
 
 def versions() -> dict[str, str]:

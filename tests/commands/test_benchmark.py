@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from mim.benchmark import PLAIN_LOSSES, Contender, MatrixPeak, Timing, compare, plain_mae_loss, ratios
+from mim.benchmark import Contender, MatrixPeak, Timing, compare, ratios
 from mim.cli import CONFIGS, main
 from mim.commands import benchmark
 from mim.encoder import Encoder
 from mim.errors import UserError
 from mim.masking import RandomMasking
 from mim.methods import MAE, Method, OptimConfig
+from mim.plain import PLAIN_LOSSES, plain_mae_loss
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 
