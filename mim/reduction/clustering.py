@@ -71,7 +71,7 @@ class GridClustering(TokenReduction):
         weights = torch.zeros_like(distances).scatter(2, nearest.indices, (-tau * nearest.values).softmax(dim=2))
         x = torch.cat([tokens.x[:, : tokens.num_prefix], clusters.to(tokens.x.dtype)], dim=1)
         own = distances.masked_fill(~near, math.inf).argmin(dim=2)
-        centres = pooling(tokens.grid, shape, patches.device).argmax(dim=1).expand(len(x), -1)
+        centres = pooling(tokens.grid, shape, patches.device).argmax(dim=1).expand(x.shape[0], -1)
         return replace(tokens, x=x, assign=own, places=centres, merged=True, blend=weights)
 
     def _tau(self, distances: Tensor, near: Tensor) -> Tensor:

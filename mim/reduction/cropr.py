@@ -80,7 +80,7 @@ class _Router(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Class logits ``(B, num_classes)`` of patches ``(B, K, D)``."""
-        queries = self.queries.expand(len(patches), -1, -1)
+        queries = self.queries.expand(patches.shape[0], -1, -1)
         read = F.scaled_dot_product_attention(queries, patches, patches)  # (B, queries, D)
         logits: Tensor = self.head(self.norm(read + self.mlp(read)).mean(dim=1))
         return logits

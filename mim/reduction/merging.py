@@ -55,7 +55,7 @@ def merge_pairs(tokens: Tokens, features: Tensor, pairs: int) -> Tokens:
     best, partner = (features[:, first::2] @ features[:, 1 - first :: 2].transpose(1, 2)).max(dim=2)
     order = best.topk(best.shape[1]).indices
     merged, alone = order[:, :pairs], order[:, pairs:].sort().values  # places among those that propose
-    others = torch.arange(1 - first, tokens.count, 2, device=order.device).expand(len(order), -1)
+    others = torch.arange(1 - first, tokens.count, 2, device=order.device).expand(order.shape[0], -1)
     centre = torch.cat([2 * alone + first, others], dim=1)
     return tokens.merge(centre, source=2 * merged + first, target=alone.shape[1] + partner.gather(1, merged))
 

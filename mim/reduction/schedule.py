@@ -1,6 +1,5 @@
 """How many patch tokens go on after each block: plain whole numbers, known before the first image."""
 
-import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -20,7 +19,7 @@ class Schedule:
 
     def __repr__(self) -> str:
         """The call that builds it."""
-        settings = ", ".join(f"{name}={value}" for name, value in vars(self).items())
+        settings = ", ".join(f"{name}={value}" for name, value in vars(self).items() if name[0] != "_")
         return f"{type(self).__name__}({settings})"
 
 
@@ -36,12 +35,14 @@ class KeepRate(Schedule):
         if not 0 < keep <= 1:
             raise ValueError(f"keep {keep} is outside (0, 1]")
         self.keep, self.at = keep, None if at is None else tuple(at)
+        # 0.07 * 100 is 7.000000000000001 in floats, whose ceiling is 8: the decimal that was written is meant.
+        self._ratio = Fraction(str(keep)).as_integer_ratio()
 
     def left(self, patches: int, layer: int, depth: int) -> int:
         """``ceil(keep * patches)`` at the chosen blocks, all elsewhere."""
         sites = (depth // 4, depth // 2, 3 * depth // 4) if self.at is None else self.at
-        # 0.07 * 100 is 7.000000000000001 in floats, whose ceiling is 8: the decimal that was written is meant.
-        return math.ceil(Fraction(str(self.keep)) * patches) if layer in sites else patches
+        numerator, denominator = self._ratio
+        return -(-numerator * patches // denominator) if layer in sites else patches
 
 
 class PerBlock(Schedule):

@@ -90,7 +90,7 @@ class RandomScore(Score):
 
     def forward(self, tokens: Tokens, attending: Attending | None, layer: int) -> Tensor:
         """See :meth:`Score.forward`."""
-        shape = len(tokens.x), tokens.count
+        shape = tokens.x.shape[0], tokens.count
         if self.training:
             return torch.rand(shape, device=tokens.x.device)
         return RowGenerator.for_rows(self.key, layer, 1, tokens.x.device).rand(tokens.count).expand(shape)

@@ -45,7 +45,7 @@ class Tokens:
         cls, x: Tensor, num_prefix: int, grid: tuple[int, int] | None = None, rope: Tensor | None = None
     ) -> "Tokens":
         """All patches, each its own token."""
-        identity = torch.arange(x.shape[1] - num_prefix, device=x.device).expand(len(x), -1)
+        identity = torch.arange(x.shape[1] - num_prefix, device=x.device).expand(x.shape[0], -1)
         return cls(x, num_prefix, grid, assign=identity, places=identity, rope=rope)
 
     @property
@@ -62,7 +62,7 @@ class Tokens:
     def sizes(self) -> Tensor:
         """How many patches each token stands for, ``(B, K)`` float32."""
         alive = self.assign >= 0
-        zeros = torch.zeros(len(self.x), self.count, device=self.x.device)
+        zeros = torch.zeros(self.x.shape[0], self.count, device=self.x.device)
         return zeros.scatter_add(1, self.assign.clamp(min=0), alive.float())
 
     def inputs(self, layer: int, proportional: bool = False) -> dict[str, Any]:
@@ -160,4 +160,4 @@ class Tokens:
 
 def _numbers(rows: Tensor) -> Tensor:
     """0, 1, 2, ... in every row of a ``(B, K)`` tensor."""
-    return torch.arange(rows.shape[1], device=rows.device).expand(len(rows), -1)
+    return torch.arange(rows.shape[1], device=rows.device).expand(rows.shape[0], -1)

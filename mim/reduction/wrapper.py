@@ -52,7 +52,7 @@ class TokenReducedViT(nn.Module):
         tokens = self._reduced(images)
         dense: Tensor = self.vit.norm(tokens.dense())  # (B, N, D)
         assert tokens.grid is not None
-        return dense.transpose(1, 2).reshape(len(images), -1, *tokens.grid)
+        return dense.transpose(1, 2).reshape(images.shape[0], -1, *tokens.grid)
 
     def forward_tokens(self, images: Tensor) -> Tokens:
         """The normalised tokens with the map that tells what each patch has become."""
