@@ -133,7 +133,7 @@ class Measurement:
         def batches(rows: range) -> Iterator[tuple[Tensor, Tensor]]:
             framed = Framed(source, self.frames, rows, crop)
             for images, labels, unreadable in framed_batches(
-                framed, self.subject.batch_size, self.workers, self.device
+                framed, self.subject.encode_batch, self.workers, self.device
             ):
                 for path, reason in unreadable:
                     bad.add(path, reason)
