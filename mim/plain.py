@@ -28,7 +28,7 @@ def plain_mae_loss(method: MAE, batch: Batch) -> Tensor:
     patches = gather_tokens(torch.cat([latent[:, prefix:], hidden], dim=1), restore)  # (B, N, E)
     sequence = torch.cat([latent[:, :prefix], patches], dim=1) + fill.positions
     prediction = trunk.predict(trunk.norm(trunk.blocks(sequence)))[:, prefix:]  # (B, N, p*p*C)
-    target = (pixel_targets if method.standardise else patchify)(images, method.encoder.patch_size)
+    target = (pixel_targets if method.target.standardise else patchify)(images, method.encoder.patch_size)
     error = (prediction - target).square().mean(dim=-1)  # (B, N)
     loss: Tensor = (error * mask).sum() / mask.sum()
     return loss
