@@ -11,6 +11,7 @@ LEVELS = [
     {"mim", "mim.errors", "mim.randomness", "mim.patches", "mim.schedules", "mim.subject"},
     {"mim.layers", "mim.masking", "mim.reduction"},
     {"mim.encoder"},
+    {"mim.targets"},
     {"mim.methods", "mim.evaluation", "mim.data", "mim.interop"},
     {"mim.config", "mim.checkpoint_io", "mim.pictures", "mim.plain", "mim.run"},
     {"mim.checkpoint", "mim.report", "mim.benchmark"},
