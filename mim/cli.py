@@ -82,6 +82,7 @@ COMMANDS = {
     "pretrain": "pretrain a Vision Transformer on images without labels",
     "knn": "classify images by their nearest neighbours in feature space",
     "linear_probe": "train a linear or attentive classifier on frozen features",
+    "finetune": "train a whole encoder with labels",
     "export": "write a run's backbone as a timm folder",
     "check_data": "look at a data set before training on it",
     "make_shapes": "write the generated shapes as folders of images and masks",

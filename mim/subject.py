@@ -79,3 +79,44 @@ class HeadRecipe:
         """The learning rates, the head's own range unless given."""
         linear = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
         return self.lrs or (linear if self.head == "linear" else (1e-4, 3e-4, 1e-3, 3e-3))
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe:
+    """How a whole encoder is trained with labels; the defaults are MAE's for ViT-B (arXiv:2111.06377, table 9).
+
+    Args:
+        epochs: passes over the images to learn from.
+        batch_size: images per step over all devices.
+        blr: base learning rate; the one used is blr x batch_size / 256.
+        min_lr: learning rate at the last step.
+        warmup_epochs: linear warm-up from 0; then half a cosine.
+        weight_decay: of AdamW, for matrices.
+        layer_decay: factor of the learning rate from one block to the one before.
+        drop_path: stochastic depth of the last block, rising linearly from 0.
+        pool: what the classifier sees: mean of the patch tokens behind a new norm, or the class token.
+        auto_augment: timm's name of a RandAugment policy; none for random crops and flips alone.
+        erase: probability that a rectangle of an image becomes noise.
+        mixup: strength of mixup; 0 for none.
+        cutmix: strength of CutMix; 0 for none.
+        label_smoothing: share of the label that is spread over all classes.
+        ema: decay of an average of the weights, which is then what is scored and exported; 0 for none.
+        scale: smallest and largest share of the image's area in a random crop.
+    """
+
+    epochs: float = 100.0
+    batch_size: int = 1024
+    blr: float = 5e-4
+    min_lr: float = 1e-6
+    warmup_epochs: float = 5.0
+    weight_decay: float = 0.05
+    layer_decay: float = 0.65
+    drop_path: float = 0.1
+    pool: Literal["mean", "cls"] = "mean"
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    erase: float = 0.25
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    label_smoothing: float = 0.1
+    ema: float = 0.0
+    scale: tuple[float, float] = (0.08, 1.0)

@@ -16,6 +16,7 @@ LEVELS = [
     {"mim.config", "mim.checkpoint_io", "mim.pictures", "mim.plain", "mim.run"},
     {"mim.checkpoint", "mim.report", "mim.benchmark"},
     {"mim.callbacks", "mim.measure"},
+    {"mim.finetuning"},
     {"mim.commands"},
     {"mim.cli"},
     {"mim.__main__"},
