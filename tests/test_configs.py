@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mim.config import build_parser, parse
+from mim.config import parse
+from mim.encoder import Encoder
 from mim.methods import Method
 
 ROOT = Path(__file__).parents[1] / "configs"
@@ -30,7 +31,7 @@ def test_its_method_is_one_of_ours(path):
 def test_its_images_divide_into_patches(path):
     config = parse([f"--config={path}"])
     with torch.device("meta"):  # no memory for big models
-        encoder = build_parser().instantiate(config).model.encoder
+        encoder = Encoder(**vars(config.model.init_args.encoder))
     for side, patch, count in zip(encoder.img_size, encoder.patch_size, encoder.grid, strict=True):
         assert side == patch * count
 

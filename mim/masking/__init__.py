@@ -1,7 +1,8 @@
 """Masking policies: which patches are hidden."""
 
+from mim.masking.attention import AttentionMasking
 from mim.masking.base import Masking
 from mim.masking.block import BlockMasking
-from mim.masking.uniform import RandomMasking
+from mim.masking.uniform import RandomMasking, VaryingRandomMasking
 
-__all__ = ["BlockMasking", "Masking", "RandomMasking"]
+__all__ = ["AttentionMasking", "BlockMasking", "Masking", "RandomMasking", "VaryingRandomMasking"]

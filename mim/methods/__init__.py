@@ -1,6 +1,7 @@
 """The methods, one file each."""
 
 from mim.methods.base import Batch, Method, NonFiniteError, OptimConfig, Plan
+from mim.methods.ibot import IBOT
 from mim.methods.mae import MAE
 
-__all__ = ["MAE", "Batch", "Method", "NonFiniteError", "OptimConfig", "Plan"]
+__all__ = ["IBOT", "MAE", "Batch", "Method", "NonFiniteError", "OptimConfig", "Plan"]
