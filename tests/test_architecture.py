@@ -14,7 +14,7 @@ LEVELS = [
     {"mim.methods", "mim.evaluation", "mim.data", "mim.interop"},
     {"mim.config", "mim.checkpoint_io", "mim.pictures", "mim.plain", "mim.run"},
     {"mim.checkpoint", "mim.report", "mim.benchmark"},
-    {"mim.callbacks"},
+    {"mim.callbacks", "mim.benchmark_reduction"},
     {"mim.commands"},
     {"mim.cli"},
     {"mim.__main__"},
