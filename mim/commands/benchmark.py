@@ -145,7 +145,8 @@ def _reductions(
     except ValueError:
         raise UserError(f"--shares {shares}: these are not numbers", hint="--shares 0.75,0.5") from None
     torch.manual_seed(0)
-    vit = timm.create_model(model, **({} if img_size is None else {"img_size": img_size}))
+    sized: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    vit: Any = timm.create_model(model, **sized)
     size = vit.patch_embed.img_size
     images = torch.randn(batch_size, vit.patch_embed.proj.in_channels, *size, device=place)
     try:
@@ -153,10 +154,8 @@ def _reductions(
     except TypeError as error:
         raise UserError(f"--model {model}: {error}", hint="--model vit_base_patch16_224") from error
     rows = measure(models, rounds)
-    threads = f"{torch.get_num_threads()} threads"
-    print(
-        f"{model}, batch {batch_size} at {size[0]}x{size[1]}, {place.type}, {threads}, {precision}; {rounds} rounds\n"
-    )
+    where = f"{place.type}, {torch.get_num_threads()} threads, {precision}"
+    print(f"{model}, batch {batch_size} at {size[0]}x{size[1]}, {where}; {rounds} rounds\n")
     print(table(rows))
     print("\n  GMAC     multiply-adds per image by formula; counted: by torch while the model runs")
     print("  speed    over the whole model in the same round: median; fastest steps; processor time")
