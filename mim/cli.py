@@ -6,15 +6,20 @@ that a run is made of; ``--help_all`` shows it.
 
 import difflib
 import importlib
+import inspect
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mim import __version__
 from mim.errors import UserError
+
+if TYPE_CHECKING:  # even this parser takes a moment to import: help and typing mistakes come first
+    from jsonargparse import ArgumentParser
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BUILT_IN = ("builtin", "shapes")
@@ -75,6 +80,9 @@ PRETRAIN: dict[str, Option] = {
 
 COMMANDS = {
     "pretrain": "pretrain a Vision Transformer on images without labels",
+    "knn": "classify images by their nearest neighbours in feature space",
+    "linear_probe": "train a linear or attentive classifier on frozen features",
+    "finetune": "train a whole encoder with labels",
     "export": "write a run's backbone as a timm folder",
     "check_data": "look at a data set before training on it",
     "make_shapes": "write the generated shapes as folders of images and masks",
@@ -171,16 +179,41 @@ def _dispatch(command: str, args: list[str]) -> int:
 
 def _call(run: Callable[..., None], command: str, args: list[str]) -> None:
     """Runs a command whose options are the arguments of one function."""
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
 
-    parser = ArgumentParser(prog=f"python tools/{command}.py", description=COMMANDS[command], exit_on_error=False)
-    parser.add_function_arguments(run, as_group=False)
+    parser = function_parser(run, command)
     try:
-        options = parser.parse_args(args)
+        options = parser.parse_args(args).as_dict()
     except ArgumentError as error:
         reason = " ".join(str(error).split())
         raise UserError(reason, hint=f"python tools/{command}.py --help") from error
-    run(**options.as_dict())
+    grouped = {
+        name: cls(**{field.name: options.pop(field.name) for field in fields(cls)})
+        for name, cls in _option_groups(run).items()
+    }
+    if "config" not in inspect.signature(run).parameters:
+        options.pop("config")
+    run(**grouped, **options)
+
+
+def function_parser(run: Callable[..., None], command: str) -> "ArgumentParser":
+    """The options of a command: the arguments of its function, and the fields of those that are dataclasses."""
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    parser = ArgumentParser(prog=f"python tools/{command}.py", description=COMMANDS[command], exit_on_error=False)
+    if "config" not in inspect.signature(run).parameters:
+        parser.add_argument("--config", action=ActionConfigFile, help="Settings in YAML; options win.")
+    groups = _option_groups(run)
+    for cls in groups.values():
+        parser.add_class_arguments(cls, None, as_group=False)
+    parser.add_function_arguments(run, as_group=False, skip=set(groups))
+    return parser
+
+
+def _option_groups(run: Callable[..., None]) -> dict[str, Any]:
+    """Arguments of a command that stand for several options each."""
+    arguments = inspect.signature(run).parameters.items()
+    return {name: argument.annotation for name, argument in arguments if is_dataclass(argument.annotation)}
 
 
 def _pretrain_help() -> str:

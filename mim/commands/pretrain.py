@@ -80,7 +80,6 @@ class Pretraining:
         initialised = None
         if checkpoint is None and self.config.init:  # before there is a folder: weights that do not fit leave none
             initialised = init_backbone(self.method.encoder.vit, self.config.init, trust=self.config.trust)
-            self.method.restart_teacher()
         checked = self.data.check()
         self.folder = self._folder(args)
         trainer, evaluation, checkpoints = self._trainer()
@@ -360,7 +359,10 @@ def _resumed_arguments(run: RunFolder, args: Sequence[str]) -> list[str]:
 
 
 def _hidden(method: Method) -> str:
-    """How many patches the policy hides, counted on a mask that it draws."""
+    """How many patches the policy hides: always the same number, or counted on masks that it draws."""
+    patches = math.prod(method.encoder.grid)
+    if (visible := method.masking.visible_count(patches)) is not None:
+        return f" hides {patches - visible}"
     if method.masking.guided:
         return ""
     counts = method.masking(64, method.encoder.grid).sum(1)

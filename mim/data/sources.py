@@ -184,7 +184,7 @@ class TarSource(FileSource):
             raise ImageError(self.describe(index), error.strerror or str(error)) from None
 
 
-def open_source(data: str, channels: int = 3) -> tuple[FileSource, FileSource | None]:
+def open_source(data: str, channels: int = 3, same_classes: bool = True) -> tuple[FileSource, FileSource | None]:
     """What ``--data`` names: training images, and held-out ones if the folder sets some apart.
 
     Args:
@@ -192,6 +192,7 @@ def open_source(data: str, channels: int = 3) -> tuple[FileSource, FileSource | 
             A folder with ``train/`` and ``val/`` (``valid``, ``validation``, ``test``) gives both parts. Of a folder
             that holds ``images/`` beside ``masks/``, only the images count.
         channels: of the images.
+        same_classes: refuse parts whose classes differ.
 
     Raises:
         UserError: if there is nothing to read, or the parts have different classes.
@@ -203,7 +204,8 @@ def open_source(data: str, channels: int = 3) -> tuple[FileSource, FileSource | 
         if not (path / "train").is_dir() or held_out is None:
             return FolderSource(_without_masks(path), channels, name), None
         train, held = (FolderSource(_without_masks(part), channels, name) for part in (path / "train", held_out))
-        _check_classes(data, held_out.name, train.classes, held.classes)
+        if same_classes:
+            _check_classes(data, held_out.name, train.classes, held.classes)
         return train, held
     if path.suffix.lower() in (".txt", ".csv") and path.is_file():
         return ListSource(path, channels), None

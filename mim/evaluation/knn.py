@@ -1,5 +1,7 @@
 """Weighted k-nearest-neighbour classification of frozen features, as in DINO (arXiv:2104.14294) and iBOT."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,17 +37,40 @@ def knn_accuracy(
     Returns:
         Accuracy from 0 to 1.
     """
+    return knn_accuracies(bank, bank_labels, queries, labels, (k,), temperature, (top,))[k][top]
+
+
+def knn_accuracies(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    labels: Tensor,
+    k: Sequence[int] = (10, 20, 100, 200),
+    temperature: float = 0.07,
+    tops: Sequence[int] = (1, 5),
+) -> dict[int, dict[int, float]]:
+    """:func:`knn_accuracy` for several numbers of neighbours, which are searched once.
+
+    Returns:
+        Accuracies from 0 to 1 by ``k``, then by ``top``.
+    """
     if not len(bank) or not len(queries):
         raise ValueError(f"k-NN needs images on both sides, got {len(bank)} in the bank and {len(queries)} queries")
     classes = int(bank_labels.max()) + 1
-    correct = 0
+    correct = {neighbours: dict.fromkeys(tops, 0) for neighbours in k}
     for asked, truth in zip(torch.split(queries, _QUERY_ROWS), torch.split(labels, _QUERY_ROWS), strict=True):
-        similarity, answers = _nearest(bank, bank_labels, asked, k)
+        similarity, answers = _nearest(bank, bank_labels, asked, max(k))  # nearest first
         weights = (similarity / temperature).exp()
-        votes = weights.new_zeros(len(asked), classes).scatter_add_(1, answers, weights)
-        strength, ranked = votes.topk(min(top, classes))  # (q, top)
-        correct += int(((ranked == truth.to(ranked.device)[:, None]) & (strength > 0)).sum())
-    return correct / len(queries)
+        for neighbours in k:
+            votes = weights.new_zeros(len(asked), classes)
+            votes.scatter_add_(1, answers[:, :neighbours], weights[:, :neighbours])
+            strength, ranked = votes.topk(min(max(tops), classes))  # (q, top)
+            hit = (ranked == truth.to(ranked.device)[:, None]) & (strength > 0)
+            for top in tops:
+                correct[neighbours][top] += int(hit[:, :top].sum())
+    return {
+        neighbours: {top: count / len(queries) for top, count in own.items()} for neighbours, own in correct.items()
+    }
 
 
 def _nearest(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Lightning and timm; MAE and its descendants; self-distillation, whose published numbers are the teacher's.
-_CONTAINERS = ("state_dict", "model", "teacher", "student")
+# Lightning, timm and HPM; MAE and its descendants; HPM's moving average, where nothing else is kept; self-distillation,
+# whose published numbers are the teacher's. The order matters: beside its weights an HPM file keeps the name of its
+# architecture under "model".
+_CONTAINERS = ("state_dict", "model", "ema_state_dict", "teacher", "student")
 _WRAPPERS = ("_orig_mod.", "module.")  # torch.compile; DataParallel and DDP
 
 
@@ -75,6 +77,11 @@ def _mae(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t for name, t in tensors.items() if name != "mask_token" and not name.startswith("decoder_")}
 
 
+def _hpm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published HPM files: an MAE with a second decoder and, rarely, a token for visible patches that were masked."""
+    return {name: tensor for name, tensor in _mae(tensors).items() if name != "vis_mask_token"}
+
+
 class _Layout(NamedTuple):
     name: str
     marker: str  # the start of a name that only this layout has
@@ -84,6 +91,7 @@ class _Layout(NamedTuple):
 _LAYOUTS = (
     _Layout("mim run", "teacher.module.head.", _run_of_a_teacher),
     _Layout("mim run", "encoder.vit.", _run),
+    _Layout("hpm", "decoder_blocks_losspred.", _hpm),
     _Layout("mae", "decoder_", _mae),
     _Layout("ibot", "backbone.", _ibot),
     _Layout("ibot", "masked_embed", _ibot),

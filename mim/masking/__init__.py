@@ -3,6 +3,14 @@
 from mim.masking.attention import AttentionMasking
 from mim.masking.base import Masking
 from mim.masking.block import BlockMasking
+from mim.masking.hard_patch import HardPatchMasking
 from mim.masking.uniform import RandomMasking, VaryingRandomMasking
 
-__all__ = ["AttentionMasking", "BlockMasking", "Masking", "RandomMasking", "VaryingRandomMasking"]
+__all__ = [
+    "AttentionMasking",
+    "BlockMasking",
+    "HardPatchMasking",
+    "Masking",
+    "RandomMasking",
+    "VaryingRandomMasking",
+]

@@ -274,8 +274,8 @@ class IBOT(Method):
             mean /= torch.distributed.get_world_size()
         self.centers.lerp_(mean, 1 - self.teaching.center_momentum)
 
-    def restart_teacher(self) -> None:
-        """See :meth:`Method.restart_teacher`."""
+    def setup(self, stage: str) -> None:
+        """The teacher starts as the student, whatever weights that was given; a checkpoint is restored after this."""
         self.teacher.set(self._averaged())  # type: ignore[no-untyped-call]  # timm's
 
     def train(self, mode: bool = True) -> "IBOT":

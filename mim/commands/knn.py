@@ -1,0 +1,49 @@
+"""Classify images by their nearest neighbours: ``python tools/knn.py --weights runs/001-mae-photos``."""
+
+from typing import Literal
+
+from mim.errors import UserError
+from mim.subject import Subject
+
+
+def run(
+    subject: Subject,
+    k: tuple[int, ...] = (10, 20, 100, 200),
+    temperature: float = 0.07,
+    layers: int = 1,
+    pool: Literal["cls", "mean", "both"] = "cls",
+    seeds: int = 3,
+) -> None:
+    """k-NN accuracy of frozen features, beside untrained encoders.
+
+    Args:
+        subject: weights and images.
+        k: numbers of neighbours that vote, as [10,20].
+        temperature: of the votes.
+        layers: last blocks whose features are put end to end.
+        pool: class token, mean of the patch tokens, or both.
+        seeds: untrained encoders to compare with.
+    """
+    if not k or min(k) < 1 or temperature <= 0:
+        raise UserError(f"--k {list(k)} --temperature {temperature}: both must be positive", hint="--k [10,20]")
+    # torch is imported when there is something to measure: --help must not wait for it.
+    from mim.evaluation.features import Features
+    from mim.evaluation.knn import knn_accuracies
+    from mim.measure import TRAINED, UNTRAINED, Measurement, Scores
+
+    measurement, features = Measurement.open(subject), Features(layers, pool)
+    encoders = [(TRAINED, measurement.loaded.encoder)]
+    encoders += [(UNTRAINED, measurement.untrained(seed)) for seed in range(seeds)]
+    scores: Scores = {}
+    for who, encoder in encoders:
+        (bank,), queries = measurement.banks(encoder, features)
+        if not measurement.first:
+            continue
+        asked, truth = (tensor.to(measurement.device) for tensor in queries)
+        for neighbours, tops in knn_accuracies(*bank, asked, truth, k, temperature).items():
+            for top, value in tops.items():
+                scores.setdefault(f"{neighbours}-NN top-{top}", {}).setdefault(who, []).append(value)
+    if measurement.first:
+        votes = f"votes exp(cosine / {temperature:g})"
+        protocol = f"frozen encoder, {features.describe()}, {measurement.protocol()}; {votes}."
+        measurement.finish(measurement.write("knn", "k-NN classification", protocol, scores))

@@ -1,0 +1,232 @@
+"""Labelled images to measure an encoder on: a part to learn from and a part to be scored on."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from mim.data.builtin import PhotoSource
+from mim.data.images import ImageError
+from mim.data.pretrain import STALL, Bad, leave_signals_to_the_run
+from mim.data.shapes import ShapeSource
+from mim.data.sources import HELD_OUT, FolderSource, ListSource, Source, open_source
+from mim.data.views import SingleView
+from mim.errors import UserError
+from mim.randomness import derive_seed
+
+UNREADABLE = -1
+"""Label of an image that could not be read: its row keeps its place and is left out of every score."""
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """What ``--data`` names.
+
+    Args:
+        train: to learn from.
+        test: to be scored on; absent if the data does not set it apart.
+        classes: names by label.
+        name: short, for folders and titles.
+    """
+
+    train: Source
+    test: Source | None
+    classes: list[str]
+    name: str
+
+
+class Part:
+    """Some images of another source, with labels of one's own choice: a split, or the classes that two parts share.
+
+    Args:
+        source: where the images are.
+        indices: which of them, in this order.
+        classes: names by label; images of other classes must not be among ``indices``.
+    """
+
+    def __init__(self, source: Source, indices: Sequence[int], classes: Sequence[str]) -> None:
+        assert source.labels is not None
+        number = {name: label for label, name in enumerate(classes)}
+        self.name, self.source, self.indices, self.classes = source.name, source, list(indices), list(classes)
+        self.labels: list[int] | None = [number[source.classes[source.labels[index]]] for index in self.indices]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.indices)
+
+    def describe(self, index: int) -> str:
+        """The image's path as messages show it."""
+        return self.source.describe(self.indices[index])
+
+    def read(self, index: int) -> Tensor:
+        """``(C, H, W)`` uint8; raises ``ImageError``."""
+        return self.source.read(self.indices[index])
+
+
+def open_labelled(data: str, channels: int = 3, classes: Literal["same", "common"] = "same") -> LabelledImages:
+    """Opens class folders, a labelled list, labelled tar shards, or a built-in set.
+
+    Args:
+        data: a folder with ``train/`` and ``val/`` or ``test/``, each with a folder per class; one folder of class
+            folders, a labelled ``.csv`` or tar shards, which have no test part; ``builtin`` or ``shapes``.
+        channels: of the images.
+        classes: ``same`` refuses parts whose classes differ, ``common`` scores those that both have.
+
+    Raises:
+        UserError: if there is nothing to read, labels are missing, or classes differ.
+    """
+    if data == "builtin":
+        photos = PhotoSource("train")
+        return LabelledImages(photos, PhotoSource("test"), photos.classes, "builtin")
+    if data == "shapes":
+        shapes = ShapeSource("train")
+        return LabelledImages(shapes, ShapeSource("val"), shapes.classes, "shapes")
+    train, test = open_source(data, channels, same_classes=False)
+    part = next((name for name in HELD_OUT if (Path(data) / name).is_dir()), "val") if test else ""
+    for source, where in ((train, "train/" if test else data), (test, f"{part}/")):
+        if source is not None and not source.labels:
+            raise UserError(
+                f"--data {data}: {where} has no labels",
+                why="images must lie in one folder per class, two classes or more, with no image beside them",
+                hint=f"{data}/{'train/' if test else ''}CLASS/IMAGE.jpg   or   --data list.csv with path,label",
+            )
+    if test is None:
+        return LabelledImages(train, None, train.classes, train.name)
+    if train.classes == test.classes:
+        return LabelledImages(train, test, train.classes, train.name)
+    shared = [name for name in train.classes if name in set(test.classes)]
+    if classes == "same" or len(shared) < 2:
+        raise _different_classes(data, part, train.classes, test.classes, shared)
+    return LabelledImages(_only(train, shared), _only(test, shared), shared, train.name)
+
+
+def fingerprint(source: Source) -> list[str]:
+    """A line per image that changes when the image does: what it is called, its label, size and time of its file."""
+    labels = source.labels or [UNREADABLE] * len(source)
+    return [f"{source.describe(index)}\t{label}\t{_stamp(source, index)}" for index, label in enumerate(labels)]
+
+
+class Frames(SingleView):
+    """How a labelled image is cut: its middle to be scored, random crops to learn from.
+
+    Args:
+        crop_pct: side of the middle as a share of the resized image's shorter side; 0.875 is 224 of 256 pixels.
+        scale: smallest and largest share of the image's area in a random crop.
+        flip: probability of a horizontal flip of a random crop.
+    """
+
+    def __init__(self, crop_pct: float = 1.0, scale: tuple[float, float] = (0.08, 1.0), flip: float = 0.5) -> None:
+        if not 0 < crop_pct <= 1:
+            raise UserError(f"--crop_pct {crop_pct} is not a share of the image", hint="--crop_pct 0.875")
+        self.crop_pct = crop_pct
+        super().__init__(scale=scale, flip=flip)
+
+    def center(self, image: Tensor) -> Tensor:
+        """The middle of ``(C, H, W)`` uint8 at view size."""
+        height, width = self.size
+        scale = max(height / image.shape[-2], width / image.shape[-1]) / self.crop_pct
+        full = [max(height, round(image.shape[-2] * scale)), max(width, round(image.shape[-1] * scale))]
+        resized = F.resize(image, full, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+        middle: Tensor = F.center_crop(resized, [height, width])
+        return middle
+
+
+class Framed(Dataset[tuple[Tensor, int, Bad | None]]):
+    """Cut images with labels, each the same wherever and whenever it is made; an unreadable one is black.
+
+    Args:
+        source: the images.
+        frames: how to cut them.
+        indices: which of them.
+        crop: (seed, epoch) of a random crop; the middle if not given.
+    """
+
+    def __init__(
+        self, source: Source, frames: SingleView, indices: Sequence[int], crop: tuple[int, int] | None = None
+    ) -> None:
+        self.source, self.frames, self.indices, self.crop = source, frames, indices, crop
+
+    def __len__(self) -> int:
+        """Number of images asked for."""
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int, Bad | None]:
+        """``(C, H, W)`` uint8, label, and why it could not be read."""
+        index = self.indices[position]
+        try:
+            image = self.source.read(index)
+        except ImageError as error:
+            black = torch.zeros(len(self.frames.mean), *self.frames.size, dtype=torch.uint8)
+            return black, UNREADABLE, (error.path, error.reason)
+        label = self.source.labels[index] if self.source.labels else UNREADABLE
+        if self.crop is None:
+            return self.frames.center(image), label, None
+        seed, epoch = self.crop
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator: key it for this image
+            torch.default_generator.manual_seed(derive_seed(seed, "crop", epoch, index))
+            return self.frames.crop(image)[0], label, None
+
+
+def framed_batches(
+    images: Framed, batch_size: int, num_workers: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[Tensor, Tensor, list[Bad]]]:
+    """Normalised ``(B, C, H, W)`` on the device, labels ``(B,)``, and what could not be read, in order.
+
+    Args:
+        images: which images, cut how.
+        batch_size: images in a batch; the last may hold fewer.
+        num_workers: loader processes.
+        device: where images are normalised and stay.
+    """
+    frames = images.frames.to(device)
+    loader = DataLoader(
+        images,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=collate_framed,
+        timeout=STALL if num_workers else 0,
+        worker_init_fn=leave_signals_to_the_run,
+        pin_memory=torch.device(device).type == "cuda",
+    )
+    for pixels, labels, bad in loader:
+        yield frames.normalize(pixels.to(device, non_blocking=True)), labels, bad
+
+
+def collate_framed(samples: list[tuple[Tensor, int, Bad | None]]) -> tuple[Tensor, Tensor, list[Bad]]:
+    """Stacks images and labels, joins what could not be read."""
+    pixels, labels = default_collate([(pixels, label) for pixels, label, _ in samples])
+    return pixels, labels, [bad for *_, bad in samples if bad]
+
+
+def _only(source: Source, classes: Sequence[str]) -> Part:
+    kept = {label for label, name in enumerate(source.classes) if name in set(classes)}
+    assert source.labels is not None
+    return Part(source, [index for index, label in enumerate(source.labels) if label in kept], classes)
+
+
+def _stamp(source: Source, index: int) -> str:
+    """Size and time of an image's file; built-in images and members of tar files have none of their own."""
+    if isinstance(source, Part):
+        return _stamp(source.source, source.indices[index])
+    if not isinstance(source, FolderSource | ListSource):
+        return ""
+    try:
+        status = source.encoded(index).stat()
+    except OSError:
+        return "missing"
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _different_classes(data: str, part: str, train: list[str], test: list[str], shared: list[str]) -> UserError:
+    lost = {part: [name for name in train if name not in test], "train": [name for name in test if name not in train]}
+    missing = "; ".join(f"missing in {where}: {', '.join(names[:5])}" for where, names in lost.items() if names)
+    hint = f"add the folders, or  --classes common      to score the {len(shared)} shared ones"
+    if len(shared) < 2:
+        hint = "the same folder names in both parts"
+    return UserError(f"--data {data}: train/ has {len(train)} classes, {part}/ has {len(test)}  ({missing})", hint=hint)

@@ -1,0 +1,191 @@
+"""The frame of every evaluation: opens weights and labelled images, gives features, writes results into the run."""
+
+import json
+import os
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mim.checkpoint import LoadedEncoder, load_encoder, untrained_encoder
+from mim.data.labelled import Framed, Frames, LabelledImages, Part, fingerprint, framed_batches, open_labelled
+from mim.data.pretrain import BadFiles
+from mim.data.sources import Source
+from mim.encoder import Encoder
+from mim.errors import UserError
+from mim.evaluation.bank import Bank, cached_bank
+from mim.evaluation.features import Features
+from mim.evaluation.splits import stratified_split
+from mim.report import write_report
+from mim.report.tables import spread, text_table
+from mim.run import evaluation_folder
+from mim.subject import Subject
+
+TRAINED, UNTRAINED = "pretrained", "untrained"
+
+Scores = dict[str, dict[str, list[float]]]
+"""Shares of 1 by what was measured, then by encoder (:data:`TRAINED`, :data:`UNTRAINED`), one value per seed."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """An encoder and labelled images, opened.
+
+    Args:
+        subject: what was asked for.
+        loaded: the encoder, on the device.
+        train: images to learn from.
+        test: images to be scored on.
+        classes: names by label.
+        frames: how images are cut and normalised.
+        device: where encoders compute.
+        split: where the scored images come from, in words.
+    """
+
+    subject: Subject
+    loaded: LoadedEncoder
+    train: Source
+    test: Source
+    classes: list[str]
+    frames: Frames
+    device: torch.device
+    split: str
+
+    @classmethod
+    def open(cls, subject: Subject) -> "Measurement":
+        """Loads the weights, then the images; joins the other processes if torchrun started several."""
+        device = join_processes(subject.device)
+        loaded = load_encoder(subject.weights, model=subject.model, img_size=subject.img_size, trust=subject.trust)
+        encoder = loaded.encoder.to(device)
+        frames = Frames(subject.crop_pct)
+        frames.configure(encoder.img_size, loaded.mean, loaded.std)
+        images = open_labelled(subject.data, encoder.in_chans, subject.classes)
+        train, test, split = _parts(images, subject.val_fraction)
+        measurement = cls(subject, loaded, train, test, images.classes, frames, device, split)
+        if measurement.first:
+            print(
+                f"  weights {loaded.note}\n  data    {subject.data}: {len(images.classes)} classes, {split}", flush=True
+            )
+        return measurement
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that scores and writes."""
+        return not dist.is_initialized() or dist.get_rank() == 0
+
+    def reloaded(self) -> Encoder:
+        """Another copy of the encoder, for a training that takes it apart."""
+        return deepcopy(self.loaded.encoder)
+
+    def untrained(self, seed: int) -> Encoder:
+        """The same encoder before training, as ``seed`` draws it, on the device."""
+        subject = self.subject
+        encoder = untrained_encoder(
+            subject.weights, seed, model=subject.model, img_size=subject.img_size, trust=subject.trust
+        )
+        return encoder.to(self.device)
+
+    def banks(self, encoder: Encoder, features: Features, crops: int = 0) -> tuple[list[Bank], Bank]:
+        """Features to learn from, one bank per random crop or one of centre crops, and those to be scored on.
+
+        All processes call it together.
+        """
+        try:
+            learnt = [self._bank(encoder, features, self.train, (0, number)) for number in range(crops)]
+            learnt = learnt or [self._bank(encoder, features, self.train)]
+            return learnt, self._bank(encoder, features, self.test)
+        except ValueError as error:
+            raise UserError(f"--weights {self.subject.weights}: {error}", hint="--pool mean --layers 1") from error
+
+    def protocol(self) -> str:
+        """How images are shown to the encoder and which are scored, in words."""
+        size = "x".join(map(str, dict.fromkeys(self.frames.size)))
+        return f"{size} px, centre crop {self.subject.crop_pct:g}; {self.split}"
+
+    def write(
+        self, name: str, title: str, protocol: str, scores: Scores, details: dict[str, Any] | None = None
+    ) -> Path:
+        """Prints and writes the results; returns the folder, in which pictures may be put before :meth:`finish`."""
+        folder = evaluation_folder(self.subject.weights, self.subject.out, name)
+        metrics = {
+            what if who == TRAINED else f"{what}, {who}": values
+            for what, groups in scores.items()
+            for who, values in groups.items()
+        }
+        print(f"\n{title}: {protocol}\n")
+        rows = [[what, *(spread(by.get(who, [])) for who in (TRAINED, UNTRAINED))] for what, by in scores.items()]
+        print(text_table(["", TRAINED, UNTRAINED], rows))
+        content = {"title": title, "protocol": protocol, "metrics": metrics | (details or {})}
+        content |= {"weights": self.subject.weights, "data": self.subject.data, "note": self.loaded.note}
+        (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
+        return folder
+
+    def finish(self, folder: Path) -> None:
+        """Puts the section into the run's report, if the results lie in a run, and says where they are."""
+        run = folder.parents[1] if folder.parent.name == "evaluation" else None
+        print(f"  results {folder / 'metrics.json'}")
+        if run is not None and (run / "config.yaml").is_file():
+            print(f"  report  {write_report(run)}")
+
+    def _bank(self, encoder: Encoder, features: Features, source: Source, crop: tuple[int, int] | None = None) -> Bank:
+        bad = BadFiles(self.subject.max_bad)
+        bad.total = len(source)
+
+        def batches(rows: range) -> Iterator[tuple[Tensor, Tensor]]:
+            framed = Framed(source, self.frames, rows, crop)
+            for images, labels, unreadable in framed_batches(
+                framed, self.subject.encode_batch, self.workers, self.device
+            ):
+                for path, reason in unreadable:
+                    bad.add(path, reason)
+                bad.stop_if_too_many()
+                yield images, labels
+
+        facts: dict[str, Any] = {"images": fingerprint(source), "size": self.frames.size, "crop": crop}
+        facts |= {"crop_pct": self.subject.crop_pct, "mean": self.loaded.mean, "std": self.loaded.std}
+        return cached_bank(self.subject.cache, encoder, features, len(source), facts, batches)
+
+    @property
+    def workers(self) -> int:
+        """Loader processes."""
+        given = self.subject.num_workers
+        return min(16, len(os.sched_getaffinity(0))) if given is None else given
+
+
+def join_processes(device: str) -> torch.device:
+    """The device of this process; waits for the others if torchrun started several.
+
+    Raises:
+        UserError: if a GPU is asked for and torch sees none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here", hint="--device cpu")
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo")
+    if not cuda:
+        return torch.device("cpu")
+    place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(place)
+    return place
+
+
+def _parts(images: LabelledImages, val_fraction: float) -> tuple[Source, Source, str]:
+    """Images to learn from, images to score, and where the latter come from."""
+    if images.test is not None:
+        counts = f"learnt from {len(images.train):,} images, scored on {len(images.test):,} that the data sets apart"
+        return images.train, images.test, counts
+    if not 0 < val_fraction < 1:
+        raise UserError(f"--val_fraction {val_fraction} is not a share of the images", hint="--val_fraction 0.2")
+    labels = torch.tensor(images.train.labels)
+    try:
+        kept, held = stratified_split(labels, val_fraction, "held-out images")
+    except ValueError as error:
+        raise UserError(f"--data {images.name}: {error}", hint="two images per class or more") from error
+    train, test = (Part(images.train, rows.tolist(), images.classes) for rows in (kept, held))
+    return train, test, f"learnt from {len(train):,} images, scored on {len(test):,} held out by a key"
