@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from mim.cli import COMMANDS, function_parser
-from mim.config import parse
-from mim.encoder import Encoder
+from mim.config import build_parser, parse
 from mim.methods import Method
 
 ROOT = Path(__file__).parents[1] / "configs"
