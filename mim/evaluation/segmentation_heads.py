@@ -47,6 +47,7 @@ class KNNHead(nn.Module):
         temperature: of the votes ``exp(cosine / temperature)``.
     """
 
+    weights = (1.0,)
     bank: Tensor
     labels: Tensor
 
