@@ -108,7 +108,7 @@ class Contender:
         loss.backward()  # type: ignore[no-untyped-call]
         clock.mark()
         self.check(self.optimizer)
-        self.optimizer.step()
+        self.method.optimizer_step(0, 0, self.optimizer)  # with whatever the method does after it
         self.optimizer.zero_grad(set_to_none=True)
         clock.mark()
         forward, backward, optimizer = clock.laps()

@@ -18,7 +18,15 @@ from mim.methods import Method  # and with it every method, by class_path
 
 # What a value may name as a class: our own building blocks. Everything else, importable or not, is refused.
 set_parsing_settings(
-    import_path_denylist=["*"], import_path_allowlist=["mim.methods", "mim.masking", "mim.data.views", "mim.encoder"]
+    import_path_denylist=["*"],
+    import_path_allowlist=[
+        "mim.methods",
+        "mim.masking",
+        "mim.reduction",
+        "mim.targets",
+        "mim.data.views",
+        "mim.encoder",
+    ],
 )
 
 TRAINER_OPTIONS = {

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from mim.errors import UserError
 from mim.layers.positions import sincos_positions
 from mim.patches import gather_tokens, patch_grid, patchify, visible_indices
+from mim.reduction.base import TokenReduction
+from mim.reduction.tokens import Tokens
 
 
 @final
@@ -35,6 +37,7 @@ class Encoder(nn.Module):
         grad_checkpointing: recompute blocks in the backward pass: less memory, about a third more time.
         pretrained: start from timm's weights.
         kwargs: further arguments of the timm model, such as ``{reg_tokens: 4}``.
+        reduction: shortens the sequence inside the blocks; may be set and taken away later, too.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Encoder(nn.Module):
         grad_checkpointing: bool = False,
         pretrained: bool = False,
         kwargs: dict[str, Any] | None = None,
+        reduction: TokenReduction | None = None,
     ) -> None:
         super().__init__()
         self.pretrained = pretrained
@@ -65,6 +69,9 @@ class Encoder(nn.Module):
         )
         self.vit = cast(VisionTransformer, vit)
         self.vit.set_grad_checkpointing(grad_checkpointing)
+        if reduction is not None:
+            reduction.check(self.vit)
+        self.reduction = reduction
         # Pooling comes after the tokens: it stays in the exported model, but pretraining has no gradient for it.
         for pooling in (self.vit.attn_pool, self.vit.fc_norm):
             if pooling is not None:
@@ -123,30 +130,41 @@ class Encoder(nn.Module):
             visible_count: patches that ``mask`` leaves visible; if it is not given, a GPU is waited for to count them.
 
         Returns:
-            ``(B, P + K, D)`` after the final norm; ``K`` counts the visible patches, or all if none is dropped.
+            ``(B, P + K, D)`` after the final norm; ``K`` counts the visible patches, or all if none is dropped. With a
+            reduction, ``K`` is what it leaves, in its own order.
         """
         self._check(images, mask)
-        tokens = self._run_blocks(self._embed(images, mask, mask_token, visible_count))
-        normed: Tensor = self.vit.norm(tokens)
+        embedded = self._embed(images, mask, mask_token, visible_count)
+        whole = mask is None or mask_token is not None
+        tokens = self._run_blocks(embedded, patch_grid(images, self.patch_size) if whole else None)
+        normed: Tensor = self.vit.norm(tokens.x)
         return normed
+
+    def forward_tokens(self, images: Tensor) -> Tokens:
+        """As :meth:`forward`, with the map that tells what a reduction made of each patch."""
+        self._check(images, None)
+        tokens = self._run_blocks(self._embed(images), patch_grid(images, self.patch_size))
+        return tokens.with_x(self.vit.norm(tokens.x))
 
     def forward_with_attention(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens ``(B, P + N, D)`` and the class token's attention to the patches in the last block, ``(B, N)``.
 
-        Attention is the mean over heads; its softmax runs over prefix and patches, so rows sum to less than 1.
+        Attention is the mean over heads; its softmax runs over prefix and patches, so rows sum to less than 1. Both are
+        those of the model without its reduction, which would leave patches that nobody looks at.
         """
         if not self.vit.has_class_token:
             raise ValueError("this ViT has no class token whose attention could be read")
-        before_last = self._run_blocks(self._embed(images), stop=-1)
+        before_last = self._run_whole(self._embed(images), stop=-1)
         attention = _class_attention(self.vit.blocks[-1], before_last)
         tokens: Tensor = self.vit.norm(self.vit.blocks[-1](before_last))
         return tokens, attention[:, self.num_prefix :]
 
     def feature_map(self, images: Tensor) -> Tensor:
-        """Patch tokens as ``(B, D, h, w)``."""
-        patches: Tensor = self(images)[:, self.num_prefix :].transpose(1, 2)  # (B, D, N)
+        """Patch tokens as ``(B, D, h, w)``; those that a reduction took away are put back."""
+        self._check(images, None)
         grid = patch_grid(images, self.patch_size)
-        return patches.reshape(len(images), self.dim, *grid)
+        patches: Tensor = self.vit.norm(self._run_blocks(self._embed(images), grid).dense())  # (B, N, D)
+        return patches.transpose(1, 2).reshape(len(images), self.dim, *grid)
 
     def _check(self, images: Tensor, mask: Tensor | None) -> None:
         """Refuses shapes that do not belong together, where timm would not notice."""
@@ -218,7 +236,15 @@ class Encoder(nn.Module):
         )
         return resampled
 
-    def _run_blocks(self, tokens: Tensor, stop: int | None = None) -> Tensor:
+    def _run_blocks(self, tokens: Tensor, grid: tuple[int, int] | None) -> Tokens:
+        """All blocks, with the reduction if there is one; ``grid`` unless patches are missing."""
+        if self.reduction is None:
+            return Tokens.start(self._run_whole(tokens), self.num_prefix, grid)
+        checkpointing = bool(self.vit.grad_checkpointing)
+        reduced: Tokens = self.reduction(self.vit.blocks, tokens, self.num_prefix, grid, checkpointing=checkpointing)
+        return reduced
+
+    def _run_whole(self, tokens: Tensor, stop: int | None = None) -> Tensor:
         blocks = self.vit.blocks[:stop]
         if self.vit.grad_checkpointing and torch.is_grad_enabled():
             tokens = checkpoint_seq(blocks, tokens, use_reentrant=False)

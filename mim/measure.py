@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,10 @@ class Measurement:
         """Whether this process is the one that scores and writes."""
         return not dist.is_initialized() or dist.get_rank() == 0
 
+    def reloaded(self) -> Encoder:
+        """Another copy of the encoder, for a training that takes it apart."""
+        return deepcopy(self.loaded.encoder)
+
     def untrained(self, seed: int) -> Encoder:
         """The same encoder before training, as ``seed`` draws it, on the device."""
         subject = self.subject
@@ -99,7 +104,7 @@ class Measurement:
 
     def protocol(self) -> str:
         """How images are shown to the encoder and which are scored, in words."""
-        size = "x".join(map(str, self.frames.size))
+        size = "x".join(map(str, dict.fromkeys(self.frames.size)))
         return f"{size} px, centre crop {self.subject.crop_pct:g}; {self.split}"
 
     def write(
@@ -113,7 +118,8 @@ class Measurement:
             for who, values in groups.items()
         }
         print(f"\n{title}: {protocol}\n")
-        print(text_table(["", TRAINED, UNTRAINED], [[what, *map(spread, by.values())] for what, by in scores.items()]))
+        rows = [[what, *(spread(by.get(who, [])) for who in (TRAINED, UNTRAINED))] for what, by in scores.items()]
+        print(text_table(["", TRAINED, UNTRAINED], rows))
         content = {"title": title, "protocol": protocol, "metrics": metrics | (details or {})}
         content |= {"weights": self.subject.weights, "data": self.subject.data, "note": self.loaded.note}
         (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
@@ -133,7 +139,7 @@ class Measurement:
         def batches(rows: range) -> Iterator[tuple[Tensor, Tensor]]:
             framed = Framed(source, self.frames, rows, crop)
             for images, labels, unreadable in framed_batches(
-                framed, self.subject.batch_size, self.workers, self.device
+                framed, self.subject.encode_batch, self.workers, self.device
             ):
                 for path, reason in unreadable:
                     bad.add(path, reason)
@@ -160,7 +166,7 @@ def join_processes(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here", hint="--device cpu")
     cuda = device != "cpu" and torch.cuda.is_available()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo")
     if not cuda:
         return torch.device("cpu")

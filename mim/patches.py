@@ -50,6 +50,23 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int | tuple[i
     return cut.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
+def replace_patches(
+    images: Tensor, patch_size: int | tuple[int, int], indices: Tensor, patches: Tensor | float
+) -> Tensor:
+    """A copy of ``images (B, C, H, W)`` with other pixels in some patches.
+
+    Args:
+        images: ``(B, C, H, W)``.
+        patch_size: patch side in pixels, or ``(height, width)``.
+        indices: ``(B, M)`` patches to replace per image.
+        patches: ``(B, M, p*p*C)`` in the order of ``indices``, or one value for all their pixels.
+    """
+    whole = patchify(images, patch_size)  # (B, N, p*p*C)
+    places = indices[..., None].expand(-1, -1, whole.shape[2])
+    new = torch.as_tensor(patches, dtype=whole.dtype, device=whole.device).expand(places.shape)
+    return unpatchify(whole.scatter(1, places, new), patch_grid(images, patch_size), patch_size, images.shape[1])
+
+
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of every patch over all its values, each ``(B, N, 1)`` for ``(B, N, p*p*C)``."""
     # Unbiased variance and eps inside the root as in the MAE reference; the biased one shifts the loss by 0.1 %.

@@ -28,7 +28,8 @@ def strip(
 
     Args:
         images: ``(B, C, H, W)``, normalised.
-        pictures: what the method shows by name, each ``(B, C, H, W)`` in the same normalised space.
+        pictures: what the method shows by name, each ``(B, C, H, W)`` in the same normalised space, or a value per
+            patch, ``(B, h, w)`` of any scale.
         encoder: whose attention and features are drawn; returned in the mode it came in.
         mean: per channel, as used to normalise.
         std: per channel, as used to normalise.
@@ -36,7 +37,10 @@ def strip(
     Returns:
         An RGBA picture on a transparent ground. ``save_strip`` keeps its layout, so that ``read_strip`` can cut it.
     """
-    columns = {name: to_rgb(views, mean, std) for name, views in {"input": images, **pictures}.items()}
+    columns = {
+        name: heat(views) if views.ndim == 3 else to_rgb(views, mean, std)
+        for name, views in {"input": images, **pictures}.items()
+    }
     training = encoder.training
     encoder.eval()
     columns |= encoder_views(images, encoder)

@@ -6,7 +6,11 @@ numbers.
 """
 
 import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +26,19 @@ def derive_seed(*key: int | str) -> int:
 def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh ``torch.Generator`` that depends on ``key`` alone."""
     return torch.Generator(device).manual_seed(derive_seed(*key))
+
+
+@contextmanager
+def keyed_libraries(*key: int | str) -> Iterator[None]:
+    """For libraries that draw from the global generators of Python and NumPy: inside, these depend on ``key`` alone."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - what timm draws from
+    random.seed(derive_seed(*key))
+    np.random.seed(derive_seed(*key, "numpy") % 2**32)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 class RowGenerator:

@@ -1,4 +1,4 @@
-"""What an evaluation measures, and on what: the options that all evaluations of image classification share."""
+"""What an evaluation measures, on what and how: options that several commands share, without torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ class Subject:
         val_fraction: share of each class that is held out and scored if the data sets nothing apart.
         classes: same, or common to score those that both parts have.
         max_bad: share of unreadable files that is tolerated.
-        batch_size: images encoded at once.
+        encode_batch: images encoded at once.
         num_workers: loader processes; one per core unless given.
         device: where to compute; auto takes a GPU if there is one.
         cache: folder of features that were computed before; safe to delete.
@@ -36,9 +36,87 @@ class Subject:
     val_fraction: float = 0.2
     classes: Literal["same", "common"] = "same"
     max_bad: float = 0.01
-    batch_size: int = 64
+    encode_batch: int = 64
     num_workers: int | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cache: Path = Path("runs/features")
     out: str | None = None
     trust: bool = False
+
+
+@dataclass(frozen=True)
+class HeadRecipe:
+    """How a classifier is trained on frozen features.
+
+    Args:
+        head: ``linear``; ``attentive``, a transformer block with one learned query over the patch tokens; or
+            ``multi_query``, several learned queries without a block (arXiv:2506.10178).
+        lrs: learning rates to choose from, as [0.01,0.1], all trained in one pass. Of a linear head they are for 256
+            images, as in the papers: the one used is lr x batch_size / 256.
+        select: how the best is chosen: on a tenth of the images to learn from (held_out; then trained again on all of
+            them), or as many papers do, with the best epoch, on the very images that are reported (on_test), which
+            reads too high.
+        epochs: passes over the features.
+        warmup_epochs: linear warm-up from 0; then half a cosine to 0.
+        batch_size: feature rows per step.
+        optimizer: of a linear head: sgd or lars, both with momentum 0.9 and no weight decay; others take AdamW.
+        norm: in front of a linear head: batch, without parameters of its own as in MAE, or none as in iBOT.
+        queries: of multi_query.
+    """
+
+    head: Literal["linear", "attentive", "multi_query"] = "linear"
+    lrs: tuple[float, ...] | None = None
+    select: Literal["held_out", "on_test"] = "held_out"
+    epochs: int = 90
+    warmup_epochs: int = 10
+    batch_size: int = 256
+    optimizer: Literal["sgd", "lars"] = "sgd"
+    norm: Literal["batch", "none"] = "batch"
+    queries: int = 16
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates, the head's own range unless given."""
+        linear = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+        return self.lrs or (linear if self.head == "linear" else (1e-4, 3e-4, 1e-3, 3e-3))
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe:
+    """How a whole encoder is trained with labels; the defaults are MAE's for ViT-B (arXiv:2111.06377, table 9).
+
+    Args:
+        epochs: passes over the images to learn from.
+        batch_size: images per step over all devices.
+        blr: base learning rate; the one used is blr x batch_size / 256.
+        min_lr: learning rate at the last step.
+        warmup_epochs: linear warm-up from 0; then half a cosine.
+        weight_decay: of AdamW, for matrices.
+        layer_decay: factor of the learning rate from one block to the one before.
+        drop_path: stochastic depth of the last block, rising linearly from 0.
+        pool: what the classifier sees: mean of the patch tokens behind a new norm, or the class token.
+        auto_augment: timm's name of a RandAugment policy; none for random crops and flips alone.
+        erase: probability that a rectangle of an image becomes noise.
+        mixup: strength of mixup; 0 for none.
+        cutmix: strength of CutMix; 0 for none.
+        label_smoothing: share of the label that is spread over all classes.
+        ema: decay of an average of the weights, which is then what is scored and exported; 0 for none.
+        scale: smallest and largest share of the image's area in a random crop.
+    """
+
+    epochs: float = 100.0
+    batch_size: int = 1024
+    blr: float = 5e-4
+    min_lr: float = 1e-6
+    warmup_epochs: float = 5.0
+    weight_decay: float = 0.05
+    layer_decay: float = 0.65
+    drop_path: float = 0.1
+    pool: Literal["mean", "cls"] = "mean"
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    erase: float = 0.25
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    label_smoothing: float = 0.1
+    ema: float = 0.0
+    scale: tuple[float, float] = (0.08, 1.0)

@@ -1,16 +1,19 @@
 """Every recipe that is shipped parses, and describes a model that can be built."""
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from mim.cli import COMMANDS, function_parser
 from mim.config import build_parser, parse
 from mim.methods import Method
 
 ROOT = Path(__file__).parents[1] / "configs"
-CONFIGS = sorted(ROOT.rglob("*.yaml"))
+EVALUATIONS = sorted((ROOT / "evaluation").glob("*.yaml"))
+CONFIGS = sorted(set(ROOT.rglob("*.yaml")) - set(EVALUATIONS))
 
 
 @pytest.fixture(params=CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -27,8 +30,10 @@ def test_its_method_is_one_of_ours(path):
     assert issubclass(getattr(importlib.import_module(module), name), Method)
 
 
-def test_its_images_divide_into_patches(path):
+def test_its_images_divide_into_patches(path, monkeypatch):
     config = parse([f"--config={path}"])
+    generator = torch.Generator()  # which timm's moving average makes on the device of its weights
+    monkeypatch.setattr("torch.Generator", lambda device: generator)
     with torch.device("meta"):  # no memory for big models
         encoder = build_parser().instantiate(config).model.encoder
     for side, patch, count in zip(encoder.img_size, encoder.patch_size, encoder.grid, strict=True):
@@ -43,7 +48,22 @@ def test_it_shows_the_command_that_runs_it(path):
     assert "python tools/pretrain.py" in path.read_text()
 
 
-@pytest.mark.parametrize("folder", [path for path in ROOT.iterdir() if path.is_dir()], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "folder",
+    [path for path in ROOT.iterdir() if path.is_dir() and path != EVALUATIONS[0].parent],
+    ids=lambda path: path.name,
+)
 def test_every_method_has_a_default_and_a_demo(folder):
     assert (folder / "default.yaml").is_file()
     assert (folder / "demo.yaml").is_file()
+
+
+@pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: path.name)
+def test_an_evaluation_recipe_sets_options_of_the_command_that_it_shows(path):
+    text = path.read_text()
+    assert text.startswith("# ")
+    command = re.search(r"tools/(\w+)\.py", text)[1]
+    assert command in COMMANDS
+    assert f"configs/evaluation/{path.name}" in text
+    run = importlib.import_module(f"mim.commands.{command}").run
+    function_parser(run, command).parse_args(["--config", str(path), "--weights", "test_vit"])

@@ -7,6 +7,7 @@ from mim.encoder import Encoder
 from mim.errors import UserError
 from mim.layers.positions import sincos_positions
 from mim.patches import gather_tokens, unpatchify, visible_indices
+from mim.reduction import ClassAttention, KeepRate, PerBlock, TokenReducedViT, ToMe, TopKPruning
 
 TINY = {"embed_dim": 16, "depth": 2, "num_heads": 2}
 VARIANTS = {
@@ -285,3 +286,40 @@ def test_rows_that_hide_different_numbers_are_refused_unless_replaced():
     with pytest.raises(ValueError, match="from 0 to 1 patches"):
         encoder(images, mask)
     assert encoder(images, mask, torch.zeros(1, 1, 16)).shape == (3, 10, 16)
+
+
+def test_a_reduction_shortens_the_sequence_and_the_feature_map_is_whole():
+    encoder = build("registers", reduction=TopKPruning(KeepRate(0.5, at=[1]), ClassAttention()))
+    images = images_for(encoder)
+    wrapper = TokenReducedViT(encoder.vit, encoder.reduction)
+    assert encoder(images).shape == (3, 4 + 5, 16)
+    assert torch.equal(encoder(images), wrapper.forward_features(images))
+    assert torch.equal(encoder.feature_map(images), wrapper.forward_dense(images))
+
+
+def test_a_reduction_of_nothing_is_timm():
+    encoder = build("registers", reduction=ToMe(PerBlock(0)))
+    images = images_for(encoder)
+    assert torch.equal(encoder(images), encoder.vit.forward_features(images))
+
+
+def test_hidden_patches_are_dropped_before_the_reduction():
+    encoder = build("plain", reduction=ToMe(PerBlock(1)))
+    images, mask = images_for(encoder), mask_for(encoder, visible=5)
+    latent = encoder(images, mask)
+    assert latent.shape == (3, 1 + 5 - 2, 16)
+    assert torch.equal(encoder(repaint(encoder, images, mask), mask), latent)
+
+
+def test_attention_for_pictures_is_read_from_all_patches():
+    encoder = build("plain")
+    images = images_for(encoder)
+    expected = encoder.forward_with_attention(images)
+    encoder.reduction = ToMe(PerBlock(2))
+    for ours, whole in zip(encoder.forward_with_attention(images), expected, strict=True):
+        assert torch.equal(ours, whole)
+
+
+def test_a_reduction_that_cannot_work_is_refused_when_the_encoder_is_built():
+    with pytest.raises(TypeError, match="class token"):
+        build("no class token", reduction=TopKPruning(KeepRate(0.5), ClassAttention()))

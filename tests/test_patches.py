@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 import torch
 
-from mim.patches import gather_tokens, patch_grid, patchify, pixel_targets, unpatchify, visible_indices
+from mim.patches import (
+    gather_tokens,
+    patch_grid,
+    patchify,
+    pixel_targets,
+    replace_patches,
+    unpatchify,
+    visible_indices,
+)
 
 
 def test_a_patch_runs_over_rows_then_columns_then_channels():
@@ -28,6 +36,15 @@ def test_chosen_patches_are_the_same_as_all_patches_gathered():
 def test_channels_last_images_are_cut_alike():
     images = torch.randn(2, 3, 8, 8)
     assert torch.equal(patchify(images.to(memory_format=torch.channels_last), 4), patchify(images, 4))
+
+
+@pytest.mark.parametrize("new", [7.0, torch.arange(2 * 2 * 18.0).view(2, 2, 18)])
+def test_replaced_patches_are_those_named_and_no_others(new):
+    images, indices = torch.randn(2, 3, 6, 8), torch.tensor([[5, 0], [1, 2]])
+    patches = patchify(replace_patches(images, (3, 2), indices, new), (3, 2))
+    assert torch.equal(gather_tokens(patches, indices), torch.as_tensor(new).expand(2, 2, 18))
+    others = torch.ones(2, 8, dtype=torch.bool).scatter(1, indices, False)
+    assert torch.equal(patches[others], patchify(images, (3, 2))[others])
 
 
 def test_an_indivisible_image_is_refused():

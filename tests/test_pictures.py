@@ -74,6 +74,13 @@ def test_a_strip_has_a_row_per_image_and_a_column_per_view(encoder):
     assert picture.mode == "RGBA"
 
 
+def test_a_value_per_patch_is_drawn_as_heat(encoder, tmp_path):
+    values = torch.randn(2, 4, 4)
+    save_strip(strip(torch.randn(2, 3, 32, 32), {"error": values}, encoder, HALF, QUARTER), tmp_path / "s.png")
+    corners = np.asarray(read_strip(tmp_path / "s.png")["error"][1])[::24, ::24]
+    assert np.array_equal(corners, heat(values)[1].permute(1, 2, 0).numpy())
+
+
 def test_a_saved_strip_gives_back_title_and_pixels_of_every_tile(encoder, tmp_path):
     images = torch.randn(2, 3, 32, 32)
     save_strip(strip(images, {"hidden": -images}, encoder, HALF, QUARTER), tmp_path / "epoch_001.png")

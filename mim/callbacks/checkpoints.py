@@ -7,6 +7,7 @@ from types import FrameType
 from lightning import Callback, LightningModule, Trainer
 
 from mim.checkpoint_io import checkpoint_name, sweep
+from mim.evaluation.finetune import Finetune
 from mim.methods import Method
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -63,7 +64,7 @@ class Checkpoints(Callback):
         self._seen = step
         self.stopped = trainer.strategy.reduce_boolean_decision(self.signals.received is not None, all=False)
         if self.stopped or step % self.every == 0 or step == trainer.max_steps:
-            assert isinstance(pl_module, Method)
+            assert isinstance(pl_module, Method | Finetune)
             pl_module.raise_if_nonfinite()
             trainer.save_checkpoint(self.folder / checkpoint_name(step), weights_only=False)  # the optimizer, too
         if self.stopped:

@@ -359,7 +359,10 @@ def _resumed_arguments(run: RunFolder, args: Sequence[str]) -> list[str]:
 
 
 def _hidden(method: Method) -> str:
-    """How many patches the policy hides, counted on a mask that it draws."""
+    """How many patches the policy hides: always the same number, or counted on masks that it draws."""
+    patches = math.prod(method.encoder.grid)
+    if (visible := method.masking.visible_count(patches)) is not None:
+        return f" hides {patches - visible}"
     if method.masking.guided:
         return ""
     counts = method.masking(64, method.encoder.grid).sum(1)

@@ -189,7 +189,7 @@ def framed_batches(
         images,
         batch_size=batch_size,
         num_workers=num_workers,
-        collate_fn=_collate,
+        collate_fn=collate_framed,
         timeout=STALL if num_workers else 0,
         worker_init_fn=leave_signals_to_the_run,
         pin_memory=torch.device(device).type == "cuda",
@@ -198,7 +198,8 @@ def framed_batches(
         yield frames.normalize(pixels.to(device, non_blocking=True)), labels, bad
 
 
-def _collate(samples: list[tuple[Tensor, int, Bad | None]]) -> tuple[Tensor, Tensor, list[Bad]]:
+def collate_framed(samples: list[tuple[Tensor, int, Bad | None]]) -> tuple[Tensor, Tensor, list[Bad]]:
+    """Stacks images and labels, joins what could not be read."""
     pixels, labels = default_collate([(pixels, label) for pixels, label, _ in samples])
     return pixels, labels, [bad for *_, bad in samples if bad]
 

@@ -29,11 +29,12 @@ def pooled_features(encoder: Encoder, images: Tensor, pool: Pool = "cls") -> Ten
     """
     if pool == "cls" and not encoder.vit.has_class_token:
         raise ValueError("this model has no class token to pool; use pool='mean'")
-    tokens: Tensor = encoder(images).float()  # (B, P + N, D)
+    tokens = encoder.forward_tokens(images)
+    tokens = tokens.with_x(tokens.x.float())  # (B, P + N, D)
     if pool == "cls":
-        return tokens[:, 0].clone()  # a view would keep every token in memory
+        return tokens.x[:, 0].clone()  # a view would keep every token in memory
     # Models made for mean pooling have their final norm behind it; elsewhere fc_norm is the identity.
-    mean: Tensor = encoder.vit.fc_norm(tokens[:, encoder.num_prefix :].mean(1))
+    mean: Tensor = encoder.vit.fc_norm(tokens.patch_mean())
     return mean.float()
 
 

@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_CONTAINERS = ("state_dict", "model")  # Lightning and timm; MAE and its descendants
+# Lightning, timm and HPM; MAE and its descendants; HPM's moving average, where nothing else is kept. The order matters:
+# beside its weights an HPM file keeps the name of its architecture under "model".
+_CONTAINERS = ("state_dict", "model", "ema_state_dict")
 _WRAPPERS = ("_orig_mod.", "module.")  # torch.compile; DataParallel and DDP
 
 
@@ -58,10 +60,20 @@ def _mae(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t for name, t in tensors.items() if name != "mask_token" and not name.startswith("decoder_")}
 
 
+def _hpm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published HPM files: an MAE with a second decoder and, rarely, a token for visible patches that were masked."""
+    return {name: tensor for name, tensor in _mae(tensors).items() if name != "vis_mask_token"}
+
+
 class _Layout(NamedTuple):
     name: str
     marker: str  # the start of a name that only this layout has
     convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
-_LAYOUTS = (_Layout("mim run", "encoder.vit.", _run), _Layout("mae", "decoder_", _mae), _Layout("timm", "", dict))
+_LAYOUTS = (
+    _Layout("mim run", "encoder.vit.", _run),
+    _Layout("hpm", "decoder_blocks_losspred.", _hpm),
+    _Layout("mae", "decoder_", _mae),
+    _Layout("timm", "", dict),
+)

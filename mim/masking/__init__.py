@@ -2,6 +2,7 @@
 
 from mim.masking.base import Masking
 from mim.masking.block import BlockMasking
+from mim.masking.hard_patch import HardPatchMasking
 from mim.masking.uniform import RandomMasking
 
-__all__ = ["BlockMasking", "Masking", "RandomMasking"]
+__all__ = ["BlockMasking", "HardPatchMasking", "Masking", "RandomMasking"]

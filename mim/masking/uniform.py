@@ -40,5 +40,10 @@ class RandomMasking(Masking):
         """``(B, N)`` bool, True = hidden; see :meth:`Masking.forward`."""
         patches = grid[0] * grid[1]
         noise = (generator or fresh_rows(batch_size, device)).rand(patches).to(device)  # (B, N)
-        order = noise.argsort(dim=1, stable=True)
-        return torch.ones_like(noise, dtype=torch.bool).scatter(1, order[:, : self.visible_count(patches)], False)
+        return all_but_smallest(noise, self.visible_count(patches))
+
+
+def all_but_smallest(values: Tensor, count: int) -> Tensor:
+    """``(B, N)`` bool, True except at the ``count`` smallest of every row of ``values (B, N)``."""
+    order = values.argsort(dim=1, stable=True)
+    return torch.ones_like(values, dtype=torch.bool).scatter(1, order[:, :count], False)

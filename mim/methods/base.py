@@ -141,7 +141,7 @@ class Method(L.LightningModule):
         return RowGenerator.for_rows(seed, self.first_row(batch_size, batch_idx), batch_size, self.device)
 
     def visualize(self, images: Tensor) -> dict[str, Tensor]:
-        """Named pictures ``(B, C, H, W)`` of what is done to ``images``, in the images' own normalised space."""
+        """Named pictures ``(B, C, H, W)`` of what is done to ``images``, normalised alike, or maps ``(B, h, w)``."""
         return {}
 
     def no_weight_decay(self) -> set[str]:

@@ -8,14 +8,16 @@ Deviations, none of which changes the function computed:
 """
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mim.encoder import Encoder
 from mim.layers.decoder import Decoder
+from mim.layers.initialisation import initialise
 from mim.masking import Masking
 from mim.methods.base import Batch, Method, OptimConfig
-from mim.patches import patch_statistics, patchify, pixel_targets, unpatchify, visible_indices
+from mim.patches import replace_patches, visible_indices
 from mim.randomness import RowGenerator
+from mim.targets import PixelTarget
 
 
 class MAE(Method):
@@ -48,17 +50,16 @@ class MAE(Method):
             policy = type(masking).__name__
             raise ValueError(f"MAE needs a policy that hides equally many patches unguided, not {policy}")
         self.visible_count = visible_count
-        height, width = encoder.patch_size
+        self.target = PixelTarget(standardise)
         self.decoder = Decoder(
             encoder.dim,
             encoder.grid,
             encoder.num_prefix,
-            out_dim=height * width * encoder.in_chans,
+            out_dim=self.target.dim(encoder),
             width=decoder_width,
             depth=decoder_depth,
             heads=decoder_heads,
         )
-        self.standardise = standardise
         initialise(self.decoder)
         if not encoder.pretrained:
             initialise(encoder)
@@ -69,7 +70,7 @@ class MAE(Method):
         generator = self.row_generator(len(images), batch_idx)
         mask = self.masking(len(images), self.encoder.grid, progress=self.progress, generator=generator)  # (B, N)
         prediction, hidden = self.reconstruct(images, mask)
-        loss = F.mse_loss(prediction, self.targets(images, hidden))
+        loss = F.mse_loss(prediction, self.target(images, self.encoder.grid, hidden))
         self.log("train/loss", loss)
         return loss
 
@@ -79,47 +80,17 @@ class MAE(Method):
         hidden = visible_indices(~mask, mask.shape[1] - self.visible_count)  # (B, M)
         return self.decoder(latent, mask, hidden), hidden
 
-    def targets(self, images: Tensor, hidden: Tensor) -> Tensor:
-        """What the decoder has to predict at ``hidden (B, M)``: ``(B, M, p*p*C)``."""
-        if self.standardise:
-            return pixel_targets(images, self.encoder.patch_size, hidden)
-        return patchify(images, self.encoder.patch_size, hidden)
-
     def visualize(self, images: Tensor) -> dict[str, Tensor]:
         """The visible part of ``images``, grey elsewhere, and the same with hidden patches predicted.
 
-        The masks depend on the row alone, so pictures of one batch compare over training. Standardised predictions get
-        the mean and deviation of the true patch: the model cannot know them, this is for display only.
+        The masks depend on the row alone, so pictures of one batch compare over training.
         """
         generator = RowGenerator.for_rows(0, 0, len(images), images.device)
         mask = self.masking(len(images), self.encoder.grid, progress=self.progress, generator=generator)
         prediction, hidden = self.reconstruct(images, mask)
-        patches = patchify(images, self.encoder.patch_size)  # (B, N, p*p*C)
-        if self.standardise:
-            mean, std = patch_statistics(patchify(images, self.encoder.patch_size, hidden))
-            prediction = prediction * std + mean
-        places = hidden[..., None].expand(-1, -1, patches.shape[2])
-        pictures = {
-            "hidden": patches.scatter(1, places, 0.0),
-            "reconstruction": patches.scatter(1, places, prediction.to(patches.dtype)),
+        pixels = self.target.to_pixels(prediction, images, self.encoder.grid, hidden)
+        size = self.encoder.patch_size
+        return {
+            "hidden": replace_patches(images, size, hidden, 0.0),
+            "reconstruction": replace_patches(images, size, hidden, pixels),
         }
-        layout = self.encoder.grid, self.encoder.patch_size, self.encoder.in_chans
-        return {name: unpatchify(picture, *layout) for name, picture in pictures.items()}
-
-
-def initialise(module: nn.Module) -> None:
-    """Draw weights as the reference does.
-
-    Linear maps and the patch embedding are Xavier uniform, biases of linear maps zero, tokens normal with deviation
-    0.02; the bias of the patch embedding keeps torch's default, learned positions keep timm's.
-    """
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.xavier_uniform_(part.weight)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.Conv2d):
-            nn.init.xavier_uniform_(part.weight.flatten(1))
-    for name, parameter in module.named_parameters():
-        if name.endswith("_token"):
-            nn.init.normal_(parameter, std=0.02)

@@ -46,6 +46,8 @@ def what_it_sees(run: Run, limit: int) -> Html:
 
 
 SEEN = {
+    "difficulty": "Difficulty: how hard the model expects each patch to be if it is hidden, bright is much.",
+    "error": "Error: how far the reconstruction of each patch is off while it is hidden, bright is much.",
     "attention": "Attention: where the class token looks in the last block, bright is much.",
     "similarity": "Similarity: how much each patch is like the one in the centre, bright is much.",
     "features": "Features: the three main directions of the patch features as red, green and blue; "

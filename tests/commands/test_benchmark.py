@@ -13,9 +13,11 @@ from mim.cli import CONFIGS, main
 from mim.commands import benchmark
 from mim.encoder import Encoder
 from mim.errors import UserError
-from mim.masking import RandomMasking
-from mim.methods import MAE, Method, OptimConfig
-from mim.plain import PLAIN_LOSSES, plain_mae_loss
+from mim.masking import HardPatchMasking, RandomMasking
+from mim.methods import HPM, MAE, Method, OptimConfig
+from mim.methods.hpm import DifficultyConfig
+from mim.plain import PLAIN_LOSSES
+from mim.targets import PixelTarget
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 
@@ -25,6 +27,14 @@ def build(standardise=True, **kwargs):
     kwargs = {"embed_dim": 16, "depth": 2, "num_heads": 2} | kwargs
     encoder = Encoder("vit_tiny_patch16_224", 32, 8, positions="sincos", kwargs=kwargs)
     return MAE(encoder, RandomMasking(), 16, 2, 2, standardise)
+
+
+def build_hpm(standardise=True, **kwargs):
+    """A third of the hidden patches are the hardest from the first step on."""
+    torch.manual_seed(0)
+    kwargs = {"embed_dim": 16, "depth": 2, "num_heads": 2} | kwargs
+    encoder = Encoder("vit_tiny_patch16_224", 32, 8, positions="sincos", kwargs=kwargs)
+    return HPM(encoder, HardPatchMasking(start=0.34), PixelTarget(standardise), DifficultyConfig(units=8), 16, 2, 2)
 
 
 @pytest.fixture
@@ -43,18 +53,19 @@ class Product(Method):
         return self.map(batch[0][0].flatten(1)[:, :64]).sum()
 
 
+@pytest.mark.parametrize("build", [build, build_hpm])
 @pytest.mark.parametrize("standardise", [True, False])
 @pytest.mark.parametrize("kwargs", [{}, {"reg_tokens": 2}, {"class_token": False, "global_pool": "avg"}])
-def test_the_plain_formulation_computes_the_same_loss_and_gradients(batch, standardise, kwargs):
-    ours = build(standardise, **kwargs)
-    plain = Contender.plain(copy.deepcopy(ours), batch, "32-true").method
-    loss, plain_loss = Contender("ours", ours, batch, "32-true").loss(ours, batch), plain_mae_loss(plain, batch)
+def test_the_plain_formulation_computes_the_same_loss_and_gradients(batch, build, standardise, kwargs):
+    ours, other = build(standardise, **kwargs), build(standardise, **kwargs)
+    plain = Contender.plain(other, batch, "32-true")
+    loss, plain_loss = Contender("ours", ours, batch, "32-true").loss(ours, batch), plain.loss(other, batch)
     torch.testing.assert_close(plain_loss, loss, rtol=1e-5, atol=1e-6)
     loss.backward()
     plain_loss.backward()
-    for (name, parameter), other in zip(ours.named_parameters(), plain.parameters(), strict=True):
+    for (name, parameter), twin in zip(ours.named_parameters(), other.parameters(), strict=True):
         if parameter.requires_grad:
-            torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+            torch.testing.assert_close(twin.grad, parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_a_step_of_either_formulation_leads_to_the_same_weights(batch):
@@ -66,6 +77,14 @@ def test_a_step_of_either_formulation_leads_to_the_same_weights(batch):
     weight = "decoder.trunk.predict.weight"
     assert not torch.equal(after[weight], before[weight])
     torch.testing.assert_close(other[weight], after[weight], rtol=1e-3, atol=1e-6)
+
+
+def test_what_a_method_does_after_the_optimizer_belongs_to_the_step(batch):
+    contender = Contender("ours", build_hpm(), batch, "32-true")
+    before = copy.deepcopy(contender.method.teacher.module.state_dict())
+    contender.step()
+    weight = "difficulty.predict.weight"
+    assert not torch.equal(contender.method.teacher.module.state_dict()[weight], before[weight])
 
 
 def test_the_method_of_a_step_keeps_fused_attention_while_the_plain_one_has_none(batch):

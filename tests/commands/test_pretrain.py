@@ -18,6 +18,7 @@ from mim.cli import main
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "tests" / "tiny.yaml")
+EVERY_KIND = [TINY, str(ROOT / "tests" / "tiny_hpm.yaml")]  # without and with a teacher that guides the masks
 
 
 def train(out, *args, config=TINY):
@@ -122,6 +123,17 @@ def test_workers_do_not_change_the_weights(run, tmp_path):
     assert_bit_identical(run, tmp_path / "run")
 
 
+def test_a_teacher_is_stopped_resumed_and_repeated_bit_exactly(tmp_path):
+    config, out = EVERY_KIND[1], tmp_path / "run"
+    assert train(tmp_path / "whole", config=config) == 0
+    assert strike(start("--config", config, "--out", out, "--num_workers", 2), signal.SIGTERM, after=3) == 75
+    assert main("pretrain", ["--resume", str(out), "--num_workers", "0"]) == 0
+    assert_bit_identical(tmp_path / "whole", out)
+    shown = rows(out)[-1]
+    assert float(shown["health/hard_share"]) == pytest.approx(5 / 12)  # int(12 * 0.5 * 23 / 24) of 12
+    assert {"train/difficulty", "health/rank_correlation", "health/error_over_random"} <= shown.keys()
+
+
 def start(*args, cwd=ROOT):
     command = [sys.executable, str(ROOT / "tools" / "pretrain.py"), *map(str, args)]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: sums in another order round differently
@@ -200,10 +212,15 @@ def test_resume_auto_starts_and_then_continues(run, tmp_path, monkeypatch, capsy
 
 
 def largest_difference(run, other):
-    """Over all weights but the biases of keys, which cannot change the output: AdamW blows their rounding errors up."""
+    """Over all weights but those that cannot change the loss: AdamW blows their rounding errors up.
+
+    These are the biases of keys, and whatever adds a constant to all difficulties, of which only the order counts.
+    """
     first, second = (final_state(folder)["state_dict"] for folder in (run, other))
     largest = 0.0
     for name, value in first.items():
+        if name.endswith(("difficulty.norm.bias", "difficulty.predict.bias")):
+            continue
         difference = (value - second[name]).abs()
         if name.endswith("qkv.bias"):
             difference = torch.cat([difference.chunk(3)[0], difference.chunk(3)[2]])
@@ -211,22 +228,26 @@ def largest_difference(run, other):
     return largest
 
 
-def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
+@pytest.mark.parametrize("config", EVERY_KIND, ids=lambda path: Path(path).stem)
+def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, config):
     """Float sums are taken in another order, so equal to rounding only: 1e-6 after 24 AdamW steps (weights up to 1)."""
     exact = ["--model.init_args.encoder.drop_path_rate", 0]
-    assert train(tmp_path / "one", *exact) == 0
-    process = start("--config", TINY, "--out", tmp_path / "two", *exact, "--devices", 2, "--trainer.accelerator", "cpu")
+    assert train(tmp_path / "one", *exact, config=config) == 0
+    process = start(
+        "--config", config, "--out", tmp_path / "two", *exact, "--devices", 2, "--trainer.accelerator", "cpu"
+    )
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-6
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
 
 
-def test_accumulation_equals_the_whole_batch(run, tmp_path):
+@pytest.mark.parametrize("config", EVERY_KIND, ids=lambda path: Path(path).stem)
+def test_accumulation_equals_the_whole_batch(tmp_path, config):
     """Gradients are averaged in another order: equal to rounding."""
     exact = ["--model.init_args.encoder.drop_path_rate", 0]
-    assert train(tmp_path / "one", *exact) == 0
-    assert train(tmp_path / "four", *exact, "--accumulate", 4) == 0
+    assert train(tmp_path / "one", *exact, config=config) == 0
+    assert train(tmp_path / "four", *exact, "--accumulate", 4, config=config) == 0
     assert largest_difference(tmp_path / "one", tmp_path / "four") < 1e-6
 
 

@@ -5,6 +5,7 @@ import torch
 
 from mim.encoder import Encoder
 from mim.evaluation import extract, pooled_features
+from mim.reduction import PerBlock, ToMe
 
 
 @pytest.fixture
@@ -26,6 +27,13 @@ def test_mean_takes_the_patches_and_no_register(encoder):
     images = torch.randn(2, 3, 32, 32)
     expected = encoder.vit.eval().forward_features(images)[:, 3:].mean(1)
     torch.testing.assert_close(pooled_features(encoder.eval(), images, "mean"), expected)
+
+
+def test_mean_counts_merged_patches_by_their_size(encoder):
+    encoder.reduction = ToMe(PerBlock(1))
+    tokens = encoder.eval().forward_tokens(torch.randn(2, 3, 32, 32))
+    assert tokens.sizes.amax() > 1
+    torch.testing.assert_close(tokens.patch_mean(), tokens.dense().mean(1))
 
 
 def test_mean_of_a_mean_pooling_model_is_its_own_output():

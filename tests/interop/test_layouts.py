@@ -18,6 +18,25 @@ def mae_decoder():
     return {name: torch.zeros(2) for name in ("mask_token", *names)}
 
 
+def hpm_decoders():
+    """What a published HPM file holds beyond the encoder."""
+    second = ("blocks_losspred.0.attn.qkv.weight", "norm_losspred.weight", "pred_losspred.bias")
+    return mae_decoder() | {f"decoder_{name}": torch.zeros(2) for name in second} | {"vis_mask_token": torch.ones(2)}
+
+
+def hpm_file(state, average):
+    """As its training script writes it: "model" is a string, and only the student's names have a prefix."""
+    student = {f"module.{name}": tensor for name, tensor in (state | hpm_decoders()).items()}
+    return {
+        "epoch": 800,
+        "state_dict": student,
+        "ema_state_dict": average | hpm_decoders(),
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-4}]},
+        "loss_scaler": {"scale": 65536.0},
+        "model": "mae_vit_base_patch16_dec512d8b",
+    }
+
+
 def in_layout(layout, state):
     """A checkpoint as the programs write it."""
     return {
@@ -25,6 +44,12 @@ def in_layout(layout, state):
         "timm": {"state_dict": state, "epoch": 3, "arch": "test_vit"},
         "mae encoder": {"model": state},
         "mae full": {"model": {**state, **mae_decoder()}},
+        "hpm": hpm_file(state, average={name: t + 1 for name, t in state.items()}),
+        "hpm average": {"ema_state_dict": state | hpm_decoders(), "model": "mae_vit_base_patch16_dec512d8b"},
+        "run with teacher": {
+            "state_dict": {f"encoder.vit.{name}": t for name, t in state.items()}
+            | {f"teacher.module.encoder.vit.{name}": t + 1 for name, t in state.items()}
+        },
         "run": {
             "state_dict": {f"encoder.vit.{name}": t for name, t in state.items()}
             | {"decoder.fill.token": torch.ones(1)},
@@ -44,6 +69,9 @@ def in_layout(layout, state):
         ("timm", "timm"),
         ("mae encoder", "timm"),
         ("mae full", "mae"),
+        ("hpm", "hpm"),
+        ("hpm average", "hpm"),
+        ("run with teacher", "mim run"),
         ("run", "mim run"),
         ("ddp", "timm"),
         ("compiled", "timm"),

@@ -83,7 +83,7 @@ def test_visible_pixels_do_not_enter_the_loss_but_through_the_prediction(images)
     _, hidden = method.reconstruct(images, mask)
     area = mask[..., None].expand(-1, -1, 192).contiguous()
     repainted = torch.where(unpatchify(area, (4, 4), 8), images, images + 1)
-    assert torch.equal(method.targets(repainted, hidden), method.targets(images, hidden))
+    assert torch.equal(method.target(repainted, (4, 4), hidden), method.target(images, (4, 4), hidden))
 
 
 class Oracle(nn.Module):
@@ -132,7 +132,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_batch(images):
         method.zero_grad()
         for part in parts:
             prediction, hidden = method.reconstruct(images[part], masks[part])
-            (loss(prediction, method.targets(images[part], hidden)) / len(parts)).backward()
+            (loss(prediction, method.target(images[part], (4, 4), hidden)) / len(parts)).backward()
         return method.encoder.vit.blocks[0].attn.qkv.weight.grad.clone()
 
     torch.testing.assert_close(gradient([slice(0, 2), slice(2, 4)]), gradient([slice(0, 4)]), rtol=1e-4, atol=1e-6)

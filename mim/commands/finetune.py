@@ -1,0 +1,106 @@
+"""Train a whole encoder with labels: ``python tools/finetune.py --weights runs/001-mae-photos --data photos``."""
+
+import json
+import sys
+from typing import Literal
+
+from mim.errors import UserError
+from mim.subject import FinetuneRecipe, Subject
+
+INTERRUPTED = 75
+"""Exit status after a signal; the same command with ``--resume true`` continues."""
+
+
+def run(
+    subject: Subject,
+    recipe: FinetuneRecipe,
+    seeds: int = 1,
+    from_scratch: bool = True,
+    eval_every: float | None = None,
+    devices: int = 1,
+    accumulate: int = 1,
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto",
+    resume: bool = False,
+) -> None:
+    """Accuracy after training the encoder and a classifier together, beside the same training from scratch.
+
+    Args:
+        subject: weights and images.
+        recipe: how to train.
+        seeds: repetitions, each with another order, crops and classifier.
+        from_scratch: also train untrained encoders by the same recipe, which doubles the time.
+        eval_every: epochs between looks at the scored images; 10 times over the training unless given.
+        devices: to train on together.
+        accumulate: micro-batches per step: same result, less memory.
+        precision: auto is bf16-mixed on a GPU that has it.
+        resume: go on where the same command was stopped.
+    """
+    _check(recipe, seeds, devices * accumulate)
+    # torch is imported when there is something to train: --help must not wait for it.
+    import os
+
+    from mim.commands.pretrain import _quieten
+    from mim.finetuning import Machine, StoppedError, best_precision, export, finish, remember, settings_of, train
+    from mim.measure import TRAINED, UNTRAINED, Measurement, Scores
+    from mim.run import evaluation_folder
+
+    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+    _quieten(rank)
+    measurement = Measurement.open(subject)
+    kind = best_precision(measurement.device) if precision == "auto" else precision
+    machine = Machine(devices, accumulate, kind, eval_every or recipe.epochs / 10)
+    root = evaluation_folder(subject.weights, subject.out, "finetune")
+    if rank == 0:
+        remember(root, settings_of(measurement, recipe), resume)
+    scores: Scores = {"top-1": {}, "top-5": {}}
+    exported = None
+    for who in (TRAINED, UNTRAINED)[: 2 if from_scratch else 1]:
+        for seed in range(seeds):
+            folder = root / f"{'' if who == TRAINED else 'scratch-'}seed-{seed}"
+            history = folder / "history.json"
+            if not history.is_file():
+                encoder = measurement.reloaded() if who == TRAINED else measurement.untrained(seed)
+                try:
+                    module = train(measurement, encoder, recipe, machine, seed, folder)
+                except StoppedError:
+                    print("stopped by a signal, saved; go on with  --resume true")
+                    raise SystemExit(INTERRUPTED) from None
+                if rank == 0:
+                    finish(module, measurement, folder)
+                    if who == TRAINED and seed == 0:
+                        exported = root / "export"
+                        export(module, measurement, exported, " ".join(["python", *sys.argv]))
+            if rank == 0:
+                last = json.loads(history.read_text())[-1]
+                scores["top-1"].setdefault(who, []).append(last["top1"])
+                scores["top-5"].setdefault(who, []).append(last["top5"])
+    if rank == 0:
+        protocol = f"{_protocol(recipe)}; {measurement.protocol()}; after the last epoch."
+        measurement.finish(measurement.write("finetune", "Fine-tuning", protocol, scores))
+        if exported is not None:
+            print(f'  model   {exported}   (timm.create_model("local-dir:{exported}", pretrained=True))')
+
+
+def _check(recipe: FinetuneRecipe, seeds: int, parts: int) -> None:
+    """Refuses what could not work before anything heavy is imported."""
+    if recipe.epochs <= 0 or recipe.blr <= 0 or seeds < 1 or parts < 1:
+        raise UserError("--epochs, --blr, --seeds, --devices and --accumulate must be positive", hint="--epochs 100")
+    if recipe.batch_size % parts or (recipe.batch_size // parts) % 2:
+        near = max(2, round(recipe.batch_size / parts / 2) * 2) * parts
+        raise UserError(
+            f"--batch_size {recipe.batch_size} does not give {parts} equal parts of an even number of images",
+            why="mixup mixes the images of a part in pairs",
+            hint=f"--batch_size {near}",
+        )
+
+
+def _protocol(recipe: FinetuneRecipe) -> str:
+    """How the encoder was trained, in words."""
+    pool = "mean of patch tokens" if recipe.pool == "mean" else "class token"
+    average = f", average of the weights {recipe.ema:g}" if recipe.ema else ""
+    return (
+        f"all weights trained, {pool}, {recipe.epochs:g} epochs of batch {recipe.batch_size}, blr {recipe.blr:g}, "
+        f"layer decay {recipe.layer_decay:g}, drop path {recipe.drop_path:g}, {recipe.auto_augment}, mixup "
+        f"{recipe.mixup:g}, CutMix {recipe.cutmix:g}, smoothing {recipe.label_smoothing:g}, erasing {recipe.erase:g}"
+        f"{average}"
+    )

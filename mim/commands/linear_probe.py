@@ -1,0 +1,88 @@
+"""Train a classifier on frozen features: ``python tools/linear_probe.py --weights runs/001-mae-photos``."""
+
+from typing import Literal
+
+from mim.errors import UserError
+from mim.subject import HeadRecipe, Subject
+
+_NAMES = {"linear": "Linear probe", "attentive": "Attentive probe", "multi_query": "Attentive probe, several queries"}
+
+
+def run(
+    subject: Subject,
+    recipe: HeadRecipe,
+    layers: int = 1,
+    pool: Literal["cls", "mean", "both"] = "cls",
+    crops: int = 0,
+    seeds: int = 3,
+) -> None:
+    """Accuracy of a linear or attentive classifier over frozen features, beside untrained encoders.
+
+    Args:
+        subject: weights and images.
+        recipe: the classifier and its training.
+        layers: last blocks whose features are put end to end, for a linear head.
+        pool: class token, mean of the patch tokens, or both, for a linear head.
+        crops: random crops of every image to learn from, each kept on disk; an epoch takes the next one. As many as
+            epochs is the papers' protocol, 0 takes the middle of the image in every epoch, which is far cheaper.
+        seeds: repetitions, each with other initial weights, order, held-out part, and another untrained encoder.
+    """
+    if min(recipe.rates) <= 0 or recipe.epochs < 1 or recipe.batch_size < 2 or seeds < 1:
+        raise UserError(
+            "--lrs, --epochs, --batch_size and --seeds must be positive", hint="--lrs [0.01,0.1] --epochs 90"
+        )
+    # torch is imported when there is something to measure: --help must not wait for it.
+    from mim.evaluation.features import Features
+    from mim.evaluation.heads import confusion, probe_head
+    from mim.measure import TRAINED, UNTRAINED, Measurement, Scores
+    from mim.report.confusion import save_confusion
+
+    measurement = Measurement.open(subject)
+    features = Features(layers, pool) if recipe.head == "linear" else Features(pool="tokens")
+    width = measurement.loaded.encoder.dim
+    if recipe.head == "multi_query" and width % recipe.queries:
+        fitting = max(number for number in range(1, recipe.queries) if width % number == 0)
+        raise UserError(
+            f"--queries {recipe.queries}: queries must divide the width {width} of the encoder",
+            hint=f"--queries {fitting}",
+        )
+    classes = len(measurement.classes)
+    trained = measurement.banks(measurement.loaded.encoder, features, crops)
+    scores: Scores = {"top-1": {}, "top-5": {}}
+    rates: dict[str, list[float]] = {TRAINED: [], UNTRAINED: []}
+    matrix = None
+    for seed in range(seeds):
+        untrained = measurement.banks(measurement.untrained(seed), features, crops)
+        if not measurement.first:
+            continue
+        for who, (banks, queries) in ((TRAINED, trained), (UNTRAINED, untrained)):
+            outcome = probe_head(banks, queries, recipe, classes, seed, measurement.device)
+            scores["top-1"].setdefault(who, []).append(outcome.top1)
+            scores["top-5"].setdefault(who, []).append(outcome.top5)
+            rates[who].append(outcome.lr)
+            if matrix is None:
+                matrix = confusion(outcome.answers, queries.labels, classes)
+    if not measurement.first or matrix is None:
+        return
+    protocol = f"frozen encoder, {features.describe()}, {measurement.protocol()}; {_protocol(recipe, crops)}"
+    details = {f"learning rate, {who}": ", ".join(f"{lr:g}" for lr in used) for who, used in rates.items()}
+    folder = measurement.write(recipe.head, _NAMES[recipe.head], protocol, scores, details)
+    save_confusion(matrix.numpy(), measurement.classes, folder / "confusion.png")
+    measurement.finish(folder)
+
+
+def _protocol(recipe: HeadRecipe, crops: int) -> str:
+    """How the classifier was trained and chosen, in words."""
+    optimizer = recipe.optimizer.upper() if recipe.head == "linear" else "AdamW"
+    norm = "batch norm without affine, " if recipe.norm == "batch" or recipe.head != "linear" else ""
+    shown = f"{crops} random crops of each image in turn" if crops else "centre crops, not augmented"
+    chosen = {
+        "held_out": "the best chosen on a tenth of the images to learn from, then trained again on all of them",
+        "on_test": "the best of them and of all epochs CHOSEN ON THE REPORTED IMAGES, which reads too high",
+    }[recipe.select]
+    rates = (
+        f"{len(recipe.rates)} learning rates, {chosen}"
+        if len(recipe.rates) > 1
+        else f"learning rate {recipe.rates[0]:g}"
+    )
+    return f"{norm}{optimizer}, {recipe.epochs} epochs of batch {recipe.batch_size}, {shown}; {rates}."

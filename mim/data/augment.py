@@ -1,0 +1,60 @@
+"""Augmentation for training with labels: timm's RandAugment and random erasing on top of random crops."""
+
+import torch
+from timm.data.auto_augment import rand_augment_transform
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+
+from mim.data.labelled import Frames
+from mim.errors import UserError
+from mim.randomness import keyed_libraries
+
+
+class Augmented(Frames):
+    """Random crops, flipped, recoloured and partly erased.
+
+    Args:
+        crop_pct: of the middle that is scored; see ``Frames``.
+        scale: smallest and largest share of the image's area in a crop.
+        auto_augment: timm's name of a RandAugment policy, or ``none``.
+        erase: probability that a rectangle becomes noise with the statistics of the images.
+    """
+
+    def __init__(self, crop_pct: float, scale: tuple[float, float], auto_augment: str, erase: float) -> None:
+        super().__init__(crop_pct, scale)
+        self.policy = None
+        if auto_augment != "none":
+            try:
+                self.policy = rand_augment_transform(
+                    auto_augment, {"translate_const": 100, "img_mean": (124, 116, 104)}
+                )
+            except (AssertionError, ValueError) as error:
+                hint = "--auto_augment rand-m9-mstd0.5-inc1   or   --auto_augment none"
+                raise UserError(f"--auto_augment {auto_augment} is no policy of timm", hint=hint) from error
+            for op in self.policy.ops:
+                if op.name == "PosterizeIncreasing":
+                    op.level_fn = _posterize_bits
+        # Applied to a picture of ones, it tells where to put noise; on bytes it could not draw the noise itself.
+        self.erasing = v2.RandomErasing(erase, scale=(0.02, 1 / 3), ratio=(0.3, 3.3), value=0)
+
+    def crop(self, image: Tensor) -> list[Tensor]:
+        """One crop ``(C, H, W)`` uint8; draws from torch's global generator."""
+        (view,) = super().crop(image)
+        if self.policy is not None:
+            if len(view) != 3:
+                raise UserError(
+                    f"--auto_augment needs RGB images, not {len(view)} channels", hint="--auto_augment none"
+                )
+            with keyed_libraries(int(torch.randint(1 << 62, ()))):  # timm draws from Python's and NumPy's generators
+                view = pil_to_tensor(self.policy(to_pil_image(view)))
+        kept = self.erasing(torch.ones(1, *view.shape[1:])).bool()
+        if not kept.all():
+            noise = torch.randn(view.shape) * self.std[:, None, None] + self.mean[:, None, None]
+            view = torch.where(kept, view, noise.mul(255).clamp(0, 255).byte())
+        return [view]
+
+
+def _posterize_bits(level: float, hparams: object) -> tuple[int]:
+    """Bits that posterising keeps: as in timm, but never 0, which Pillow refuses and the strongest level asks for."""
+    return (max(1, 4 - int(level / 10 * 4)),)

@@ -1,0 +1,89 @@
+"""Labelled images for training with labels: keyed augmented crops without end, middles that are scored once each."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mim.data.augment import Augmented
+from mim.data.labelled import Framed, collate_framed
+from mim.data.pretrain import STALL, BadFiles, Crops, _Endless, collate, leave_signals_to_the_run
+from mim.data.sampler import Shard, StepSampler
+from mim.data.sources import Source
+
+
+class FinetuneData(L.LightningDataModule):
+    """Images to fine-tune on and to be scored on.
+
+    Args:
+        train: images to learn from.
+        test: images to be scored on; every process takes its own, none twice.
+        frames: how they are cut.
+        batch_size: global, over all devices and accumulation.
+        num_workers: loader processes.
+        seed: of order and crops.
+        max_bad: share of unreadable files above which training stops.
+    """
+
+    def __init__(
+        self,
+        train: Source,
+        test: Source,
+        frames: Augmented,
+        batch_size: int,
+        num_workers: int,
+        seed: int,
+        max_bad: float,
+    ) -> None:
+        super().__init__()
+        self.train, self.test, self.frames = train, test, frames
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.bad_files = BadFiles(max_bad)
+        self.bad_files.total = len(train) + len(test)
+        self.first_step = 0
+
+    def train_dataloader(self) -> "DataLoader[Any]":
+        """Micro-batches of this process from ``first_step`` to the trainer's last."""
+        trainer = self.trainer
+        assert trainer is not None
+        shard = Shard(trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches)
+        steps = range(self.first_step, trainer.max_steps)
+        return _Endless(
+            Crops(self.train, self.frames, self.seed),
+            batch_sampler=StepSampler(len(self.train), self.batch_size, steps, self.seed, shard),
+            collate_fn=collate,
+            **self._loading(trainer),
+        )
+
+    def val_dataloader(self) -> "DataLoader[Any]":
+        """This process's part of the scored images; parts may differ in length by one."""
+        trainer = self.trainer
+        assert trainer is not None
+        own = range(trainer.global_rank, len(self.test), trainer.world_size)
+        size = max(1, self.batch_size // (trainer.world_size * trainer.accumulate_grad_batches))
+        framed = Framed(self.test, self.frames, own)
+        return DataLoader(framed, batch_size=size, collate_fn=collate_framed, **self._loading(trainer))
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401 - Lightning's signature
+        """Takes the unreadable files out of a batch and counts them."""
+        pixels, labels, bad = batch
+        for name, reason in bad:
+            self.bad_files.add(name, reason)
+        self.bad_files.stop_if_too_many()
+        return pixels, labels
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401 - Lightning's signature
+        """Normalises on the device."""
+        pixels, labels = batch
+        frames = self.frames.to(labels.device)
+        return frames.normalize(pixels) if isinstance(pixels, Tensor) else frames(pixels), labels
+
+    def _loading(self, trainer: L.Trainer) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "timeout": STALL if self.num_workers else 0,
+            "worker_init_fn": leave_signals_to_the_run,
+            "pin_memory": trainer.strategy.root_device.type == "cuda" and torch.cuda.is_available(),
+        }

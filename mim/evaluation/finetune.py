@@ -1,0 +1,156 @@
+"""Fine-tuning: the whole encoder learns to classify, by the recipe of MAE (arXiv:2111.06377, appendix A.1).
+
+Layer-wise decay of the learning rate, stochastic depth, mixup and CutMix, label smoothing and the average of the
+weights are timm's; everything random is a function of seed and step. Reported is the last epoch, never the best one.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.layers import DropPath
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics.classification import MulticlassAccuracy
+
+from mim.encoder import Encoder
+from mim.errors import UserError
+from mim.randomness import derive_seed, keyed_generator, keyed_libraries
+from mim.schedules import warmup_cosine
+from mim.subject import FinetuneRecipe
+
+
+def classifier(encoder: Encoder, classes: int, recipe: FinetuneRecipe, seed: int) -> VisionTransformer:
+    """The encoder's ViT with a new classifier, every weight trainable.
+
+    Mean pooling moves the norm behind the pooling, with new weights, as MAE does: timm's own layout of such models.
+
+    Args:
+        encoder: is taken apart.
+        classes: number of classes.
+        recipe: pooling and stochastic depth.
+        seed: of the classifier's weights, which are almost zero (deviation 2e-5).
+    """
+    vit = encoder.vit
+    if recipe.pool == "cls" and not vit.has_class_token:
+        raise UserError("--pool cls: this model has no class token", hint="--pool mean")
+    if recipe.pool == "mean" and isinstance(vit.fc_norm, nn.Identity):
+        vit.fc_norm, vit.norm = type(vit.norm)(encoder.dim, eps=cast(nn.LayerNorm, vit.norm).eps), nn.Identity()
+    vit.reset_classifier(classes, "avg" if recipe.pool == "mean" else "token")
+    head = cast(nn.Linear, vit.head)
+    nn.init.trunc_normal_(head.weight, std=2e-5, generator=keyed_generator(seed, "classifier"))
+    nn.init.zeros_(head.bias)
+    rates = torch.linspace(0, recipe.drop_path, len(vit.blocks)).tolist()
+    for block, rate in zip(cast(Any, vit.blocks), rates, strict=True):
+        block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+    return vit.requires_grad_(True)
+
+
+class Finetune(L.LightningModule):
+    """Trains a ViT with labels.
+
+    Args:
+        vit: with its classifier.
+        recipe: how.
+        classes: number of classes.
+        images: how many there are to learn from.
+        seed: of everything random.
+    """
+
+    def __init__(self, vit: VisionTransformer, recipe: FinetuneRecipe, classes: int, images: int, seed: int) -> None:
+        super().__init__()
+        self.vit, self.recipe, self.seed = vit, recipe, seed
+        self.ema = ModelEmaV3(vit, decay=recipe.ema).requires_grad_(False) if recipe.ema else None
+        self.steps_per_epoch = images / recipe.batch_size
+        self.max_steps = max(1, round(recipe.epochs * self.steps_per_epoch))
+        self.mixup = None
+        if recipe.mixup or recipe.cutmix:
+            smoothing = recipe.label_smoothing
+            mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=smoothing, num_classes=classes)  # type: ignore[no-untyped-call]  # timm leaves it without types
+            self.mixup = mixup
+        self.top1 = MulticlassAccuracy(classes, average="micro")
+        self.top5 = MulticlassAccuracy(classes, top_k=min(5, classes), average="micro")
+        self.history: list[dict[str, float]] = []
+
+    @property
+    def evaluated(self) -> VisionTransformer:
+        """What is scored and exported: the average of the weights where there is one."""
+        return cast(VisionTransformer, self.ema.module) if self.ema is not None else self.vit
+
+    def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy with the mixed and smoothed labels of one augmented view per image."""
+        (images,), labels = batch
+        if self.mixup is None:
+            return self._logged(F.cross_entropy(self.vit(images), labels, label_smoothing=self.recipe.label_smoothing))
+        with keyed_libraries(self.seed, "mixup", self.global_step):
+            images, targets = self.mixup(images, labels)  # (B, classes)
+        return self._logged(F.cross_entropy(self.vit(images), targets))
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Counts right answers; images that could not be read, of label -1, do not count."""
+        images, labels = batch
+        logits = self.evaluated(images)[labels >= 0]
+        self.top1.update(logits, labels[labels >= 0])
+        self.top5.update(logits, labels[labels >= 0])
+
+    def on_validation_epoch_end(self) -> None:
+        """Adds the counts of all processes."""
+        loss = self.trainer.callback_metrics.get("train/loss", torch.tensor(torch.nan))
+        values = {"top1": float(self.top1.compute()), "top5": float(self.top5.compute()), "loss": float(loss)}
+        self.top1.reset()
+        self.top5.reset()
+        self.history.append({"epoch": self.global_step / self.steps_per_epoch, **values})
+
+    def learning_rate(self, step: int) -> float:
+        """Of the last layer, at the step that follows ``step`` finished ones."""
+        recipe = self.recipe
+        warmup = round(min(recipe.warmup_epochs * self.steps_per_epoch, self.max_steps / 2))
+        peak = recipe.blr * recipe.batch_size / 256
+        return warmup_cosine(step, warmup, self.max_steps, peak, min(peak, recipe.min_lr))
+
+    def configure_optimizers(self) -> Optimizer:
+        """AdamW in timm's groups by layer; biases, norms, class token and positions are not decayed."""
+        optimizer: Optimizer = create_optimizer_v2(
+            self.vit,
+            "adamw",
+            lr=self.learning_rate(0),
+            weight_decay=self.recipe.weight_decay,
+            layer_decay=self.recipe.layer_decay,
+            betas=(0.9, 0.999),
+        )
+        return optimizer
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401 - Lightning's signature
+        """Makes stochastic depth a function of the step."""
+        torch.manual_seed(derive_seed(self.seed, "layers", self.global_step, self.trainer.global_rank, batch_idx))
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,  # noqa: ANN401 - Lightning's signature
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Sets the learning rate from the step, steps, then moves the average."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.global_step) * group.get("lr_scale", 1.0)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.ema is not None:
+            self.ema.update(self.vit)
+
+    def raise_if_nonfinite(self) -> None:
+        """Refuses to go on with weights that hold NaN or infinity; waits for the device, so call it rarely."""
+        if not all(bool(parameter.isfinite().all()) for parameter in self.vit.parameters()):
+            raise UserError(
+                f"the weights are no longer finite at step {self.global_step}", hint="a lower --blr, --warmup_epochs 20"
+            )
+
+    def _logged(self, loss: Tensor) -> Tensor:
+        self.log("train/loss", loss)
+        return loss

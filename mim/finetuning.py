@@ -1,0 +1,173 @@
+"""One fine-tuning after another, pretrained and from scratch, each resumable where it was stopped."""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from mim.callbacks import Checkpoints, Signals
+from mim.checkpoint import ModelCard, export_backbone
+from mim.checkpoint_io import AtomicCheckpointIO, checkpoint_step, newest_good
+from mim.data.augment import Augmented
+from mim.data.finetune import FinetuneData
+from mim.encoder import Encoder
+from mim.errors import UserError
+from mim.evaluation.finetune import Finetune, classifier
+from mim.measure import Measurement
+from mim.subject import FinetuneRecipe
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What fine-tuning runs on.
+
+    Args:
+        devices: processes, one per device.
+        accumulate: micro-batches per step.
+        precision: Lightning's name of it.
+        eval_every: epochs between looks at the scored images.
+    """
+
+    devices: int
+    accumulate: int
+    precision: str
+    eval_every: float
+
+
+class StoppedError(Exception):
+    """A signal came; the step that was running is saved."""
+
+
+def train(
+    measurement: Measurement, encoder: Encoder, recipe: FinetuneRecipe, machine: Machine, seed: int, folder: Path
+) -> Finetune:
+    """Trains to the end, from the newest checkpoint in ``folder`` if there is one, and scores the result.
+
+    Args:
+        measurement: images and where to compute.
+        encoder: is taken apart.
+        recipe: how.
+        machine: on what.
+        seed: of everything random.
+        folder: for checkpoints.
+
+    Returns:
+        The trained module, whose ``history`` ends with the final scores.
+
+    Raises:
+        StoppedError: after a signal.
+    """
+    classes = len(measurement.classes)
+    frames = Augmented(measurement.subject.crop_pct, recipe.scale, recipe.auto_augment, recipe.erase)
+    frames.configure(encoder.img_size, measurement.loaded.mean, measurement.loaded.std)
+    data = FinetuneData(
+        measurement.train,
+        measurement.test,
+        frames,
+        recipe.batch_size,
+        measurement.workers,
+        seed,
+        measurement.subject.max_bad,
+    )
+    module = Finetune(classifier(encoder, classes, recipe, seed), recipe, classes, len(measurement.train), seed)
+    checkpoint, _ = newest_good(folder / "checkpoints")
+    data.first_step = checkpoint_step(checkpoint) if checkpoint else 0
+    every = max(1, round(machine.eval_every * module.steps_per_epoch))
+    signals = Signals()
+    saving = Checkpoints(folder / "checkpoints", every, signals)
+    trainer = _trainer(measurement, machine, module.max_steps, every, [signals, saving])
+    trainer.fit(module, data, ckpt_path=checkpoint and str(checkpoint), weights_only=True)
+    if saving.stopped and trainer.global_step < module.max_steps:
+        raise StoppedError
+    trainer.validate(module, data, verbose=False)
+    return module
+
+
+def finish(module: Finetune, measurement: Measurement, folder: Path) -> None:
+    """Keeps the scores in place of the checkpoints."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "history.json").write_text(json.dumps(module.history, indent=1) + "\n")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def export(module: Finetune, measurement: Measurement, folder: Path, command: str) -> float:
+    """Writes the trained classifier as a timm folder; returns the difference of timm's copy, which is 0."""
+    card = ModelCard(
+        method="fine-tuning",
+        data=measurement.subject.data,
+        data_licence="unknown",
+        images=len(measurement.train),
+        epochs=module.recipe.epochs,
+        steps=module.max_steps,
+        command=command,
+        notes=(f"Classes, in order: {', '.join(measurement.classes)}",),
+    )
+    vit = module.evaluated.cpu().eval()
+    statistics = measurement.loaded
+    extra = {"fc_norm": module.recipe.pool == "mean"}
+    return export_backbone(vit, folder, mean=statistics.mean, std=statistics.std, card=card, model_args=extra)
+
+
+def remember(folder: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Writes down what is being trained; a resumed training must be the same one.
+
+    Raises:
+        UserError: if it is another one.
+    """
+    file = folder / "settings.json"
+    text = json.dumps(settings, indent=1, default=str)
+    if resume and file.is_file():
+        before, now = json.loads(file.read_text()), json.loads(text)
+        changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+        if changed:
+            raise UserError(
+                f"--resume true: settings differ from those in {file}",
+                why="; ".join(changed),
+                hint="the same command again, or --resume false to start over",
+            )
+        return
+    for old in folder.glob("*seed-*"):
+        shutil.rmtree(old, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(text + "\n")
+
+
+def settings_of(measurement: Measurement, recipe: FinetuneRecipe) -> dict[str, Any]:
+    """What the result is a function of."""
+    subject = asdict(measurement.subject)
+    names = ("weights", "data", "model", "img_size", "crop_pct", "val_fraction", "classes")
+    return {name: subject[name] for name in names} | asdict(recipe)
+
+
+def _trainer(measurement: Measurement, machine: Machine, max_steps: int, every: int, callbacks: list[Any]) -> Trainer:
+    try:
+        return Trainer(
+            accelerator=measurement.device.type if measurement.device.type == "cpu" else "gpu",
+            devices=machine.devices,
+            precision=machine.precision,  # type: ignore[arg-type]  # one of Lightning's literals, checked by it
+            accumulate_grad_batches=machine.accumulate,
+            max_steps=max_steps,
+            max_epochs=-1,
+            val_check_interval=every * machine.accumulate,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        raise UserError(f"these devices cannot be used: {error}", hint="--devices 1, --device cpu") from error
+
+
+def best_precision(device: torch.device) -> str:
+    """bf16-mixed where a GPU has it."""
+    return "bf16-mixed" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "32-true"

@@ -1,0 +1,31 @@
+"""Token reductions: prune, merge or cluster the patch tokens of a timm ViT while it runs."""
+
+from mim.reduction.base import TokenReduction
+from mim.reduction.clustering import GridClustering
+from mim.reduction.cropr import Cropr
+from mim.reduction.merging import DominantContextual, ToMe
+from mim.reduction.pruning import TopKPruning
+from mim.reduction.schedule import Counts, KeepRate, PerBlock, Schedule
+from mim.reduction.scores import ClassAttention, Duplication, RandomScore, ReceivedAttention, Score
+from mim.reduction.tokens import Tokens
+from mim.reduction.wrapper import TokenReducedViT
+
+__all__ = [
+    "ClassAttention",
+    "Counts",
+    "Cropr",
+    "DominantContextual",
+    "Duplication",
+    "GridClustering",
+    "KeepRate",
+    "PerBlock",
+    "RandomScore",
+    "ReceivedAttention",
+    "Schedule",
+    "Score",
+    "ToMe",
+    "TokenReducedViT",
+    "TokenReduction",
+    "Tokens",
+    "TopKPruning",
+]

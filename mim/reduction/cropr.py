@@ -1,0 +1,86 @@
+"""Cropr: the tokens that a small classifier looks at go on, the others wait for the last block (arXiv:2412.00965).
+
+In training each reducing block has a router, whose queries read the patches and classify the image; its gradient does
+not reach the backbone. Without projections, the score of a patch is a product with the sum of the queries: in
+evaluation one vector per block is all that is left of the router.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from timm.layers.mlp import Mlp
+from torch import Tensor, nn
+
+from mim.reduction.attention import Attending
+from mim.reduction.base import TokenReduction
+from mim.reduction.pruning import split
+from mim.reduction.schedule import PerBlock
+from mim.reduction.tokens import Tokens
+
+
+class Cropr(TokenReduction):
+    """Prunes by what helps to classify, learnt beside fine-tuning, and fuses all patches in the last block.
+
+    The first block takes one patch more, as in the reference, which counts the class token. Stochastic depth of the
+    last block stays as the model has it; the reference turns it off there.
+
+    Args:
+        dim: width of the model.
+        depth: its blocks.
+        num_classes: of the auxiliary classifiers.
+        r: patches that each block but the last two takes away; the paper has 8 for ViT-L at 224 px.
+        queries: of each router; 1 for classification.
+    """
+
+    reads_attention = False
+
+    def __init__(self, dim: int, depth: int, num_classes: int, r: int = 8, queries: int = 1) -> None:
+        super().__init__(PerBlock(r, stop=2), place="after", rejoin=True)
+        self.routers = nn.ModuleList(_Router(dim, num_classes, queries) for _ in range(depth - 2))
+
+    def left(self, patches: int, layer: int, depth: int, grid: tuple[int, int] | None) -> int:
+        """One less after the first block."""
+        left = super().left(patches, layer, depth, grid)
+        return max(1, left - 1) if layer == 0 and left < patches else left
+
+    def cost(self, before: int, after: int, dim: int, head_dim: int) -> int:
+        """A product with one vector."""
+        return before * dim
+
+    def reduce(self, tokens: Tokens, attending: Attending | None, count: int, layer: int) -> Tokens:
+        """See :meth:`TokenReduction.reduce`."""
+        router = self.routers[layer]
+        patches = tokens.patches.detach()
+        if self.training:
+            tokens = replace(tokens, auxiliary=(*tokens.auxiliary, router(patches)))
+        return tokens.keep(*split((patches @ router.scorer).float(), count))  # type: ignore[operator]
+
+    def auxiliary_loss(self, tokens: Tokens, labels: Tensor) -> Tensor:
+        """Cross-entropy of every router, summed."""
+        losses = [F.cross_entropy(logits, labels) for logits in tokens.auxiliary]
+        return torch.stack(losses).sum() if losses else super().auxiliary_loss(tokens, labels)
+
+
+class _Router(nn.Module):
+    """Queries that read the patches in one head without projections, an MLP, and a classifier."""
+
+    def __init__(self, dim: int, num_classes: int, queries: int) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(queries, dim))
+        nn.init.trunc_normal_(self.queries, std=0.02)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, num_classes)
+
+    @property
+    def scorer(self) -> Tensor:
+        """``(D,)``: scores are logits summed over queries, which is one product with their sum."""
+        return self.queries.sum(dim=0)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Class logits ``(B, num_classes)`` of patches ``(B, K, D)``."""
+        queries = self.queries.expand(patches.shape[0], -1, -1)
+        read = F.scaled_dot_product_attention(queries, patches, patches)  # (B, queries, D)
+        logits: Tensor = self.head(self.norm(read + self.mlp(read)).mean(dim=1))
+        return logits

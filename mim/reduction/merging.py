@@ -1,0 +1,102 @@
+"""Merging: similar tokens become one, their mean weighted by how many patches each stands for."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mim.patches import gather_tokens
+from mim.reduction.attention import Attending
+from mim.reduction.base import TokenReduction
+from mim.reduction.pruning import split
+from mim.reduction.schedule import Schedule
+from mim.reduction.tokens import Tokens
+
+
+class ToMe(TokenReduction):
+    """Merges the most similar pairs between two halves of the sequence (ToMe, arXiv:2210.09461).
+
+    Tokens at even places of the whole sequence each propose their most similar one at odd places, by the cosine of
+    their mean keys; the best proposals are carried out. No prefix token takes part, where the reference lets all but
+    the class and distillation token merge.
+
+    Args:
+        schedule: how many tokens each block leaves; at most every second one can go at once.
+        proportional: merged tokens are attended to by their size. On for models trained with labels; off for weights of
+            a masked autoencoder that were not fine-tuned with merging, says the reference.
+    """
+
+    def __init__(self, schedule: Schedule, proportional: bool = True) -> None:
+        super().__init__(schedule, proportional=proportional)
+
+    def left(self, patches: int, layer: int, depth: int, grid: tuple[int, int] | None) -> int:
+        """Never less than half."""
+        return max(super().left(patches, layer, depth, grid), patches - patches // 2)
+
+    def cost(self, before: int, after: int, dim: int, head_dim: int) -> int:
+        """Cosines between the halves."""
+        return (before // 2) * (before - before // 2) * head_dim
+
+    def reduce(self, tokens: Tokens, attending: Attending | None, count: int, layer: int) -> Tokens:
+        """See :meth:`TokenReduction.reduce`."""
+        assert attending is not None
+        keys = F.normalize(attending.mean_keys().detach(), dim=-1)  # (B, K, d)
+        return merge_pairs(tokens, keys, tokens.count - count)
+
+
+def merge_pairs(tokens: Tokens, features: Tensor, pairs: int) -> Tokens:
+    """Carries out the ``pairs`` best of the merges that every second token proposes.
+
+    Args:
+        tokens: at least two patch tokens per pair.
+        features: ``(B, K, d)`` of unit length, what similarity is measured by.
+        pairs: merges.
+    """
+    first = tokens.num_prefix % 2  # parity counts from the start of the sequence, prefix and all
+    best, partner = (features[:, first::2] @ features[:, 1 - first :: 2].transpose(1, 2)).max(dim=2)
+    order = best.topk(best.shape[1]).indices
+    merged, alone = order[:, :pairs], order[:, pairs:].sort().values  # places among those that propose
+    others = torch.arange(1 - first, tokens.count, 2, device=order.device).expand(order.shape[0], -1)
+    centre = torch.cat([2 * alone + first, others], dim=1)
+    return tokens.merge(centre, source=2 * merged + first, target=alone.shape[1] + partner.gather(1, merged))
+
+
+class DominantContextual(TokenReduction):
+    """Keeps what the class token looks at, and summarises the rest in a few tokens (VisionZip, arXiv:2412.04467).
+
+    Of the rest, evenly spread ones are targets, and all others join the target with the most similar keys. A token in
+    the middle of a network must stay of its kind, so contextual tokens are means; the paper's sums feed a projector.
+
+    Args:
+        schedule: how many tokens each block leaves.
+        contextual: share of them that summarise; the paper has 10 of 64.
+    """
+
+    needs_class_token = True
+
+    def __init__(self, schedule: Schedule, contextual: float = 0.15) -> None:
+        super().__init__(schedule)
+        if not 0 < contextual < 1:
+            raise ValueError(f"contextual {contextual} is outside (0, 1)")
+        self.contextual = contextual
+
+    def cost(self, before: int, after: int, dim: int, head_dim: int) -> int:
+        """A row of attention, and cosines of the rest to the targets."""
+        targets = self._targets(after)
+        return before * dim + (before - after) * targets * head_dim
+
+    def _targets(self, count: int) -> int:
+        return max(1, round(self.contextual * count))
+
+    def reduce(self, tokens: Tokens, attending: Attending | None, count: int, layer: int) -> Tokens:
+        """See :meth:`TokenReduction.reduce`."""
+        assert attending is not None
+        targets = self._targets(count)
+        dominant, rest = split(attending.class_attention().detach(), count - targets)
+        stride = rest.shape[1] // targets
+        chosen = rest[:, : targets * stride : stride]  # (B, targets)
+        spread = [place for place in range(rest.shape[1]) if place % stride or place >= targets * stride]
+        source = rest[:, spread]
+        keys = F.normalize(attending.mean_keys().detach(), dim=-1)
+        similarity = gather_tokens(keys, source) @ gather_tokens(keys, chosen).transpose(1, 2)
+        target = dominant.shape[1] + similarity.argmax(dim=2)
+        return tokens.merge(torch.cat([dominant, chosen], dim=1), source, target)

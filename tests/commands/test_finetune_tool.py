@@ -1,0 +1,128 @@
+"""``tools/finetune.py``, driven as a user drives it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from mim.cli import main
+
+ROOT = Path(__file__).parents[2]
+SHORT = [
+    "--num_workers",
+    "0",
+    "--epochs",
+    "4",
+    "--warmup_epochs",
+    "1",
+    "--batch_size",
+    "12",
+    "--blr",
+    "0.02",
+    "--device",
+    "cpu",
+]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def finetune(weights, photos, *args):
+    return main("finetune", ["--weights", weights, "--data", str(photos), *SHORT, *map(str, args)])
+
+
+def exported(folder):
+    return load_file(Path(folder, "export", "model.safetensors"))
+
+
+def test_scores_stand_beside_training_from_scratch_and_timm_loads_the_classifier(weights, photos):
+    assert finetune(weights, photos, "--seeds", 2, "--out", "result") == 0
+    result = json.loads(Path("result/metrics.json").read_text())
+    assert len(result["metrics"]["top-1"]) == len(result["metrics"]["top-1, untrained"]) == 2
+    assert "layer decay 0.65" in result["protocol"]
+    history = json.loads(Path("result/seed-0/history.json").read_text())
+    assert history[-1]["epoch"] == 4
+    assert not Path("result/seed-0/checkpoints").exists()
+    model = timm.create_model("local-dir:result/export", pretrained=True).eval()
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--pool", "cls", "--ema", 0.9],
+        ["--mixup", 0, "--cutmix", 0, "--auto_augment", "none", "--erase", 0],
+        ["--accumulate", 3],
+    ],
+    ids=lambda args: args[0].lstrip("-"),
+)
+def test_settings_train_to_the_end(weights, photos, args):
+    assert finetune(weights, photos, *args, "--from_scratch", "false", "--out", "result") == 0
+    assert "top-1, untrained" not in json.loads(Path("result/metrics.json").read_text())["metrics"]
+
+
+def start(weights, photos, *args):
+    command = [sys.executable, str(ROOT / "tools" / "finetune.py"), "--weights", weights, "--data", str(photos)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*command, *SHORT, *map(str, args)], env=environment, **pipe)
+
+
+def test_a_stopped_training_goes_on_to_the_same_weights(weights, photos):
+    long = ["--epochs", 40, "--eval_every", 1, "--from_scratch", "false"]
+    assert finetune(weights, photos, *long, "--out", "whole") == 0
+    process = start(weights, photos, *long, "--out", "stopped")
+    while not list(Path("stopped").glob("seed-0/checkpoints/step-*.ckpt")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert not Path("stopped/metrics.json").exists()
+    assert finetune(weights, photos, *long, "--out", "stopped", "--resume", "true") == 0
+    whole, resumed = exported("whole"), exported("stopped")
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_resuming_something_else_is_refused(weights, photos, capsys):
+    assert finetune(weights, photos, "--from_scratch", "false", "--out", "result") == 0
+    assert finetune(weights, photos, "--blr", 0.5, "--out", "result", "--resume", "true") == 2
+    assert "blr 0.02 -> 0.5" in capsys.readouterr().err
+
+
+def test_two_processes_equal_one_and_count_every_image_once(weights, photos):
+    """15 images to score are 8 and 7. Sums are taken in another order: equal to rounding."""
+    exact = ["--drop_path", 0, "--mixup", 0, "--cutmix", 0, "--from_scratch", "false"]
+    assert finetune(weights, photos, *exact, "--out", "one") == 0
+    process = start(weights, photos, *exact, "--out", "two", "--devices", 2)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    one, two = (json.loads(Path(name, "seed-0", "history.json").read_text())[-1] for name in ("one", "two"))
+    assert one["top1"] == two["top1"]
+    assert round(15 * two["top1"]) == pytest.approx(15 * two["top1"])  # a share of 15, not of 16
+    for name, value in exported("one").items():
+        if not name.endswith("qkv.bias"):  # AdamW blows up the rounding errors of keys' biases, which change nothing
+            torch.testing.assert_close(value, exported("two")[name], atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--batch_size", 13], "--batch_size 12"),
+        (["--auto_augment", "nonsense"], "--auto_augment nonsense"),
+        (["--epochs", 0], "--epochs"),
+    ],
+)
+def test_mistakes_end_in_a_message(weights, photos, args, expected, capsys):
+    assert finetune(weights, photos, *args) == 2
+    assert expected in capsys.readouterr().err

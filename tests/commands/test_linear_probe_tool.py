@@ -1,0 +1,65 @@
+"""``tools/linear_probe.py``, driven as a user drives it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mim.cli import main
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def probe(weights, photos, *args):
+    short = ["--num_workers", "0", "--seeds", "2", "--epochs", "3", "--warmup_epochs", "1", "--batch_size", "16"]
+    return main("linear_probe", ["--weights", weights, "--data", str(photos), *short, *map(str, args)])
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], "class token of the last block, 32x32 px, centre crop 1;"),
+        (["--optimizer", "lars", "--pool", "mean"], "batch norm without affine, LARS, 3 epochs of batch 16"),
+        (["--layers", 2, "--pool", "both", "--norm", "none", "--select", "on_test"], "CHOSEN ON THE REPORTED IMAGES"),
+        (["--head", "attentive"], "all patch tokens of the last block"),
+        (["--head", "multi_query", "--queries", 4, "--lrs", "[0.001]"], "learning rate 0.001"),
+        (["--crops", 2], "2 random crops of each image in turn"),
+    ],
+    ids=lambda value: str(value[1] if isinstance(value, list) and value else "default")[:12],
+)
+def test_accuracies_and_a_confusion_picture_are_written_with_the_protocol(weights, photos, args, words):
+    assert probe(weights, photos, *args, "--out", "result") == 0
+    result = json.loads(Path("result/metrics.json").read_text())
+    assert words in result["protocol"]
+    assert len(result["metrics"]["top-1"]) == len(result["metrics"]["top-5, untrained"]) == 2
+    with Image.open("result/confusion.png") as picture:
+        assert picture.width > 100
+
+
+def test_a_repetition_gives_the_same_numbers(weights, photos):
+    for name in ("first", "second"):
+        assert probe(weights, photos, "--out", name) == 0
+    assert Path("first/metrics.json").read_text() == Path("second/metrics.json").read_text()
+
+
+def test_a_config_sets_options(weights, photos, tmp_path):
+    (tmp_path / "probe.yaml").write_text("layers: 2\noptimizer: lars\n")
+    assert probe(weights, photos, "--config", tmp_path / "probe.yaml", "--out", "result") == 0
+    assert "last 2 blocks" in json.loads(Path("result/metrics.json").read_text())["protocol"]
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--lrs", "[0.0]"], "--lrs"),
+        (["--head", "multi_query", "--queries", 5], "--queries 5: queries must divide the width 64"),
+        (["--head", "linaer"], "linear"),
+    ],
+)
+def test_mistakes_end_in_a_message(weights, photos, args, expected, capsys):
+    assert probe(weights, photos, *args) == 2
+    assert expected in capsys.readouterr().err

@@ -1,0 +1,99 @@
+"""The parts of fine-tuning against the recipe's own words."""
+
+import pytest
+import torch
+from torch import nn
+
+from mim.data.augment import Augmented
+from mim.encoder import Encoder
+from mim.evaluation.finetune import Finetune, classifier
+from mim.subject import FinetuneRecipe
+
+
+def module(**settings):
+    recipe = FinetuneRecipe(**{"epochs": 10, "batch_size": 8, **settings})
+    encoder = Encoder("test_vit", img_size=32, patch_size=8)
+    return Finetune(classifier(encoder, 5, recipe, seed=0), recipe, 5, images=80, seed=0)
+
+
+def test_learning_rates_decay_from_the_head_down_to_the_embedding():
+    """Layer 0 is the embedding, block i is i + 1, the new norm and the head come last (MAE, appendix A.1)."""
+    trained = module(layer_decay=0.5)
+    scales = {}
+    for group in trained.configure_optimizers().param_groups:
+        for parameter in group["params"]:
+            name = next(name for name, other in trained.vit.named_parameters() if other is parameter)
+            scales[name] = group["lr_scale"], group["weight_decay"]
+    depth = len(trained.vit.blocks)
+    assert scales["head.weight"] == (1.0, 0.05)
+    assert scales["fc_norm.weight"] == (1.0, 0.0)
+    assert scales["patch_embed.proj.weight"] == (0.5 ** (depth + 1), 0.05)
+    assert scales["pos_embed"] == scales["cls_token"] == (0.5 ** (depth + 1), 0.0)
+    assert scales["blocks.0.attn.qkv.weight"] == (0.5**depth, 0.05)
+    assert scales["blocks.0.attn.qkv.bias"] == (0.5**depth, 0.0)
+
+
+def test_mean_pooling_moves_the_norm_behind_the_pooling():
+    vit = module().vit.eval()
+    assert isinstance(vit.norm, nn.Identity)
+    tokens = vit.forward_features(torch.randn(2, 3, 32, 32))
+    torch.testing.assert_close(vit.forward_head(tokens), vit.head(vit.fc_norm(tokens[:, 1:].mean(1))))
+
+
+def test_the_class_token_keeps_the_encoders_norm():
+    encoder = Encoder("test_vit", img_size=32, patch_size=8)
+    expected = encoder(torch.ones(1, 3, 32, 32))[:, 0]
+    vit = classifier(encoder, 5, FinetuneRecipe(pool="cls", drop_path=0.0), seed=0)
+    torch.testing.assert_close(vit(torch.ones(1, 3, 32, 32)), vit.head(expected))
+
+
+def test_every_weight_is_trained():
+    assert all(parameter.requires_grad for parameter in module().vit.parameters())
+
+
+def test_stochastic_depth_rises_to_the_last_block():
+    rates = [block.drop_path2.drop_prob for block in module(drop_path=0.3).vit.blocks]
+    assert rates[0] == 0
+    assert rates[-1] == pytest.approx(0.3)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_its_minimum():
+    trained = module(blr=0.32, warmup_epochs=2, min_lr=1e-6)
+    assert trained.max_steps == 100
+    assert trained.learning_rate(0) == 0
+    assert trained.learning_rate(20) == pytest.approx(0.01)
+    assert trained.learning_rate(100) == pytest.approx(1e-6)
+
+
+def test_augmentation_depends_on_torchs_generator_alone_and_leaves_others_as_they_were():
+    import random
+
+    frames = Augmented(1.0, (0.5, 1.0), "rand-m9-mstd0.5-inc1", erase=0.5)
+    frames.configure((32, 32), (0.5,) * 3, (0.25,) * 3)
+    image = torch.randint(256, (3, 40, 40), dtype=torch.uint8)
+    before = random.getstate()
+    first, second = [], []
+    for views in (first, second):
+        torch.manual_seed(3)
+        views += [frames.crop(image)[0] for _ in range(40)]
+        random.random()
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+    assert len({view.numpy().tobytes() for view in first}) == 40
+    random.setstate(before)
+
+
+def test_erasing_replaces_one_rectangle_by_noise():
+    frames = Augmented(1.0, (1.0, 1.0), "none", erase=1.0)
+    frames.configure((32, 32), (0.5,) * 3, (0.25,) * 3)
+    (view,) = frames.crop(torch.full((3, 32, 32), 7, dtype=torch.uint8))
+    erased = (view != 7).any(0)
+    rows, columns = erased.any(1).nonzero(), erased.any(0).nonzero()
+    assert 0.02 * 1024 * 0.8 < len(rows) * len(columns) < 1024 / 2
+    assert len(rows) == rows.max() - rows.min() + 1
+    assert erased.sum() > 0.9 * len(rows) * len(columns)
+
+
+def test_images_that_could_not_be_read_are_not_scored():
+    trained = module()
+    trained.validation_step((torch.randn(3, 3, 32, 32), torch.tensor([0, -1, 1])), 0)
+    assert int(trained.top1.tp + trained.top1.fn) == 2

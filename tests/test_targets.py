@@ -1,0 +1,96 @@
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from mim.encoder import Encoder
+from mim.interop import ModelCard, export_backbone
+from mim.patches import patchify, pixel_targets
+from mim.targets import FeatureTarget, PixelTarget
+
+GRID, INDICES = (4, 4), torch.tensor([[0, 5, 15], [3, 2, 9]])
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 32, 32)
+
+
+@pytest.mark.parametrize(("standardise", "expected"), [(False, patchify), (True, pixel_targets)])
+def test_pixels_are_those_of_the_patches_named(images, standardise, expected):
+    target = PixelTarget(standardise)
+    assert torch.equal(target(images, GRID, INDICES), expected(images, 8, INDICES))
+    assert target.dim(Encoder("test_vit", 32, 8)) == 192
+
+
+def test_patches_need_not_be_square(images):
+    assert torch.equal(PixelTarget()(images, (2, 4), INDICES % 8), patchify(images, (16, 8), INDICES % 8))
+
+
+def test_the_error_of_pixels_is_their_mean_squared_difference():
+    prediction, target = torch.randn(2, 3, 5, dtype=torch.bfloat16), torch.randn(2, 3, 5)
+    error = PixelTarget().error(prediction, target)
+    assert error.dtype == torch.float32
+    torch.testing.assert_close(error, (prediction.float() - target).square().mean(-1))
+
+
+@pytest.mark.parametrize("standardise", [False, True])
+def test_a_perfect_prediction_is_shown_as_the_image(images, standardise):
+    target = PixelTarget(standardise)
+    shown = target.to_pixels(target(images, GRID, INDICES), images, GRID, INDICES)
+    torch.testing.assert_close(shown, patchify(images, 8, INDICES), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pretrained ViT with registers, patches of 4 pixels, and pixels normalised by 0.5 and 0.25."""
+    torch.manual_seed(0)
+    kwargs = {"patch_size": 4, "img_size": 16, "num_classes": 0, "reg_tokens": 2, "embed_dim": 24, "num_heads": 2}
+    vit = timm.create_model("test_vit", **kwargs)
+    torch.nn.init.normal_(vit.pos_embed)
+    path = tmp_path_factory.mktemp("teacher") / "backbone"
+    statistics = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    export_backbone(vit, path, **statistics, card=ModelCard("none", "none"), model_args={"num_heads": 2})
+    return path
+
+
+def test_features_are_those_of_the_frozen_vit_at_the_same_places(images, folder):
+    target = FeatureTarget(f"local-dir:{folder}", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    assert target.dim(Encoder("test_vit", 32, 8)) == 24
+    pixels = images * torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1) + torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
+    smaller = F.interpolate((pixels - 0.5) / 0.25, (16, 16), mode="bicubic", antialias=True)
+    twin = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    tokens = F.normalize(twin.forward_features(smaller)[:, twin.num_prefix_tokens :], dim=-1)
+    expected = torch.stack([tokens[0, INDICES[0]], tokens[1, INDICES[1]]])
+    torch.testing.assert_close(target(images, GRID, INDICES), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_grid_of_another_size_and_shape_resizes_positions(folder):
+    features = FeatureTarget(f"local-dir:{folder}")(torch.randn(2, 3, 32, 64), (4, 8), INDICES * 2)
+    assert features.shape == (2, 3, 24)
+    torch.testing.assert_close(features.norm(dim=-1), torch.ones(2, 3))
+
+
+def test_the_frozen_vit_never_trains(images, folder):
+    target = FeatureTarget(f"local-dir:{folder}").train()
+    assert target.training
+    assert not target.encoder.training
+    assert not any(p.requires_grad for p in target.parameters())
+    assert not target(images.requires_grad_(), GRID, INDICES).requires_grad
+
+
+def test_the_error_of_features_is_twice_one_minus_the_cosine(folder):
+    target = FeatureTarget(f"local-dir:{folder}")
+    prediction, wanted = torch.randn(2, 3, 24), F.normalize(torch.randn(2, 3, 24), dim=-1)
+    cosine = F.cosine_similarity(prediction, wanted, dim=-1)
+    torch.testing.assert_close(target.error(prediction, wanted), 2 - 2 * cosine)
+    torch.testing.assert_close(target.error(7 * wanted, wanted), torch.zeros(2, 3))
+
+
+def test_features_show_no_pixels(images, folder):
+    assert FeatureTarget(f"local-dir:{folder}").to_pixels(torch.randn(2, 3, 24), images, GRID, INDICES) is None
+
+
+def test_other_channels_than_the_frozen_vit_takes_are_refused(folder):
+    with pytest.raises(ValueError, match="takes 3 channels, images have 5"):
+        FeatureTarget(f"local-dir:{folder}").dim(Encoder("test_vit", 32, 8, in_chans=5))
