@@ -60,7 +60,7 @@ class JointCrop:
         """``(C, S, S)`` uint8 and ``(S, S)`` int16; draws from torch's global generator."""
         low, high = self.scale
         side = self.size * (low + (high - low) * float(torch.rand(())))
-        pair = _resized(image, side), v2.functional.resize(tv_tensors.Mask(classes[None]), _shape(image, side))
+        pair = _resized(image, side), _resized_classes(classes, _shape(image, side))
         window = self._window(pair[1])
         cut = self.finish(*(v2.functional.crop(part, *window) for part in pair))
         room = [0, 0, self.size - window[3], self.size - window[2]]  # at the right and below
@@ -164,8 +164,7 @@ class SegmentationData(L.LightningDataModule):
     def middle(self, source: PairSource, index: int) -> tuple[Tensor, Tensor]:
         """The middle of an image ``(C, S, S)`` uint8 and its classes ``(S, S)``, as k-NN learns from them."""
         image, classes = self.pair(source, index)
-        shape = _shape(image, self.crop)
-        small = v2.functional.resize(tv_tensors.Mask(classes[None]), shape)
+        small = _resized_classes(classes, _shape(image, self.crop))
         cut = [v2.functional.center_crop(part, [self.crop] * 2) for part in (_resized(image, self.crop), small)]
         return cut[0].as_subclass(Tensor), cut[1].as_subclass(Tensor)[0]
 
@@ -245,3 +244,9 @@ def _shape(image: Tensor, side: float) -> list[int]:
 def _resized(image: Tensor, side: float) -> tv_tensors.Image:
     resized: tv_tensors.Image = v2.functional.resize(tv_tensors.Image(image), _shape(image, side), antialias=True)
     return resized
+
+
+def _resized_classes(classes: Tensor, shape: list[int]) -> tv_tensors.Mask:
+    """``(1, *shape)``: the class at the centre of every pixel; torchvision's own resizing of masks is half a pixel off."""
+    nearest = v2.functional.resize_image(classes[None], shape, interpolation=v2.InterpolationMode.NEAREST_EXACT)
+    return tv_tensors.Mask(nearest)

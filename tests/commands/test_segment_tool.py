@@ -61,27 +61,9 @@ def test_positions_are_resized_and_the_protocol_says_so(weights, masks, capsys):
 
 def test_the_section_appears_in_the_report_of_the_run(weights, masks, tmp_path):
     run = tmp_path / "run"
-    (run / "export").mkdir(parents=True)
-    Path(weights).rename(run / "export" / "backbone") if False else os.symlink(weights, run / "export" / "backbone")
-    (run / "config.yaml").write_text(Path(ROOT / "tests" / "tiny.yaml").read_text())
-    # The untrained row is built from the run's settings: tiny.yaml has another model, so give it the folder's own.
-    assert (
-        main(
-            "segment",
-            [
-                "--weights",
-                weights,
-                "--data",
-                str(masks),
-                "--devices",
-                "1",
-                *TINY,
-                "--out",
-                str(run / "evaluation/segment"),
-            ],
-        )
-        == 0
-    )
+    run.mkdir()
+    (run / "config.yaml").write_text("epochs: 1\n")
+    assert segment(weights, masks, "--out", run / "evaluation" / "segment") == 0
     page = (run / "report.html").read_text()
     assert "Semantic segmentation, linear head" in page
     assert "overlay_0" in page

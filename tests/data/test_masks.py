@@ -181,13 +181,13 @@ def test_zero_is_other_shifts_the_classes():
 
 def test_image_and_classes_are_cut_alike():
     torch.manual_seed(0)
-    classes = torch.randint(0, 3, (4, 6)).repeat_interleave(20, 0).repeat_interleave(20, 1).to(torch.int16)
-    image = (classes * 100).to(torch.uint8)[None].repeat(2, 1, 1)  # two channels: no photometric changes
+    classes = torch.randint(0, 2, (4, 6)).repeat_interleave(20, 0).repeat_interleave(20, 1).to(torch.int16)
+    image = (classes * 200).to(torch.uint8)[None].repeat(2, 1, 1)  # two channels: no photometric changes
     crop = JointCrop(32, (1.0, 2.0), fill=[0, 0])
     for _ in range(5):
         pixels, cut = crop(image, classes)
         assert pixels.shape == (2, 32, 32)
-        assert ((pixels[0] / 100).round() == cut).float().mean() > 0.9  # borders are blended in the image
+        assert ((pixels[0] > 100) == cut).float().mean() > 0.95  # a border may fall on either side of a pixel's centre
 
 
 def test_a_small_image_is_filled_with_ignored_pixels():
