@@ -247,6 +247,6 @@ def _resized(image: Tensor, side: float) -> tv_tensors.Image:
 
 
 def _resized_classes(classes: Tensor, shape: list[int]) -> tv_tensors.Mask:
-    """``(1, *shape)``: the class at the centre of every pixel; torchvision's own resizing of masks is half a pixel off."""
+    """``(1, *shape)``: the class at the centre of a pixel; torchvision's way for masks is half a pixel off."""
     nearest = v2.functional.resize_image(classes[None], shape, interpolation=v2.InterpolationMode.NEAREST_EXACT)
     return tv_tensors.Mask(nearest)
