@@ -30,6 +30,7 @@ from mim.data.pretrain import Crops, PretrainData, collate
 from mim.errors import UserError
 from mim.methods import Batch, Method
 from mim.plain import PLAIN_LOSSES
+from mim.randomness import RowGenerator
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,9 @@ def build(config: Namespace, device: torch.device) -> tuple[Method, Batch]:
     encoder = method.encoder
     data.views.configure(encoder.img_size, *data.statistics(encoder.in_chans))
     noise = torch.randint(256, (data.batch_size, encoder.in_chans, *encoder.img_size), dtype=torch.uint8)
-    views, labels, _ = collate([(data.views.crop(image), -1, []) for image in noise])
-    return method, (data.views.to(device)([view.to(device) for view in views]), labels.to(device))
+    views, labels, keys, _ = collate([(data.views.crop(image), -1, key, []) for key, image in enumerate(noise)])
+    finished = data.views.to(device)([view.to(device) for view in views], RowGenerator(keys))
+    return method, (finished, labels.to(device))
 
 
 def compile_blocks(method: Method) -> None:
@@ -200,8 +202,8 @@ def loader_rates(config: Namespace, contender: Contender, steps: int) -> dict[st
             pin_memory=device.type == "cuda",
         )
         for batch in loader:
-            views, labels = data.on_before_batch_transfer(batch, 0)
-            moved = [view.to(device, non_blocking=True) for view in views], labels.to(device)
+            views, labels, generator = data.on_before_batch_transfer(batch, 0)
+            moved = [view.to(device, non_blocking=True) for view in views], labels.to(device), generator
             yield data.on_after_batch_transfer(moved, 0)
 
     def rate(consume: Callable[[Batch], object]) -> float:

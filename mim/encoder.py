@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mim.errors import UserError
-from mim.layers.positions import sincos_positions
+from mim.layers.positions import sincos_positions, stretch_positions
 from mim.patches import gather_tokens, patch_grid, patchify, visible_indices
 from mim.reduction.base import TokenReduction
 from mim.reduction.tokens import Tokens
@@ -34,6 +34,8 @@ class Encoder(nn.Module):
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
         positions: ``learned``, or the fixed ``sincos`` table of MAE.
         dynamic_img_size: accept images of any size that divides into patches; positions are resampled.
+        resampling: how positions get to another size: ``antialiased`` is timm's way, ``stretched`` that of DINO and
+            iBOT, see :func:`mim.layers.positions.stretch_positions`.
         grad_checkpointing: recompute blocks in the backward pass: less memory, about a third more time.
         pretrained: start from timm's weights.
         kwargs: further arguments of the timm model, such as ``{reg_tokens: 4}``.
@@ -49,13 +51,14 @@ class Encoder(nn.Module):
         drop_path_rate: float = 0.0,
         positions: Literal["learned", "sincos"] = "learned",
         dynamic_img_size: bool = False,
+        resampling: Literal["antialiased", "stretched"] = "antialiased",
         grad_checkpointing: bool = False,
         pretrained: bool = False,
         kwargs: dict[str, Any] | None = None,
         reduction: TokenReduction | None = None,
     ) -> None:
         super().__init__()
-        self.pretrained = pretrained
+        self.pretrained, self.resampling = pretrained, resampling
         settings = {"patch_size": patch_size, "in_chans": in_chans, "num_classes": 0, **(kwargs or {})}
         settings = {name: value for name, value in settings.items() if value is not None}
         size = _checked_size(model, img_size, settings.get("patch_size"))
@@ -157,7 +160,12 @@ class Encoder(nn.Module):
         before_last = self._run_whole(self._embed(images), stop=-1)
         attention = _class_attention(self.vit.blocks[-1], before_last)
         tokens: Tensor = self.vit.norm(self.vit.blocks[-1](before_last))
-        return tokens, attention[:, self.num_prefix :]
+        return tokens, attention.mean(dim=1)[:, self.num_prefix :]
+
+    def head_attention(self, images: Tensor) -> Tensor:
+        """The class token's attention to the patches in the last block, head by head: ``(B, heads, N)``."""
+        before_last = self._run_whole(self._embed(images), stop=-1)
+        return _class_attention(self.vit.blocks[-1], before_last)[..., self.num_prefix :]
 
     def feature_map(self, images: Tensor) -> Tensor:
         """Patch tokens as ``(B, D, h, w)``; those that a reduction took away are put back."""
@@ -195,21 +203,32 @@ class Encoder(nn.Module):
             if mask is not None and mask_token is not None:
                 hidden = mask.view(patches.shape[:-1])[..., None]
                 patches = torch.where(hidden, mask_token.to(patches.dtype), patches)
-            tokens = self.vit._pos_embed(patches)
+            tokens = self._add_positions(images, patches)
         embedded: Tensor = self.vit.norm_pre(tokens)
         return embedded
 
+    def _add_positions(self, images: Tensor, patches: Tensor) -> Tensor:
+        """All ``patches`` with prefix and positions; timm does it, unless positions are resampled in another way."""
+        if self.resampling == "antialiased" or not self.vit.dynamic_img_size:
+            tokens: Tensor = self.vit._pos_embed(patches)
+            return tokens
+        patches = patches.flatten(1, -2)  # (B, N, D)
+        return self._join(images, patches, torch.arange(patches.shape[1], device=patches.device)[None])
+
     def _embed_visible(self, images: Tensor, visible: Tensor) -> Tensor:
-        """What ``vit._pos_embed`` gives for the prefix and the patches ``visible (B, K)``; reads no other pixels."""
+        """What :meth:`_add_positions` gives for prefix and patches ``visible (B, K)``; reads no other pixels."""
+        return self._join(images, self._project_visible(images, visible), visible)
+
+    def _join(self, images: Tensor, patches: Tensor, places: Tensor) -> Tensor:
+        """``patches (B, K, D)`` that stand at ``places (B or 1, K)`` with their positions, behind the prefix."""
         vit, batch = self.vit, len(images)
-        patches = self._project_visible(images, visible)  # (B, K, D)
         prefix = [
             token for token in (vit.cls_token, vit.reg_token, getattr(vit, "dist_token", None)) if token is not None
         ]
         table = self._positions(images)
         if table is not None:
             on_prefix, on_patches = table[0].tensor_split([0 if vit.no_embed_class else self.num_prefix])
-            patches = patches + F.embedding(visible, on_patches)
+            patches = patches + F.embedding(places, on_patches)
             if prefix and not vit.no_embed_class:
                 prefix = [torch.cat(prefix, dim=1) + on_prefix]
         tokens: Tensor = torch.cat([*(token.expand(batch, -1, -1) for token in prefix), patches], dim=1)
@@ -231,6 +250,8 @@ class Encoder(nn.Module):
         if table is None or not self.vit.dynamic_img_size:
             return table
         prefix = 0 if self.vit.no_embed_class else self.num_prefix
+        if self.resampling == "stretched":
+            return stretch_positions(table, self.grid, patch_grid(images, self.patch_size), prefix)
         resampled: Tensor = resample_abs_pos_embed(
             table, list(patch_grid(images, self.patch_size)), list(self.grid), num_prefix_tokens=prefix
         )
@@ -254,13 +275,13 @@ class Encoder(nn.Module):
 
 
 def _class_attention(block: nn.Module, tokens: Tensor) -> Tensor:
-    """Attention of the first token to all, ``(B, P + N)``, mean over heads, recomputed from the block's weights."""
+    """Attention of the first token to all, ``(B, heads, P + N)``, recomputed from the block's weights."""
     attn = cast(Attention, block.attn)
     batch, length, _ = tokens.shape
     qkv = attn.qkv(cast(LayerNorm, block.norm1)(tokens)).view(batch, length, 3, attn.num_heads, attn.head_dim)
     query, key = attn.q_norm(qkv[:, 0, 0]), attn.k_norm(qkv[:, :, 1])  # (B, heads, d), (B, P + N, heads, d)
     logits = torch.einsum("bhd,bnhd->bhn", query * attn.scale, key)
-    return logits.softmax(dim=-1).mean(dim=1)
+    return logits.softmax(dim=-1)
 
 
 def _checked_size(

@@ -28,8 +28,8 @@ def strip(
 
     Args:
         images: ``(B, C, H, W)``, normalised.
-        pictures: what the method shows by name, each ``(B, C, H, W)`` in the same normalised space, or a value per
-            patch, ``(B, h, w)`` of any scale.
+        pictures: what the method shows by name: ``(B, C, H, W)`` in the same normalised space, ``(B, h, w)`` floats of
+            any scale, drawn as heat, or ``(B, h, w)`` whole numbers, each drawn in a colour of its own.
         encoder: whose attention and features are drawn; returned in the mode it came in.
         mean: per channel, as used to normalise.
         std: per channel, as used to normalise.
@@ -37,15 +37,27 @@ def strip(
     Returns:
         An RGBA picture on a transparent ground. ``save_strip`` keeps its layout, so that ``read_strip`` can cut it.
     """
-    columns = {
-        name: heat(views) if views.ndim == 3 else to_rgb(views, mean, std)
-        for name, views in {"input": images, **pictures}.items()
-    }
+    columns = {name: draw(views, mean, std) for name, views in {"input": images, **pictures}.items()}
     training = encoder.training
     encoder.eval()
     columns |= encoder_views(images, encoder)
     encoder.train(training)
     return _lay_out(columns)
+
+
+def draw(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Pictures, values or labels, as :func:`strip` takes them, to ``(B, 3, h, w)`` uint8."""
+    if views.ndim == 4:
+        return to_rgb(views, mean, std)
+    return heat(views.float()) if views.is_floating_point() else label_colours(views)
+
+
+def label_colours(labels: Tensor) -> Tensor:
+    """``(B, h, w)`` whole numbers to colours ``(B, 3, h, w)`` uint8; a number has the same colour in every picture."""
+    turns = labels.cpu().double() * 0.6180339887498949  # of the golden ratio: neighbouring numbers look different
+    hue, shade = turns % 1, 0.6 + 0.4 * ((turns * 7.3) % 1)
+    colours = colormaps["hsv"](hue.numpy())[..., :3] * shade[..., None].numpy()  # (B, h, w, 3)
+    return _bytes(torch.from_numpy(colours).permute(0, 3, 1, 2))
 
 
 def to_rgb(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -49,17 +49,28 @@ class RowGenerator:
 
     Args:
         keys: ``(B,)`` int64, one key per row.
+        seed: of the numbers that all rows share, see :meth:`common`.
     """
 
-    def __init__(self, keys: Tensor) -> None:
-        self.keys = keys
-        self._draws = 0
+    def __init__(self, keys: Tensor, seed: int = 0) -> None:
+        self.keys, self.seed = keys, seed
+        self._draws = self._commons = 0
 
     @classmethod
     def for_rows(cls, seed: int, first: int, count: int, device: torch.device | str | None = None) -> "RowGenerator":
         """Rows ``first .. first + count`` of the stream that ``seed`` names."""
         rows = torch.arange(first, first + count, device=device)
-        return cls(_mix(rows + (seed & 0x7FFFFFFFFFFFFFFF)))
+        return cls(_mix(rows + (seed & 0x7FFFFFFFFFFFFFFF)), seed)
+
+    def views(self, count: int) -> "RowGenerator":
+        """A fresh generator for ``count`` views of every row, view after view: ``count * B`` rows."""
+        return RowGenerator(torch.cat([_mix(self.keys ^ (view + 1)) for view in range(count)]), self.seed)
+
+    def common(self, count: int) -> list[float]:
+        """Numbers on [0, 1) that all rows share, in every part of a batch that was cut; every call gives new ones."""
+        seeds = [derive_seed(self.seed, "common", self._commons + number) for number in range(count)]
+        self._commons += count
+        return [(seed >> 10) / (1 << 53) for seed in seeds]
 
     def rand(self, *shape: int) -> Tensor:
         """``(B, *shape)`` float32, uniform on [0, 1); every call gives new numbers."""

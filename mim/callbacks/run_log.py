@@ -84,6 +84,7 @@ class RunLog(Callback):
         self._seen = self._first = 0
         self._waited = self._since = self._idle_since = self._started = self._said = 0.0
         self._warned = False
+        self._unwell = ""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets what an interrupted run wrote beyond its checkpoint, and starts the clocks."""
@@ -146,6 +147,9 @@ class RunLog(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics | speed, step)
         self._show(trainer, method, step, metrics, speed)
+        if (warning := method.health_warning(metrics)) and warning != self._unwell:
+            self._unwell = warning
+            self.run.say(f"health  {warning}")
 
     def _show(
         self, trainer: Trainer, method: Method, step: int, metrics: dict[str, float], speed: dict[str, float]

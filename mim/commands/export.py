@@ -21,6 +21,7 @@ def run(
     to: Literal["timm", "onnx", "torch-export"] = "timm",
     data_licence: str = "unknown",
     trust: bool = False,
+    student: bool = False,
 ) -> None:
     """Export the backbone of a run, or weights of any layout that ``--init`` reads.
 
@@ -32,6 +33,7 @@ def run(
         to: ``timm`` writes a folder for ``timm.create_model``; the others a graph from images to tokens.
         data_licence: licence of the images, for the model card.
         trust: load a checkpoint file although it can run code.
+        student: of a run whose teacher is evaluated, export the student instead.
     """
     if (run is None) == (weights is None):
         raise UserError("export wants either --run or --weights", hint="--run runs/001-mae-photos")
@@ -42,7 +44,7 @@ def run(
 
     target = Path(out) if out else Path(cast(Path, run), "export", f"backbone{_SUFFIX[to]}")
     if run:
-        vit, normalisation, model_args, card = _from_run(Path(run), data_licence)
+        vit, normalisation, model_args, card = _from_run(Path(run), data_licence, student)
     else:
         vit, normalisation, model_args, card = _from_weights(cast(str, weights), model, data_licence, trust)
     if to == "timm":
@@ -56,7 +58,7 @@ def run(
 _Parts = tuple["VisionTransformer", dict[str, Any], dict[str, Any], "ModelCard"]
 
 
-def _from_run(folder: Path, data_licence: str) -> _Parts:
+def _from_run(folder: Path, data_licence: str, student: bool) -> _Parts:
     from mim.checkpoint import load_method
     from mim.interop import ModelCard
     from mim.run import RunFolder
@@ -76,7 +78,8 @@ def _from_run(folder: Path, data_licence: str) -> _Parts:
         command=(run.path / "command.txt").read_text().strip(),
     )
     kwargs = dict(config.model.init_args.encoder.kwargs or {})
-    return method.backbone, {"mean": mean, "std": std}, kwargs, card
+    vit = method.encoder.vit if student else method.backbone
+    return vit, {"mean": mean, "std": std}, kwargs, card
 
 
 def _from_weights(weights: str, model: str | None, data_licence: str, trust: bool) -> _Parts:

@@ -20,7 +20,7 @@ from mim.data.shapes import ShapeSource
 from mim.data.sources import Source, open_source
 from mim.data.views import IMAGENET_MEAN, IMAGENET_STD, SingleView, Views
 from mim.errors import UserError
-from mim.randomness import derive_seed, keyed_generator
+from mim.randomness import RowGenerator, derive_seed, keyed_generator
 
 STALL = 120
 """Seconds after which a worker that delivers nothing ends the run instead of hanging it."""
@@ -117,8 +117,12 @@ class PretrainData(L.LightningDataModule):
         """The global batch of a step as the method saw it, and the names of its files: for looking into a failure."""
         keys = self.sampler(range(0)).keys(step)
         crops = Crops(self.source, self.views, self.seed)
-        views, labels, _ = collate([crops[key] for key in keys])
-        return self.views.cpu()(views), labels, [self.source.describe(index) for _, index in keys]
+        views, labels, numbers, _ = collate([crops[key] for key in keys])
+        return (
+            self.views.cpu()(views, RowGenerator(numbers)),
+            labels,
+            [self.source.describe(index) for _, index in keys],
+        )
 
     def center_batches(
         self, source: Source, indices: Sequence[int], batch_size: int = 64
@@ -137,17 +141,17 @@ class PretrainData(L.LightningDataModule):
                 yield self.views.normalize(images.to(self.views.mean.device)), labels
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401 - Lightning's signature
-        """Takes the unreadable files out of a batch and counts them."""
-        views, labels, bad = batch
+        """Takes the unreadable files out of a batch and counts them; wraps the keys, which then stay on the CPU."""
+        views, labels, keys, bad = batch
         for name, reason in bad:
             self.bad_files.add(name, reason)
         self.bad_files.stop_if_too_many()
-        return views, labels
+        return views, labels, RowGenerator(keys)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401 - Lightning's signature
         """Finishes the views on the device."""
-        views, labels = batch
-        return self.views.to(labels.device)(views), labels
+        views, labels, generator = batch
+        return self.views.to(labels.device)(views, generator), labels
 
     def _size(self, index: int) -> tuple[int, int] | None:
         try:
@@ -211,7 +215,7 @@ class BadFileWarning(UserWarning):
     """A file was skipped."""
 
 
-class Crops(Dataset[tuple[list[Tensor], int, list[Bad]]]):
+class Crops(Dataset[tuple[list[Tensor], int, int, list[Bad]]]):
     """Views of an image for a key (epoch, index), the same wherever and whenever they are made.
 
     Args:
@@ -223,8 +227,8 @@ class Crops(Dataset[tuple[list[Tensor], int, list[Bad]]]):
     def __init__(self, source: Source, views: Views, seed: int) -> None:
         self.source, self.views, self.seed = source, views, seed
 
-    def __getitem__(self, key: Key) -> tuple[list[Tensor], int, list[Bad]]:
-        """Uint8 views, label (-1 if there is none), and files that could not be read and were replaced by another."""
+    def __getitem__(self, key: Key) -> tuple[list[Tensor], int, int, list[Bad]]:
+        """Uint8 views, label (-1 if there is none), key of what is left to be drawn on the device, unreadable files."""
         epoch, index = key
         bad: list[Bad] = []
         substitutes = keyed_generator(self.seed, "substitute", epoch, index)
@@ -240,7 +244,8 @@ class Crops(Dataset[tuple[list[Tensor], int, list[Bad]]]):
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator: key it for this image
             torch.default_generator.manual_seed(derive_seed(self.seed, "crop", *key))
             views = self.views.crop(image)
-        return views, self.source.labels[index] if self.source.labels else -1, bad
+        label = self.source.labels[index] if self.source.labels else -1
+        return views, label, derive_seed(self.seed, "augment", *key), bad
 
 
 class Centers(Dataset[tuple[Tensor, int] | None]):
@@ -276,10 +281,10 @@ class _Endless(DataLoader[Any]):
         raise TypeError("a loader of one long pass has no length")
 
 
-def collate(samples: list[tuple[list[Tensor], int, list[Bad]]]) -> tuple[list[Tensor], Tensor, list[Bad]]:
-    """Stacks views and labels, joins the lists of bad files."""
-    views, labels = default_collate([(views, label) for views, label, _ in samples])
-    return views, labels, [bad for *_, bads in samples for bad in bads]
+def collate(samples: list[tuple[list[Tensor], int, int, list[Bad]]]) -> tuple[list[Tensor], Tensor, Tensor, list[Bad]]:
+    """Stacks views, labels and keys, joins the lists of bad files."""
+    views, labels, keys = default_collate([sample[:3] for sample in samples])
+    return views, labels, keys, [bad for *_, bads in samples for bad in bads]
 
 
 def leave_signals_to_the_run(worker: int) -> None:

@@ -4,13 +4,26 @@ The division is measured: a worker that crops uint8 tensors and ships uint8 is t
 colour, blur and normalisation cost least as one batched operation beside the model.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
-from kornia.enhance import normalize
+from kornia.color import rgb_to_grayscale
+from kornia.enhance import (
+    adjust_brightness_accumulative,
+    adjust_contrast_with_mean_subtraction,
+    adjust_hue,
+    adjust_saturation_with_gray_subtraction,
+    normalize,
+    solarize,
+)
+from kornia.filters import gaussian_blur2d
 from torch import Tensor, nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
+
+from mim.devices import send
+from mim.randomness import RowGenerator
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -52,8 +65,13 @@ class Views(nn.Module):
         """``(B, C, H, W)`` uint8 to floats with the configured mean and standard deviation."""
         return normalize(images.float().div(255), self.mean, self.std)
 
-    def forward(self, views: list[Tensor]) -> list[Tensor]:
-        """Batches of uint8 views to what the model takes, on the device the batches are on."""
+    def forward(self, views: list[Tensor], generator: RowGenerator) -> list[Tensor]:
+        """Batches of uint8 views to what the model takes, on the device the batches are on.
+
+        Args:
+            views: ``V x (B, C, H_v, W_v)`` uint8.
+            generator: random numbers of each image, on the CPU: what is decided there never waits for a GPU.
+        """
         return [self.normalize(view) for view in views]
 
 
@@ -85,3 +103,101 @@ class SingleView(Views):
     def crop(self, image: Tensor) -> list[Tensor]:
         """One crop ``(C, H, W)`` uint8."""
         return [self.transform(image)]
+
+
+class MultiCrop(Views):
+    """Two global and several small crops in the colours of iBOT (arXiv:2111.07832, after DINO, arXiv:2104.14294).
+
+    Every crop: colours jittered (brightness and contrast by 0.4, saturation by 0.2, hue by 0.1) with probability 0.8,
+    grey with 0.2. Blurred are the first global crop always, the second with probability 0.1, small ones with 0.5; the
+    second is solarised with probability 0.2. Images without exactly three channels keep saturation and hue.
+
+    Args:
+        global_scale: smallest and largest share of the image's area in a global crop.
+        local_scale: the same for a small crop.
+        local_crops: number of small crops.
+        local_size: side of a small crop in pixels, a multiple of the patch size.
+        flip: probability of a horizontal flip; 0 where left and right mean something.
+        blur: smallest and largest deviation of the blur in pixels; the recipe's is made for 224 px.
+    """
+
+    def __init__(
+        self,
+        global_scale: tuple[float, float] = (0.25, 1.0),
+        local_scale: tuple[float, float] = (0.05, 0.25),
+        local_crops: int = 10,
+        local_size: int = 96,
+        flip: float = 0.5,
+        blur: tuple[float, float] = (0.1, 2.0),
+    ) -> None:
+        self.global_scale, self.local_scale, self.flip = global_scale, local_scale, flip
+        self.local_crops, self.local_size, self.blur = local_crops, local_size, blur
+        super().__init__()
+
+    def configure(self, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> None:
+        """See :meth:`Views.configure`."""
+        super().configure(size, mean, std)
+        bicubic, flip = v2.InterpolationMode.BICUBIC, v2.RandomHorizontalFlip(self.flip)
+        small = (self.local_size, self.local_size)
+        self.large_crop = v2.Compose([v2.RandomResizedCrop(size, self.global_scale, interpolation=bicubic), flip])
+        self.small_crop = v2.Compose([v2.RandomResizedCrop(small, self.local_scale, interpolation=bicubic), flip])
+
+    def crop(self, image: Tensor) -> list[Tensor]:
+        """Two global crops ``(C, H, W)`` and the small ones, all uint8."""
+        return [self.large_crop(image) for _ in range(2)] + [self.small_crop(image) for _ in range(self.local_crops)]
+
+    def forward(self, views: list[Tensor], generator: RowGenerator) -> list[Tensor]:
+        """See :meth:`Views.forward`."""
+        chances = [(1.0, 0.0), (0.1, 0.2)] + [(0.5, 0.0)] * self.local_crops  # of blur and of solarisation
+        return [
+            normalize(self._recolour(view.float().div(255), generator.rand(13), *chance), self.mean, self.std)
+            for view, chance in zip(views, chances, strict=True)
+        ]
+
+    def _recolour(self, images: Tensor, numbers: Tensor, blur: float, solarised: float) -> Tensor:
+        """Changes ``(B, C, H, W)`` in [0, 1] in place, by ``numbers (B, 13)`` uniform on [0, 1)."""
+        jittered, grey, blurred, inverted = (numbers[:, :4] < torch.tensor([0.8, 0.2, blur, solarised])).unbind(1)
+        _jitter(images, jittered, numbers[:, 4:8], numbers[:, 8:12].argsort(dim=1))
+        if images.shape[1] == 3:
+            _change(images, grey, lambda chosen: rgb_to_grayscale(chosen).expand(-1, 3, -1, -1))
+        low, high = self.blur
+        reach = min(math.ceil(3 * high), min(images.shape[2:]) - 1)  # of the kernel; less than the image, as it mirrors
+        deviations = (low + (high - low) * numbers[:, 12:]).expand(-1, 2)
+        _change(images, blurred, lambda chosen, sigma: gaussian_blur2d(chosen, 2 * reach + 1, sigma), deviations)
+        _change(images, inverted, solarize)
+        return images
+
+
+_STRENGTHS = (0.4, 0.4, 0.2, 0.1)  # of brightness, contrast, saturation and hue
+
+
+def _jitter(images: Tensor, chosen: Tensor, numbers: Tensor, order: Tensor) -> None:
+    """The colour jitter of torchvision, in place; every image has its own factors and its own order.
+
+    Args:
+        images: ``(B, C, H, W)`` in [0, 1].
+        chosen: ``(B,)`` bool, which images.
+        numbers: ``(B, 4)`` uniform on [0, 1): from weakest to strongest.
+        order: ``(B, 4)``: which adjustment comes first, second, third and last.
+    """
+    adjustments: list[Callable[[Tensor, Tensor], Tensor]] = [
+        lambda pixels, shift: adjust_brightness_accumulative(pixels, 1 + shift),
+        lambda pixels, shift: adjust_contrast_with_mean_subtraction(pixels, 1 + shift),
+        lambda pixels, shift: adjust_saturation_with_gray_subtraction(pixels, 1 + shift),
+        lambda pixels, shift: adjust_hue(pixels, shift * (2 * math.pi)),
+    ]
+    shifts = (2 * numbers - 1) * torch.tensor(_STRENGTHS)
+    for place in order.unbind(1):
+        for number, adjust in enumerate(adjustments[: 4 if images.shape[1] == 3 else 2]):
+            _change(images, chosen & (place == number), adjust, shifts[:, number])
+
+
+def _change(images: Tensor, chosen: Tensor, change: Callable[..., Tensor], *numbers: Tensor) -> None:
+    """Puts ``change(images, *numbers)`` in the place of the ``chosen (B,)`` images; the rest costs nothing.
+
+    ``chosen`` and ``numbers (B, ...)`` are on the CPU, which therefore knows how many images there are without asking.
+    """
+    rows = chosen.nonzero()[:, 0]
+    if len(rows):
+        rows, *own = (send(values, images.device) for values in (rows, *(number[rows] for number in numbers)))
+        images.index_copy_(0, rows, change(images[rows], *own))

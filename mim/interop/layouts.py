@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Lightning, timm and HPM; MAE and its descendants; HPM's moving average, where nothing else is kept. The order matters:
-# beside its weights an HPM file keeps the name of its architecture under "model".
-_CONTAINERS = ("state_dict", "model", "ema_state_dict")
+# Lightning, timm and HPM; MAE and its descendants; self-distillation, whose published numbers are the teacher's; HPM's
+# moving average, where nothing else is kept. The order matters: an HPM file names its architecture under "model".
+_CONTAINERS = ("state_dict", "model", "teacher", "student", "ema_state_dict")
 _WRAPPERS = ("_orig_mod.", "module.")  # torch.compile; DataParallel and DDP
 
 
@@ -52,6 +52,22 @@ def _run(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
+def _run_of_a_teacher(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This project's checkpoints of methods whose teacher, having a head like the student's, is what is evaluated."""
+    return _run({name.removeprefix("teacher.module."): t for name, t in tensors.items() if name.startswith("teacher.")})
+
+
+def _ibot(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published iBOT, AttMask and DINO files, whole ones (backbone and head) and those with the backbone alone."""
+    whole = any(name.startswith("backbone.") for name in tensors)
+    renamed = {
+        name.removeprefix("backbone.").replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma"): tensor
+        for name, tensor in tensors.items()
+        if not whole or name.startswith("backbone.")
+    }
+    return {name: tensor for name, tensor in renamed.items() if name != "masked_embed"}
+
+
 def _mae(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Published MAE files with decoder; timm's own filter takes them for DINOv2 files and keeps the decoder.
 
@@ -72,8 +88,11 @@ class _Layout(NamedTuple):
 
 
 _LAYOUTS = (
+    _Layout("mim run", "teacher.module.head.", _run_of_a_teacher),
     _Layout("mim run", "encoder.vit.", _run),
     _Layout("hpm", "decoder_blocks_losspred.", _hpm),
     _Layout("mae", "decoder_", _mae),
+    _Layout("ibot", "backbone.", _ibot),
+    _Layout("ibot", "masked_embed", _ibot),
     _Layout("timm", "", dict),
 )

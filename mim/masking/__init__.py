@@ -1,8 +1,16 @@
 """Masking policies: which patches are hidden."""
 
+from mim.masking.attention import AttentionMasking
 from mim.masking.base import Masking
 from mim.masking.block import BlockMasking
 from mim.masking.hard_patch import HardPatchMasking
-from mim.masking.uniform import RandomMasking
+from mim.masking.uniform import RandomMasking, VaryingRandomMasking
 
-__all__ = ["BlockMasking", "HardPatchMasking", "Masking", "RandomMasking"]
+__all__ = [
+    "AttentionMasking",
+    "BlockMasking",
+    "HardPatchMasking",
+    "Masking",
+    "RandomMasking",
+    "VaryingRandomMasking",
+]

@@ -21,6 +21,10 @@ class Masking(nn.Module):
         """How many of ``patches`` stay visible in every image; None if that differs between images."""
         return None
 
+    def most_hidden(self, patches: int) -> int:
+        """The most of ``patches`` that are ever hidden in an image."""
+        return patches - (self.visible_count(patches) or 0)
+
     def forward(
         self,
         batch_size: int,
@@ -49,4 +53,4 @@ class Masking(nn.Module):
 
 def fresh_rows(batch_size: int, device: torch.device | str | None) -> RowGenerator:
     """Row keys drawn from torch's global generator."""
-    return RowGenerator(torch.randint(2**62, (batch_size,), device=device))
+    return RowGenerator(torch.randint(2**62, (batch_size,), device=device), int(torch.randint(2**62, ())))

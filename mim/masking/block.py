@@ -31,6 +31,10 @@ class BlockMasking(Masking):
             raise ValueError(f"need 0 <= low <= high < 1 and 0 <= whole <= 1, not {low}, {high} and {whole}")
         self.low, self.high, self.whole = low, high, whole
 
+    def most_hidden(self, patches: int) -> int:
+        """``int(patches * high)``."""
+        return int(patches * self.high)
+
     def forward(
         self,
         batch_size: int,

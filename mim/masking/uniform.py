@@ -43,6 +43,44 @@ class RandomMasking(Masking):
         return all_but_smallest(noise, self.visible_count(patches))
 
 
+class VaryingRandomMasking(Masking):
+    """Hides random patches, of every image another share; the "rand" variant of iBOT (arXiv:2111.07832).
+
+    Args:
+        low: smallest ratio.
+        high: largest ratio; each image draws its own between the two and hides exactly ``int(N * ratio)`` patches.
+        whole: share of the images in which nothing is hidden.
+    """
+
+    def __init__(self, low: float = 0.65, high: float = 0.75, whole: float = 0.5) -> None:
+        super().__init__()
+        if not 0 <= low <= high < 1 or not 0 <= whole <= 1:
+            raise ValueError(f"need 0 <= low <= high < 1 and 0 <= whole <= 1, not {low}, {high} and {whole}")
+        self.low, self.high, self.whole = low, high, whole
+
+    def most_hidden(self, patches: int) -> int:
+        """``int(patches * high)``."""
+        return int(patches * self.high)
+
+    def forward(
+        self,
+        batch_size: int,
+        grid: tuple[int, int],
+        *,
+        scores: Tensor | None = None,
+        progress: float = 0.0,
+        generator: RowGenerator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """``(B, N)`` bool, True = hidden; see :meth:`Masking.forward`."""
+        patches = grid[0] * grid[1]
+        generator = generator or fresh_rows(batch_size, device)
+        gate, share = generator.rand(2).to(device).unbind(1)
+        count = ((self.low + (self.high - self.low) * share) * patches).long() * (gate >= self.whole)  # (B,)
+        ranks = generator.rand(patches).to(device).argsort(dim=1, stable=True).argsort(dim=1)
+        return ranks < count[:, None]
+
+
 def all_but_smallest(values: Tensor, count: int) -> Tensor:
     """``(B, N)`` bool, True except at the ``count`` smallest of every row of ``values (B, N)``."""
     order = values.argsort(dim=1, stable=True)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from mim.encoder import Encoder
 from mim.masking.base import Masking
 from mim.randomness import RowGenerator, derive_seed
-from mim.schedules import warmup_cosine
+from mim.schedules import cosine, warmup_cosine
 
 Batch = tuple[list[Tensor], Tensor]
 """Views, ``V x (B, C, H_v, W_v)`` with global crops first, and labels ``(B,)``, which most methods ignore."""
@@ -28,6 +28,7 @@ class OptimConfig:
     Args:
         blr: base learning rate; the one used is ``blr * global batch size / 256``.
         weight_decay: for everything but biases and normalisation; learned tokens decay as in the reference.
+        weight_decay_end: weight decay at the last step, reached along half a cosine; it stays constant if not given.
         betas: AdamW's averaging coefficients.
         warmup_epochs: epochs of linear warm-up from 0; never more than half of the run.
         min_lr: learning rate at the last step.
@@ -38,6 +39,12 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     warmup_epochs: float = 40.0
     min_lr: float = 0.0
+    weight_decay_end: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses a schedule that no group would follow."""
+        if self.weight_decay_end is not None and self.weight_decay <= 0:
+            raise ValueError(f"a weight decay that moves to {self.weight_decay_end} must start above 0")
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,13 @@ class Method(L.LightningModule):
         """Learning rate of the step that follows ``step`` finished ones."""
         return warmup_cosine(step, self.warmup_steps, self.plan.max_steps, self.peak_lr, self.optim.min_lr)
 
+    def weight_decay(self, step: int) -> float:
+        """Weight decay of the step that follows ``step`` finished ones."""
+        end = self.optim.weight_decay_end
+        return cosine(
+            step / self.plan.max_steps, self.optim.weight_decay, self.optim.weight_decay if end is None else end
+        )
+
     def first_row(self, batch_size: int, batch_idx: int) -> int:
         """Place of this micro-batch's first image in the global batch of its step."""
         trainer = self._trainer
@@ -135,10 +149,20 @@ class Method(L.LightningModule):
         micro_batch = batch_idx % trainer.accumulate_grad_batches
         return (micro_batch * trainer.world_size + trainer.global_rank) * batch_size
 
-    def row_generator(self, batch_size: int, batch_idx: int) -> RowGenerator:
-        """Random numbers for the images of this micro-batch: a function of seed, step and place in the global batch."""
+    def row_generator(self, batch_size: int, batch_idx: int, device: torch.device | str | None = None) -> RowGenerator:
+        """Random numbers for the images of this micro-batch: a function of seed, step and place in the global batch.
+
+        They are drawn on ``device``, by default the method's.
+        """
         seed = derive_seed(self.plan.seed, "rows", self.global_step)
-        return RowGenerator.for_rows(seed, self.first_row(batch_size, batch_idx), batch_size, self.device)
+        return RowGenerator.for_rows(seed, self.first_row(batch_size, batch_idx), batch_size, device or self.device)
+
+    def restart_teacher(self) -> None:
+        """Makes averaged copies of the student equal to it: its weights were replaced before the first step."""
+
+    def health_warning(self, values: dict[str, float]) -> str | None:
+        """What is wrong, and why, judged by the newest numbers that the method logged; None if nothing is."""
+        return None
 
     def visualize(self, images: Tensor) -> dict[str, Tensor]:
         """Named pictures ``(B, C, H, W)`` of what is done to ``images``, normalised alike, or maps ``(B, h, w)``."""
@@ -186,8 +210,9 @@ class Method(L.LightningModule):
         optimizer: Any,  # noqa: ANN401 - Lightning's signature
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Sets the learning rate from the step, then steps."""
-        lr = self.learning_rate(self.global_step)
+        """Sets learning rate and weight decay from the step, then steps."""
+        lr, weight_decay = self.learning_rate(self.global_step), self.weight_decay(self.global_step)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
+            group["weight_decay"] = weight_decay if group["weight_decay"] else 0.0
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)

@@ -11,6 +11,7 @@ from mim.data.images import ImageError
 from mim.data.pretrain import BadFiles, BadFileWarning, Centers, Crops, PretrainData, collate
 from mim.data.views import SingleView
 from mim.errors import UserError
+from mim.randomness import RowGenerator, derive_seed
 
 
 class FakeSource:
@@ -106,7 +107,7 @@ def test_the_label_is_minus_one_where_there_is_none():
 
 def test_an_unreadable_image_is_replaced_by_a_keyed_other_and_named():
     broken, whole = crops(bad=[3]), crops()
-    views, label, bad = broken[0, 3]
+    views, label, _, bad = broken[0, 3]
     assert bad == [("3.jpg", "truncated")]
     assert views[0].shape == (3, 16, 16)
     again = broken[0, 3]
@@ -121,7 +122,7 @@ def test_a_substitute_changes_from_epoch_to_epoch():
 
 
 def test_a_substitute_that_is_unreadable_is_replaced_and_named_too():
-    _, label, bad = crops(count=3, bad=[0, 1])[0, 0]
+    _, label, _, bad = crops(count=3, bad=[0, 1])[0, 0]
     assert label == 0  # of the only good image, 2
     assert {name for name, _ in bad} <= {"0.jpg", "1.jpg"}
     assert bad[0] == ("0.jpg", "truncated")
@@ -133,9 +134,10 @@ def test_a_set_without_any_good_image_does_not_search_for_ever():
 
 
 def test_collate_joins_views_labels_and_bad_files():
-    views, labels, bad = collate([crops(bad=[3])[0, 3], crops()[0, 5]])
+    views, labels, keys, bad = collate([crops(bad=[3])[0, 3], crops()[0, 5]])
     assert [tuple(view.shape) for view in views] == [(2, 3, 16, 16)]
     assert labels[1] == 1
+    assert keys.tolist() == [derive_seed(0, "augment", 0, index) for index in (3, 5)]
     assert bad == [("3.jpg", "truncated")]
 
 
@@ -196,10 +198,10 @@ def test_the_limit_itself_is_tolerated_and_one_more_stops_the_run():
 @pytest.mark.filterwarnings("ignore::mim.data.pretrain.BadFileWarning")
 def test_a_batch_with_too_many_bad_files_stops_the_run():
     data = opened(max_bad=0.06)
-    batch = [torch.zeros(1)], torch.zeros(1), [("1.jpg", "truncated")]
-    assert data.on_before_batch_transfer(batch, 0) == batch[:2]
+    batch = [torch.zeros(1)], torch.zeros(1), torch.arange(1), [("1.jpg", "truncated")]
+    assert data.on_before_batch_transfer(batch, 0)[:2] == batch[:2]
     with pytest.raises(UserError, match="2 of 20"):
-        data.on_before_batch_transfer((*batch[:2], [("2.jpg", "truncated")]), 0)
+        data.on_before_batch_transfer((*batch[:3], [("2.jpg", "truncated")]), 0)
 
 
 # The module ----------------------------------------------------------------------------------------------------------
@@ -228,7 +230,7 @@ def test_ranks_and_micro_batches_load_the_global_batch():
 
 def test_the_batch_of_a_step_can_be_looked_at_later():
     data = attach(opened(bad=[3]))
-    batches = [(data.views(views)[0], labels) for views, labels, _ in data.train_dataloader()]
+    batches = [(data.views(v, RowGenerator(keys))[0], labels) for v, labels, keys, _ in data.train_dataloader()]
     (images,), labels, names = data.batch(2)
     assert torch.equal(images, batches[2][0])
     assert torch.equal(labels, batches[2][1])

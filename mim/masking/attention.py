@@ -1,0 +1,75 @@
+"""AttMask: hide what the teacher attends to (arXiv:2203.12719, 2022).
+
+Deviation: revealing nothing is allowed; the reference stops with an error where the share to reveal rounds to 0.
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from mim.masking.base import Masking, fresh_rows
+from mim.randomness import RowGenerator
+
+
+class AttentionMasking(Masking):
+    """Hides the patches with the highest scores, such as a teacher's attention; one ratio for all images of a step.
+
+    Args:
+        mode: ``high`` hides the most attended patches, ``hint`` reveals some of the very highest at random, ``low``
+            hides the least attended ones, which is the paper's counter-example.
+        low: smallest ratio.
+        high: largest ratio; each step draws its own between the two.
+        whole: share of the images in which nothing is hidden.
+        show_max: with ``hint``, the share of patches among which some are revealed; how many is a second draw of the
+            ratio, times this share.
+    """
+
+    guided: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        mode: Literal["high", "hint", "low"] = "high",
+        low: float = 0.1,
+        high: float = 0.5,
+        whole: float = 0.5,
+        show_max: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if mode not in ("high", "hint", "low"):
+            raise ValueError(f"mode {mode} is none of high, hint and low")
+        if not 0 <= low <= high < 1 or not 0 <= whole <= 1 or not 0 <= show_max <= 1:
+            numbers = f"{low}, {high}, {whole} and {show_max}"
+            raise ValueError(f"need 0 <= low <= high < 1 and whole and show_max in [0, 1], not {numbers}")
+        self.mode, self.low, self.high, self.whole, self.show_max = mode, low, high, whole, show_max
+
+    def most_hidden(self, patches: int) -> int:
+        """``int(patches * high)``, truncated in floats as in the reference."""
+        return int(patches * self.high)
+
+    def forward(
+        self,
+        batch_size: int,
+        grid: tuple[int, int],
+        *,
+        scores: Tensor | None = None,
+        progress: float = 0.0,
+        generator: RowGenerator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """``(B, N)`` bool, True = hidden; see :meth:`Masking.forward`. Scores are needed."""
+        if scores is None:
+            raise ValueError("AttentionMasking needs scores: a method that has a teacher with attention")
+        scores = scores.detach().float().to(device)  # half precision would make ties
+        generator = generator or fresh_rows(batch_size, scores.device)
+        patches = grid[0] * grid[1]
+        ratio, shown = (self.low + (self.high - self.low) * number for number in generator.common(2))
+        gate = generator.rand().to(scores.device) >= self.whole  # (B,)
+        rank = torch.arange(patches, device=scores.device)
+        ranked = (rank < int(patches * ratio)) & gate[:, None]  # (B, N) from the first to be hidden to the last
+        if self.mode == "hint":
+            noise = generator.rand(int(patches * self.show_max)).to(scores.device)  # (B, top)
+            revealed = noise.argsort(dim=1).argsort(dim=1) < int(patches * self.show_max * shown)
+            ranked[:, : noise.shape[1]] &= ~revealed
+        order = scores.argsort(dim=1, descending=self.mode != "low", stable=True)
+        return torch.empty_like(ranked).scatter(1, order, ranked)
