@@ -62,7 +62,12 @@ class LoadedEncoder(NamedTuple):
 
 
 def load_encoder(
-    weights: str, *, model: str | None = None, img_size: int | tuple[int, int] | None = None, trust: bool = False
+    weights: str,
+    *,
+    model: str | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    dynamic_img_size: bool = False,
+    trust: bool = False,
 ) -> LoadedEncoder:
     """The encoder that ``--weights`` names: what every evaluation starts from.
 
@@ -70,6 +75,7 @@ def load_encoder(
         weights: a run or timm folder, a checkpoint file, or a timm name, which timm may download.
         model: timm name of the model that a checkpoint file belongs to; guessed from its shapes if not given.
         img_size: side of the images in pixels if it is not the model's own; positions are resized, which ``note`` says.
+        dynamic_img_size: accept images of any size; positions are resized for each.
         trust: see :func:`load_weights`.
 
     Raises:
@@ -82,9 +88,12 @@ def load_encoder(
         if img_size not in (None, encoder.img_size, encoder.img_size[0]):
             hint = f"python tools/export.py --run {folder}   first"
             raise UserError(f"--img_size {img_size}: only an exported run can be resized", hint=hint)
+        if dynamic_img_size and not encoder.vit.dynamic_img_size:
+            hint = f"python tools/export.py --run {folder}   first"
+            raise UserError(f"--weights {folder}: only an exported run takes images of any size", hint=hint)
         note = f"newest checkpoint of {folder}, which has not finished"
         return LoadedEncoder(encoder, *data.statistics(encoder.in_chans), note)
-    encoder = Encoder(model or _model_of(weights, trust), img_size)
+    encoder = Encoder(model or _model_of(weights, trust), img_size, dynamic_img_size=dynamic_img_size)
     note = init_backbone(encoder.vit, weights, trust=trust)
     cfg = cast(dict[str, Any], encoder.vit.pretrained_cfg)
     return LoadedEncoder(encoder.eval(), list(cfg["mean"]), list(cfg["std"]), note.removeprefix("init: "))
@@ -96,6 +105,7 @@ def untrained_encoder(
     *,
     model: str | None = None,
     img_size: int | tuple[int, int] | None = None,
+    dynamic_img_size: bool = False,
     trust: bool = False,
 ) -> Encoder:
     """The encoder of :func:`load_encoder` before training, as ``seed`` draws it: the row to compare with."""
@@ -104,10 +114,12 @@ def untrained_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if run is None:
-            return Encoder(model or _model_of(weights, trust), img_size).eval()
+            return Encoder(model or _model_of(weights, trust), img_size, dynamic_img_size=dynamic_img_size).eval()
         config = parse([f"--config={run / 'config.yaml'}"])
         if img_size is not None:
             config.model.init_args.encoder.img_size = img_size
+        if dynamic_img_size:
+            config.model.init_args.encoder.dynamic_img_size = True
         method: Method = instantiate(config).model
         return method.evaluated.eval()
 

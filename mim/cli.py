@@ -83,6 +83,7 @@ COMMANDS = {
     "knn": "classify images by their nearest neighbours in feature space",
     "linear_probe": "train a linear or attentive classifier on frozen features",
     "finetune": "train a whole encoder with labels",
+    "segment": "semantic segmentation: linear, k-NN or UPerNet head, frozen or fine-tuned",
     "compare": "put several runs side by side, or train them first",
     "export": "write a run's backbone as a timm folder",
     "check_data": "look at a data set before training on it",

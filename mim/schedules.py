@@ -18,3 +18,9 @@ def warmup_cosine(step: int, warmup_steps: int, max_steps: int, peak: float, end
     if step < warmup_steps:
         return linear(step / warmup_steps, 0.0, peak)
     return cosine(min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps)), peak, end)
+
+
+def warmup_poly(step: int, warmup_steps: int, max_steps: int, peak: float, power: float = 1.0) -> float:
+    """``peak`` times the remaining share of the steps to a power, during the warm-up times a line from 1e-6 to 1."""
+    decayed: float = peak * max(0.0, 1 - step / max_steps) ** power
+    return decayed * linear(step / warmup_steps, 1e-6, 1.0) if step < warmup_steps else decayed

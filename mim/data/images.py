@@ -134,6 +134,38 @@ def read_header(source: Path | bytes, channels: int = 3, name: str = "") -> Head
         raise ImageError(name or _printable(source), _reason(error)) from None
 
 
+def read_numbers(path: Path) -> NDArray[Any]:
+    """The number that a file stores for each pixel, as it is: the index of a palette's colour, 8 or 16 bit.
+
+    Returns:
+        ``(H, W)`` integers.
+
+    Raises:
+        ImageError: if the file cannot be read, or holds colours or approximate numbers.
+    """
+    try:
+        data = _read_file(path)
+        if _is_array(data, 1):
+            numbers = _read_array(data, 1)
+            numbers = numbers[..., 0] if numbers.shape[-1] == 1 else numbers
+        else:
+            with _open(data) as image:
+                if image.format == "JPEG":
+                    raise ValueError("a JPEG changes numbers; write masks as PNG")
+                image.load()
+                _refuse_missing_rows(image, data)
+                numbers = np.asarray(image)
+        if numbers.ndim == 3 and (numbers[..., :3] == numbers[..., :1]).all() and numbers.shape[-1] == 3:
+            numbers = numbers[..., 0]  # one number, written three times
+        if numbers.ndim != 2 or numbers.dtype.kind not in "bui":
+            raise ValueError(
+                f"holds colours or fractions ({numbers.dtype}, {numbers.shape}), not a class number per pixel"
+            )
+        return numbers
+    except Exception as error:  # as in read_image
+        raise ImageError(_printable(path), _reason(error)) from None
+
+
 def printable(path: str) -> str:
     """The path with line breaks, terminal escapes and undecodable bytes spelled out, for messages."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in path)

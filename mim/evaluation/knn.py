@@ -59,7 +59,7 @@ def knn_accuracies(
     classes = int(bank_labels.max()) + 1
     correct = {neighbours: dict.fromkeys(tops, 0) for neighbours in k}
     for asked, truth in zip(torch.split(queries, _QUERY_ROWS), torch.split(labels, _QUERY_ROWS), strict=True):
-        similarity, answers = _nearest(bank, bank_labels, asked, max(k))  # nearest first
+        similarity, answers = nearest(bank, bank_labels, asked, max(k))  # nearest first
         weights = (similarity / temperature).exp()
         for neighbours in k:
             votes = weights.new_zeros(len(asked), classes)
@@ -73,7 +73,7 @@ def knn_accuracies(
     }
 
 
-def _nearest(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def nearest(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Cosine ``(q, k)`` and label ``(q, k)`` of each query's nearest bank rows."""
     queries = F.normalize(queries.float(), dim=1)
     similarity = queries.new_empty(len(queries), 0)

@@ -1,0 +1,193 @@
+"""Semantic segmentation on a frozen or fine-tuned encoder, scored exactly over any number of processes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import lightning as L
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from timm.layers import DropPath
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from mim.encoder import Encoder
+from mim.evaluation.windows import Inference, predict
+from mim.randomness import derive_seed
+from mim.schedules import warmup_poly
+
+IGNORE = -1
+"""Class of pixels that are neither learnt nor scored."""
+
+
+@dataclass(frozen=True)
+class SegmentationOptim:
+    """AdamW with linear warm-up and polynomial decay, per step.
+
+    Args:
+        lr: peak learning rate of the head.
+        steps: optimizer steps in all.
+        warmup_steps: of linear warm-up.
+        weight_decay: for everything but biases, normalisation and the encoder's tokens.
+        layer_decay: the encoder's learning rate falls by this factor per block from the head down; fine-tuning only.
+    """
+
+    lr: float
+    steps: int
+    warmup_steps: int = 0
+    weight_decay: float = 0.05
+    layer_decay: float = 0.65
+
+
+class SegmentationScores(NamedTuple):
+    """What segmentations are compared by; shares of 1.
+
+    Args:
+        miou: mean over classes of intersection over union, over the classes that occur in truth or answers.
+        pixel_accuracy: share of scored pixels that are right.
+        iou: per class; NaN where a class occurs in neither.
+    """
+
+    miou: float
+    pixel_accuracy: float
+    iou: list[float]
+
+
+def scores_of(confusion: Tensor) -> SegmentationScores:
+    """Scores from pixel counts ``(classes, classes)``, truth by answer."""
+    counts = confusion.double()
+    hits = counts.diagonal()
+    iou = hits / (counts.sum(0) + counts.sum(1) - hits)  # 0 / 0 where a class occurs nowhere
+    return SegmentationScores(float(iou.nanmean()), float(hits.sum() / counts.sum()), iou.tolist())
+
+
+class SemanticSegmentation(L.LightningModule):
+    """An encoder, taps into its blocks, and a head.
+
+    Args:
+        encoder: built for the crop.
+        head: see :mod:`mim.evaluation.segmentation_heads`.
+        taps: blocks whose features the head reads, from 0; each goes through the final norm, as in iBOT.
+        classes: number of classes.
+        optim: learning rate and length.
+        inference: how images are scored.
+        finetune: train the encoder, too.
+        drop_path: stochastic depth of the last block, rising linearly from 0 at the first; fine-tuning only.
+        seed: of everything random in the layers.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        head: nn.Module,
+        taps: Sequence[int],
+        classes: int,
+        optim: SegmentationOptim,
+        inference: Inference,
+        finetune: bool = False,
+        drop_path: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.head, self.taps = encoder.requires_grad_(finetune), head, list(taps)
+        self.head_weights: tuple[float, ...] = cast(Any, head).weights
+        self.optim, self.inference, self.finetune, self.seed = optim, inference, finetune, seed
+        for pooling in (encoder.vit.attn_pool, encoder.vit.fc_norm):  # not on the way to the patches
+            if pooling is not None:
+                pooling.requires_grad_(False)
+        rates = torch.linspace(0, drop_path, len(encoder.vit.blocks)).tolist()
+        for block, rate in zip(cast(Any, encoder.vit.blocks), rates, strict=True):
+            block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+        # Values were checked where masks are read; looking again would wait for the device.
+        self.confusion = MulticlassConfusionMatrix(classes, ignore_index=IGNORE, validate_args=False)
+        self.scores: SegmentationScores | None = None
+
+    def train(self, mode: bool = True) -> "SemanticSegmentation":
+        """A frozen encoder stays as it is scored: without drop path."""
+        super().train(mode)
+        self.encoder.train(mode and self.finetune)
+        return self
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Patch features after the chosen blocks, each ``(B, D, h, w)``."""
+        with torch.set_grad_enabled(self.finetune and torch.is_grad_enabled()):
+            features = self.encoder.vit.forward_intermediates(
+                images, self.taps, norm=True, stop_early=True, intermediates_only=True
+            )
+        return cast(list[Tensor], features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(B, classes, H, W)`` of normalised crops ``(B, C, H, W)``."""
+        answer: Tensor = self.head(self.features(images))[0]
+        return F.interpolate(answer.float(), images.shape[2:], mode="bilinear")
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Mean cross-entropy of the scored pixels of the global batch, and the head's auxiliary ones."""
+        images, classes = batch
+        targets = classes.long()
+        count = (targets != IGNORE).sum().clamp(min=1)
+        world = 1
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(count)  # shares hold different numbers of scored pixels
+            world = torch.distributed.get_world_size()
+        loss = images.new_zeros(())
+        for weight, answer in zip(self.head_weights, self.head(self.features(images)), strict=True):
+            logits = F.interpolate(answer.float(), images.shape[2:], mode="bilinear")
+            loss = loss + weight * F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+        loss = loss * world / count  # gradients are averaged over processes
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Counts pixels at the full resolution of the masks."""
+        images, classes = batch
+        self.confusion.update(self.answer(images, classes.shape[1:]), classes.long())
+
+    def answer(self, images: Tensor, size: Sequence[int]) -> Tensor:
+        """The class of every pixel ``(B, *size)`` of normalised images of any size."""
+        return predict(self, images, (size[0], size[1]), self.inference).argmax(1)
+
+    def on_validation_epoch_start(self) -> None:
+        """Begins to count."""
+        self.confusion.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Adds up the counts of all processes: sums of whole numbers, so the same for any number of them."""
+        self.scores = scores_of(self.confusion.compute())
+
+    def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Dropout and drop path become a function of the step."""
+        torch.manual_seed(derive_seed(self.seed, "segment layers", self.global_step, self.global_rank))
+
+    def configure_optimizers(self) -> Optimizer:
+        """AdamW over the head and, in layer-wise groups, the encoder."""
+        groups = _decay_groups(self.head, self.optim.weight_decay)
+        if self.finetune:
+            vit, rate = self.encoder.vit, self.optim.layer_decay
+            layers = param_groups_layer_decay(vit, self.optim.weight_decay, vit.no_weight_decay(), layer_decay=rate)
+            # Without a head of its own timm gives the last block 1; here the head has 1, the last block one step less.
+            groups += [{**group, "lr_scale": group["lr_scale"] * rate} for group in layers]
+        return AdamW(groups, lr=self.optim.lr, betas=(0.9, 0.999))
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,  # noqa: ANN401 - Lightning's signature
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Sets the learning rate from the step, then steps."""
+        optim = self.optim
+        lr = warmup_poly(self.global_step, optim.warmup_steps, optim.steps, optim.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+
+def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    decayed, plain = ([p for p in parameters if (p.ndim > 1) == many] for many in (True, False))
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]

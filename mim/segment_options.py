@@ -1,0 +1,105 @@
+"""What a segmentation evaluation measures and how: the options of ``segment``, without torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class MaskedSubject:
+    """Weights to measure, and images with masks to measure them on.
+
+    Args:
+        weights: run folder, timm folder, checkpoint file or timm name.
+        data: folder in ADE20K's or Pascal VOC's layout or with {train,val}/{images,masks}, builtin (mosaics) or shapes.
+        model: timm name of the model that a checkpoint file belongs to, if its shapes do not tell.
+        crop: pixels per side that the model sees instead of its own; positions are resized.
+        num_classes: scored classes; as many as are named or found unless given.
+        ignore: values in the masks of pixels that are not scored, as 255 or 255,0.
+        reduce_zero_label: 0 is not scored and classes begin at 1; only in ADE20K's layout unless given.
+        classes: file of class names, one per line, or a number and a name.
+        split: part that is scored; the first of val, valid, validation and test unless given.
+        num_workers: loader processes.
+        out: folder for the results; inside the run that the weights belong to unless given.
+        trust: load a checkpoint file although it can run code.
+    """
+
+    weights: str
+    data: str = "builtin"
+    model: str | None = None
+    crop: int | None = None
+    num_classes: int | None = None
+    ignore: int | str = 255
+    reduce_zero_label: bool | None = None
+    classes: Path | None = None
+    split: str | None = None
+    num_workers: int = 0
+    out: str | None = None
+    trust: bool = False
+
+
+@dataclass(frozen=True)
+class HeadRecipe:
+    """How the head, and with it perhaps the encoder, learns.
+
+    Args:
+        head: linear, knn (votes of labelled patches, no training) or upernet.
+        finetune: train the encoder, too.
+        taps: blocks that the head reads: so many spread evenly, or a list from 0 as [3,5,7,11]; 1 unless given, 4 for
+            upernet.
+        batch_norm: normalise the features of the linear head.
+        steps: optimizer steps; 300 on the built-in images and 4000 on others unless given.
+        batch_size: crops per step over all devices.
+        lr: peak learning rate; 1e-3 for linear and 1e-4 for upernet unless given.
+        warmup_steps: of linear warm-up; a tenth of the steps, at most 1500, unless given.
+        weight_decay: of AdamW.
+        layer_decay: factor per block on the encoder's learning rate.
+        drop_path: stochastic depth of the encoder's last block.
+        scale: shorter side of a training image before it is cropped, smallest and largest, times crop.
+        k: patches that vote.
+        bank: most labelled patches.
+        seeds: trainings with other seeds, each beside an encoder that was never trained.
+    """
+
+    head: Literal["linear", "knn", "upernet"] = "linear"
+    finetune: bool = False
+    taps: int | list[int] | None = None
+    batch_norm: bool = True
+    steps: int | None = None
+    batch_size: int = 16
+    lr: float | None = None
+    warmup_steps: int | None = None
+    weight_decay: float = 0.05
+    layer_decay: float = 0.65
+    drop_path: float = 0.1
+    scale: tuple[float, float] = (0.5, 2.0)
+    k: int = 20
+    bank: int = 50000
+    seeds: int = 1
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How images are scored, and where.
+
+    Args:
+        inference: slide (a window of the crop's size) or whole (the image at once; positions are resized).
+        stride: pixels from window to window; two thirds of the crop unless given.
+        scales: sizes at which an image is shown; answers are averaged.
+        flip: show the mirror image, too.
+        pictures: images drawn with truth and answer.
+        accelerator: where to compute.
+        devices: devices to train and score on.
+        precision: 32-true or bf16-mixed.
+        threads: CPU threads; torch's choice unless given.
+    """
+
+    inference: Literal["slide", "whole"] = "slide"
+    stride: int | None = None
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    pictures: int = 6
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int | Literal["auto"] = "auto"
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    threads: int | None = None

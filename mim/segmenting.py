@@ -1,0 +1,307 @@
+"""The frame of a segmentation evaluation: opens weights and masks, trains heads, scores, draws, writes into the run."""
+
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import Tensor, nn
+
+from mim.checkpoint import LoadedEncoder, load_encoder, untrained_encoder
+from mim.data.masks import IGNORE
+from mim.data.segmentation import SegmentationData
+from mim.encoder import Encoder
+from mim.errors import UserError
+from mim.evaluation.segmentation import SegmentationOptim, SegmentationScores, SemanticSegmentation
+from mim.evaluation.segmentation_heads import KNNHead, LinearHead, UPerHead, patch_labels
+from mim.evaluation.windows import Inference
+from mim.overlays import save_overlay
+from mim.randomness import derive_seed, keyed_generator
+from mim.report import write_report
+from mim.report.tables import spread, text_table
+from mim.run import evaluation_folder
+from mim.segment_options import HeadRecipe, MaskedSubject, Scoring
+
+TRAINED, UNTRAINED = "pretrained", "untrained"
+_PATCHES_PER_IMAGE = 64  # most patches that one image gives to a k-NN bank
+
+
+class Segmentation:
+    """One evaluation, opened: the encoder and the masks have been looked at.
+
+    Args:
+        subject: what is measured on what.
+        recipe: how heads learn.
+        scoring: how images are scored.
+    """
+
+    def __init__(self, subject: MaskedSubject, recipe: HeadRecipe, scoring: Scoring) -> None:
+        _quieten()
+        if scoring.threads:
+            torch.set_num_threads(scoring.threads)
+        self.subject, self.recipe, self.scoring = subject, recipe, scoring
+        _check(subject, recipe, scoring)
+        self.loaded: LoadedEncoder = load_encoder(subject.weights, **self._opening)
+        encoder = self.loaded.encoder
+        if encoder.img_size[0] != encoder.img_size[1]:
+            raise UserError(f"--weights {subject.weights} sees {encoder.img_size}, not squares", hint="--crop 224")
+        self.crop = encoder.img_size[0]
+        self.taps = _taps(recipe, len(encoder.vit.blocks))
+        built_in = subject.data in ("builtin", "shapes")
+        self.steps = 0 if recipe.head == "knn" else recipe.steps or (300 if built_in else 4000)
+        warmup = min(1500, self.steps // 10) if recipe.warmup_steps is None else recipe.warmup_steps
+        lr = recipe.lr or {"linear": 1e-3, "upernet": 1e-4, "knn": 0.0}[recipe.head]
+        self.optim = SegmentationOptim(lr, self.steps, warmup, recipe.weight_decay, recipe.layer_decay)
+        self.inference = Inference(
+            scoring.inference,
+            self.crop,
+            scoring.stride or max(1, 2 * self.crop // 3),
+            scoring.scales,
+            scoring.flip,
+            encoder.patch_size,
+        )
+        self.data = self._data(0)
+
+    @property
+    def _opening(self) -> dict[str, Any]:
+        subject, whole = self.subject, self.scoring.inference == "whole"
+        return {
+            "model": subject.model,
+            "img_size": subject.crop,
+            "dynamic_img_size": whole,
+            "trust": subject.trust,
+        }
+
+    def _data(self, seed: int) -> SegmentationData:
+        subject = self.subject
+        data = SegmentationData(
+            subject.data,
+            self.crop,
+            self.recipe.batch_size,
+            self.recipe.scale,
+            subject.num_classes,
+            _numbers(subject.ignore),
+            subject.reduce_zero_label,
+            subject.classes,
+            subject.split,
+            subject.num_workers,
+            seed,
+        )
+        data.open(self.loaded.mean, self.loaded.std)
+        return data
+
+    def introduce(self) -> None:
+        """Says what will be done before it is done."""
+        data, numbers = self.data, self.data.numbers
+        ignored = ", ".join(map(str, [*([0] if numbers.zero_is_other else []), *numbers.ignore]))
+        print(f"segment: {self.recipe.head} head on {self.subject.weights}")
+        print(f"  weights {self.loaded.note}")
+        print(
+            f"  data    {self.subject.data}: {len(data.train):,} images to learn from, {len(data.test):,} in "
+            f"{data.split} to be scored, {numbers.count} classes, values {ignored} ignored"
+        )
+        print(f"  protocol {self.protocol()}", flush=True)
+
+    def protocol(self) -> str:
+        """How the numbers came about, in words."""
+        recipe, how = self.recipe, self.inference
+        encoder = "fine-tuned" if recipe.finetune else "frozen"
+        blocks = ", ".join(str(tap) for tap in self.taps)
+        learning = f"{recipe.k} votes of up to {recipe.bank:,} labelled patches"
+        if self.steps:
+            learning = f"{self.steps:,} steps of {recipe.batch_size} crops, AdamW, learning rate {self.optim.lr:g}"
+        if recipe.finetune:
+            learning += f", layer decay {recipe.layer_decay:g}, drop path {recipe.drop_path:g}"
+        shown = f"windows of {how.crop} every {how.stride} px" if how.mode == "slide" else "the whole image at once"
+        shown += f", scales {', '.join(f'{scale:g}' for scale in how.scales)}" if how.scales != (1.0,) else ""
+        shown += ", mirrored too" if how.flip else ""
+        ignored = ", ".join(map(str, self.data.numbers.ignore))
+        return (
+            f"{encoder}, {recipe.head} head on blocks {blocks}, {self.crop} px crops; {learning}; "
+            f"scored with {shown} at the masks' full size, {ignored} ignored."
+        )
+
+    def measure(self) -> None:
+        """Trains and scores every seed, trained and untrained encoder in turn, and writes the result."""
+        results: dict[str, list[SegmentationScores]] = {TRAINED: [], UNTRAINED: []}
+        folder, first = Path(), True
+        for seed in range(self.recipe.seeds):
+            for who in (UNTRAINED, TRAINED):
+                scores, model, trainer = self._one(who, seed)
+                results[who].append(scores)
+                if trainer.is_global_zero:
+                    print(
+                        f"  seed {seed}  {who:<11} mIoU {scores.miou:.1%}   pixels {scores.pixel_accuracy:.1%}",
+                        flush=True,
+                    )
+                first = trainer.is_global_zero
+                if first and seed == 0 and who == TRAINED:
+                    folder = evaluation_folder(self.subject.weights, self.subject.out, f"segment-{self.recipe.head}")
+                    self._draw(model, folder)
+        if first:
+            self._write(results, folder)
+
+    def _one(self, who: str, seed: int) -> tuple[SegmentationScores, SemanticSegmentation, Trainer]:
+        """Scores of one encoder with one seed."""
+        torch.manual_seed(derive_seed(seed, "segment head"))
+        encoder = self._encoder(who, seed)
+        data = self.data
+        data.seed = seed
+        trainer = self._trainer()
+        if self.recipe.batch_size % trainer.world_size:
+            near = max(1, self.recipe.batch_size // trainer.world_size) * trainer.world_size
+            raise UserError(
+                f"--batch_size {self.recipe.batch_size} does not divide by {trainer.world_size} devices",
+                hint=f"--batch_size {near}",
+            )
+        head = self._head(encoder, seed, trainer.strategy.root_device)
+        finetune, drop_path = self.recipe.finetune, self.recipe.drop_path if self.recipe.finetune else 0.0
+        model = SemanticSegmentation(
+            encoder, head, self.taps, data.numbers.count, self.optim, self.inference, finetune, drop_path, seed
+        )
+        if self.steps:
+            trainer.fit(model, train_dataloaders=None, datamodule=data)
+        trainer.validate(model, datamodule=data, verbose=False)
+        assert model.scores is not None
+        return model.scores, model.to(trainer.strategy.root_device).eval(), trainer
+
+    def _encoder(self, who: str, seed: int) -> Encoder:
+        """A fresh one: fine-tuning changes it."""
+        if who == UNTRAINED:
+            return untrained_encoder(self.subject.weights, seed, **self._opening)
+        return load_encoder(self.subject.weights, **self._opening).encoder
+
+    def _head(self, encoder: Encoder, seed: int, device: torch.device) -> nn.Module:
+        recipe, classes = self.recipe, self.data.numbers.count
+        if recipe.head == "knn":
+            return KNNHead(*self._bank(encoder.to(device), seed, device), classes, recipe.k)
+        if recipe.head == "upernet":
+            return UPerHead(encoder.dim, classes)
+        return LinearHead(encoder.dim, len(self.taps), classes, recipe.batch_norm)
+
+    @torch.no_grad()
+    def _bank(self, encoder: Encoder, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Features ``(M, D)`` and classes ``(M,)`` of patches of the training images' middles."""
+        data, bank = self.data, []
+        order = torch.randperm(len(data.train), generator=keyed_generator(seed, "segment bank"))
+        wanted = max(1, -(-self.recipe.bank // _PATCHES_PER_IMAGE))
+        for index in order[:wanted].tolist():
+            image, classes = data.middle(data.train, index)
+            maps = encoder.vit.forward_intermediates(
+                data.normalize(image[None].to(device)), self.taps, norm=True, stop_early=True, intermediates_only=True
+            )
+            features = torch.cat(cast(list[Tensor], maps), dim=1)[0].flatten(1).T  # (N, taps * D)
+            labels = patch_labels(classes[None].to(device), encoder.grid, data.numbers.count)[0].flatten()
+            known = (labels != IGNORE).nonzero()[:, 0]
+            drawn = torch.randperm(len(known), generator=keyed_generator(seed, "patches", index))
+            kept = known[drawn[:_PATCHES_PER_IMAGE].to(device)]
+            bank.append((features[kept], labels[kept]))
+        features, labels = (torch.cat(part)[: self.recipe.bank] for part in zip(*bank, strict=True))
+        return features, labels
+
+    def _trainer(self) -> Trainer:
+        try:
+            return Trainer(
+                accelerator=self.scoring.accelerator,
+                devices=self.scoring.devices,
+                precision=self.scoring.precision,
+                max_steps=max(1, self.steps),
+                max_epochs=-1,
+                limit_val_batches=1.0,
+                num_sanity_val_steps=0,
+                check_val_every_n_epoch=None,
+                val_check_interval=1 << 30,
+                sync_batchnorm=torch.cuda.is_available() and self.scoring.accelerator != "cpu",
+                logger=False,
+                callbacks=[TQDMProgressBar(refresh_rate=10, leave=False)] if os.isatty(1) else None,
+                enable_progress_bar=os.isatty(1),
+                enable_checkpointing=False,
+                enable_model_summary=False,
+                use_distributed_sampler=False,
+            )
+        except (ValueError, RuntimeError, MisconfigurationException) as error:
+            raise UserError(f"these devices cannot be used: {error}", hint="--devices 1 --accelerator cpu") from error
+
+    @torch.no_grad()
+    def _draw(self, model: SemanticSegmentation, folder: Path) -> None:
+        """Image, truth and answer of some scored images, spread over all."""
+        data, count = self.data, min(self.scoring.pictures, len(self.data.test))
+        for number in range(count):
+            image, classes = data.scored(data.test, number * len(data.test) // count)
+            answer = model.answer(data.normalize(image.to(model.device)), classes.shape[1:])[0].cpu()
+            save_overlay(folder / f"overlay_{number}.png", image[0], classes[0], answer, data.names)
+
+    def _write(self, results: dict[str, list[SegmentationScores]], folder: Path) -> None:
+        """Prints the table, writes ``metrics.json`` and puts the section into the run's report."""
+        protocol = self.protocol()
+        rows = {
+            "mIoU": [[scores.miou for scores in results[who]] for who in (TRAINED, UNTRAINED)],
+            "pixel accuracy": [[scores.pixel_accuracy for scores in results[who]] for who in (TRAINED, UNTRAINED)],
+        }
+        print(f"\nSemantic segmentation: {protocol}\n")
+        print(text_table(["", TRAINED, UNTRAINED], [[what, *map(spread, pair)] for what, pair in rows.items()]))
+        metrics: dict[str, Any] = {}
+        for what, (trained, untrained) in rows.items():
+            metrics |= {what: trained, f"{what}, {UNTRAINED}": untrained}
+        metrics["images"] = len(self.data.test)
+        for who in (TRAINED, UNTRAINED):
+            ious = torch.tensor([scores.iou for scores in results[who]]).nanmean(0).tolist()
+            metrics[f"IoU per class, {who}"] = {
+                name: round(iou, 4) if iou == iou else "absent" for name, iou in zip(self.data.names, ious, strict=True)
+            }
+        content = {"title": f"Semantic segmentation, {self.recipe.head} head", "protocol": protocol, "metrics": metrics}
+        content |= {"weights": self.subject.weights, "data": self.subject.data, "note": self.loaded.note}
+        (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
+        print(f"  results {folder / 'metrics.json'}")
+        run = folder.parents[1] if folder.parent.name == "evaluation" else None
+        if run is not None and (run / "config.yaml").is_file():
+            print(f"  report  {write_report(run)}")
+
+
+def _check(subject: MaskedSubject, recipe: HeadRecipe, scoring: Scoring) -> None:
+    if recipe.head == "knn" and recipe.finetune:
+        raise UserError("--finetune: a k-NN head trains nothing", hint="--head linear --finetune true")
+    if recipe.head == "upernet" and recipe.batch_size < 2:
+        raise UserError("--batch_size 1: UPerNet normalises over a batch", hint="--batch_size 2")
+    if recipe.seeds < 1 or (recipe.steps is not None and recipe.steps < 1):
+        raise UserError("--seeds and --steps are at least 1", hint="--seeds 3 --steps 4000")
+    if not scoring.scales or min(scoring.scales) <= 0:
+        raise UserError(f"--scales {list(scoring.scales)}: sizes are positive", hint="--scales [0.75,1.0,1.25]")
+    if scoring.stride is not None and (scoring.stride < 1 or (subject.crop and scoring.stride > subject.crop)):
+        raise UserError(f"--stride {scoring.stride} leaves pixels out", hint="a stride from 1 to the crop")
+    if subject.num_classes is not None and subject.num_classes < 2:
+        raise UserError(f"--num_classes {subject.num_classes}: two or more are needed", hint="--num_classes 2")
+
+
+def _taps(recipe: HeadRecipe, depth: int) -> list[int]:
+    """Numbers of the blocks that the head reads."""
+    given = recipe.taps or (4 if recipe.head == "upernet" else 1)
+    taps = [depth * (i + 1) // given - 1 for i in range(given)] if isinstance(given, int) else given
+    if min(taps) < 0 or max(taps) >= depth or sorted(set(taps)) != taps:
+        raise UserError(f"--taps {given}: the encoder has blocks 0 to {depth - 1}", hint=f"--taps {min(4, depth)}")
+    if recipe.head == "upernet" and len(taps) != 4:
+        raise UserError(f"--taps {given}: UPerNet reads four blocks", hint="--taps 4")
+    return taps
+
+
+def _numbers(ignore: int | str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in str(ignore).split(",") if number.strip())
+    except ValueError:
+        raise UserError(
+            f"--ignore {ignore} is not a list of numbers", hint="--ignore 255   or   --ignore 255,0"
+        ) from None
+
+
+def _quieten() -> None:
+    """Keeps Lightning's tips and hints off the screen."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
