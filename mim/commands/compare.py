@@ -1,4 +1,4 @@
-"""Put runs side by side, or train them first: ``python tools/compare.py --methods mae,mae+BlockMasking --seeds 3``."""
+"""Put runs side by side, or train them first: ``python tools/compare.py --methods mae,recipe.yaml --seeds 3``."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def run(
     Args:
         runs: run folders, separated by commas; those whose names differ only after '-seed-' share a row.
         methods: what to train first, separated by commas: a method, a method with another masking policy as
-            mae+BlockMasking, or a config file. All see the same images for the same number of epochs.
+            mae+RandomMasking, or a config file. All see the same images for the same number of epochs.
         data: images to train on.
         epochs: of every training; the recipe's own unless given.
         seeds: trainings of each.
