@@ -13,6 +13,7 @@ from mim.encoder import Encoder
 from mim.masking import AttentionMasking, BlockMasking
 from mim.methods import IBOT, OptimConfig, Plan
 from mim.methods.ibot import HeadConfig, TeacherConfig, clip_each, hidden_places, padded_places
+from mim.plain import plain_ibot_loss
 
 KWARGS = {"embed_dim": 16, "depth": 2, "num_heads": 2}
 K = 24
@@ -112,6 +113,20 @@ def test_the_loss_equals_a_slow_loop_over_explicit_pairs(views, shared, masking,
     expected, number = slow_loss(method, views, method.draw_masks(4, scores, 0))
     assert number == pairs
     torch.testing.assert_close(step(method, views), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("masking", [BlockMasking(0.3, 0.6, 0.3), AttentionMasking("high", 0.3, 0.6)])
+def test_the_plain_formulation_computes_the_same_loss_and_gradients(views, masking):
+    method = quiet(build(masking))
+    method.centers.normal_()
+    losses, gradients = [], []
+    for loss in (step(method, views), plain_ibot_loss(method, (views, torch.zeros(4)))):
+        method.zero_grad()
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([p.grad for p in method.parameters() if p.requires_grad])
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
 class Fixed(BlockMasking):
