@@ -55,7 +55,7 @@ def plain_hpm_loss(method: HPM, batch: Batch) -> Tensor:
 
 
 def plain_ibot_loss(method: IBOT, batch: Batch) -> Tensor:
-    """The loss of iBOT as the paper writes it: every token of every view meets every prototype, for student and teacher."""
+    """The loss of iBOT as written: every token meets every prototype, for student and teacher."""
     views, labels = batch
     images, count, teacher = torch.cat(views[:2]), len(labels), method.teacher.module
     with torch.no_grad():
