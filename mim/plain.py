@@ -64,7 +64,7 @@ def plain_ibot_loss(method: IBOT, batch: Batch) -> Tensor:
         else:
             tokens, scores = method.evaluated(images), None
         taught, taught_patches = _all_logits(teacher["head"], tokens, method.encoder.num_prefix)
-        taught.mean(dim=0), taught_patches.mean(dim=(0, 1))  # what the centres move towards
+        method.mean_logits.append(torch.stack([taught.mean(dim=0), taught_patches.mean(dim=(0, 1))]))
         center, patch_center = method.centers
         targets = ((taught - center) / method.temperature(method.teaching.temperature)).softmax(dim=-1)
         patch_temperature = method.temperature(method.teaching.patch_temperature)
