@@ -15,6 +15,9 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
 from mim.encoder import Encoder
+from mim.masking import Masking
+from mim.patches import patchify, unpatchify
+from mim.randomness import RowGenerator
 
 GAP, HEADER = 6, 24  # pixels between tiles, and above them for the titles
 SHORTEST, LONGEST = 96, 224  # the shorter side of a tile lies in between
@@ -42,6 +45,34 @@ def strip(
     encoder.eval()
     columns |= encoder_views(images, encoder)
     encoder.train(training)
+    return _lay_out(columns)
+
+
+def masking_strip(
+    images: Tensor, encoder: Encoder, policies: dict[str, Masking], mean: Sequence[float], std: Sequence[float]
+) -> Image.Image:
+    """What policies hide of the same images, side by side, and the attention that guided ones follow.
+
+    Args:
+        images: ``(B, C, H, W)``, normalised.
+        encoder: whose class attention guides, such as a trained teacher.
+        policies: by title.
+        mean: per channel, as used to normalise.
+        std: per channel, as used to normalise.
+
+    Returns:
+        As :func:`strip`.
+    """
+    columns = {"input": to_rgb(images, mean, std)}
+    with torch.no_grad():
+        attention = encoder.forward_with_attention(images)[1].float()  # (B, N)
+    columns["attention"] = heat(attention.view(-1, *encoder.grid))
+    patches = patchify(images, encoder.patch_size)
+    for title, policy in policies.items():
+        generator = RowGenerator.for_rows(0, 0, len(images), images.device)
+        mask = policy(len(images), encoder.grid, scores=attention, generator=generator)  # (B, N)
+        visible = patches.masked_fill(mask[..., None], 0.0)
+        columns[title] = to_rgb(unpatchify(visible, encoder.grid, encoder.patch_size, encoder.in_chans), mean, std)
     return _lay_out(columns)
 
 

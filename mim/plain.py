@@ -55,7 +55,7 @@ def plain_hpm_loss(method: HPM, batch: Batch) -> Tensor:
 
 
 def plain_ibot_loss(method: IBOT, batch: Batch) -> Tensor:
-    """The loss of iBOT as the paper writes it: every token of every view meets every prototype, for student and teacher."""
+    """The loss of iBOT as written: every token meets every prototype, for student and teacher."""
     views, labels = batch
     images, count, teacher = torch.cat(views[:2]), len(labels), method.teacher.module
     with torch.no_grad():
@@ -64,7 +64,7 @@ def plain_ibot_loss(method: IBOT, batch: Batch) -> Tensor:
         else:
             tokens, scores = method.evaluated(images), None
         taught, taught_patches = _all_logits(teacher["head"], tokens, method.encoder.num_prefix)
-        taught.mean(dim=0), taught_patches.mean(dim=(0, 1))  # what the centres move towards
+        method.mean_logits.append(torch.stack([taught.mean(dim=0), taught_patches.mean(dim=(0, 1))]))
         center, patch_center = method.centers
         targets = ((taught - center) / method.temperature(method.teaching.temperature)).softmax(dim=-1)
         patch_temperature = method.temperature(method.teaching.patch_temperature)

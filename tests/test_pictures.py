@@ -4,7 +4,20 @@ import torch
 from PIL import Image
 
 from mim.encoder import Encoder
-from mim.pictures import GAP, HEADER, encoder_views, heat, pca_rgb, read_strip, save_strip, strip, to_rgb
+from mim.masking import AttentionMasking, RandomMasking
+from mim.pictures import (
+    GAP,
+    HEADER,
+    encoder_views,
+    heat,
+    label_colours,
+    masking_strip,
+    pca_rgb,
+    read_strip,
+    save_strip,
+    strip,
+    to_rgb,
+)
 
 HALF, QUARTER = (0.5,) * 3, (0.25,) * 3
 
@@ -110,3 +123,20 @@ def test_drawing_leaves_no_gradient_and_the_encoder_in_its_mode(encoder):
     strip(torch.randn(1, 3, 32, 32), {}, encoder, HALF, QUARTER)
     assert encoder.training
     assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+def test_whole_numbers_have_a_colour_each_whatever_stands_beside_them():
+    colours = label_colours(torch.tensor([[[0, 1], [2, 1]]]))
+    assert colours.shape == (1, 3, 2, 2)
+    assert torch.equal(colours[..., 0, 1], colours[..., 1, 1])
+    assert not torch.equal(colours[..., 0, 0], colours[..., 1, 0])
+    assert torch.equal(label_colours(torch.tensor([[[1]]]))[..., 0, 0], colours[..., 0, 1])
+
+
+def test_policies_are_shown_side_by_side(tmp_path):
+    encoder, images = Encoder("test_vit", 32, 8).eval(), torch.randn(2, 3, 32, 32)
+    policies = {"high": AttentionMasking(whole=0.0), "random": RandomMasking(0.5)}
+    save_strip(masking_strip(images, encoder, policies, [0.5] * 3, [0.25] * 3), tmp_path / "masks.png")
+    tiles = read_strip(tmp_path / "masks.png")
+    assert list(tiles) == ["input", "attention", "high", "random"]
+    assert [len(column) for column in tiles.values()] == [2] * 4

@@ -116,7 +116,7 @@ class IBOT(Method):
         self.teacher = ModelEmaV3(self._averaged()).requires_grad_(False)
         # Row 0 belongs to class logits, row 1 to patch logits.
         self.register_buffer("centers", torch.zeros(2, head.prototypes))
-        self._means: list[
+        self.mean_logits: list[
             Tensor
         ] = []  # (2, K) of every micro-batch; no buffer, or DDP would overwrite it with rank 0's
 
@@ -179,7 +179,7 @@ class IBOT(Method):
         patches = head(tokens[:, encoder.num_prefix :])  # (2B, N, bottleneck)
         # The last layer is linear: the mean of the logits of all patches is the logits of their mean.
         mean = (head.for_patches() * patches.float().mean(dim=(0, 1))).sum(dim=1)  # (K,); in fp32 under autocast, too
-        self._means.append(torch.stack([classes.mean(dim=0), mean]))
+        self.mean_logits.append(torch.stack([classes.mean(dim=0), mean]))
         return Taught(classes, patches, scores)
 
     def draw_masks(self, batch_size: int, scores: Tensor | None, batch_idx: int) -> Tensor:
@@ -267,8 +267,8 @@ class IBOT(Method):
     @torch.no_grad()
     def move_centers(self) -> None:
         """Towards the mean logits of the step; ranks and micro-batches hold equally many images."""
-        mean = torch.stack(self._means).mean(dim=0)  # (2, K)
-        self._means.clear()
+        mean = torch.stack(self.mean_logits).mean(dim=0)  # (2, K)
+        self.mean_logits.clear()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(mean)
             mean /= torch.distributed.get_world_size()

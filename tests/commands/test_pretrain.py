@@ -300,7 +300,7 @@ def test_labels_of_single_images_do_not_stop_a_run(tmp_path, capsys):
     assert "12 labels, too few images of each for probes" in capsys.readouterr().out
 
 
-# A method with a teacher, centres and views that are finished on the device --------------------------------------------
+# A method with a teacher, centres and views that are finished on the device -------------------------------------------
 
 TAUGHT = str(ROOT / "tests" / "tiny-ibot.yaml")
 
@@ -344,14 +344,13 @@ def last_checkpoint(run):
 
 
 def test_a_teacher_and_its_centers_are_the_same_on_two_processes_and_over_micro_batches(taught, tmp_path):
-    """Sums are taken in another order: equal to rounding, which AdamW turns into 1e-5 in 12 steps (weights up to 1)."""
+    """Sums are taken in another order: equal to rounding only, 1e-6 after 12 AdamW steps (weights up to 1)."""
     process = start("--config", TAUGHT, "--out", tmp_path / "two", "--devices", 2, "--trainer.accelerator", "cpu")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert train(tmp_path / "four", "--accumulate", 4, config=TAUGHT) == 0
     for other in (tmp_path / "two", tmp_path / "four"):
-        print(other, largest_difference(taught, other))
-        assert largest_difference(taught, other) < 1e-5
+        assert largest_difference(taught, other) < 1e-6
         first, second = (final_state(run)["state_dict"]["centers"] for run in (taught, other))
         torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
-        assert losses(taught) == pytest.approx(losses(other), abs=1e-4)
+    assert losses(taught) == pytest.approx(losses(tmp_path / "two"), abs=1e-5)

@@ -127,6 +127,7 @@ def test_the_plain_formulation_computes_the_same_loss_and_gradients(views, maski
         gradients.append([p.grad for p in method.parameters() if p.requires_grad])
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(*method.mean_logits)
 
 
 class Fixed(BlockMasking):
