@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jsonargparse import Namespace
@@ -102,7 +102,7 @@ class Contender:
 
     def step(self, batch: Batch | None = None) -> Timing:
         """Takes a training step and times it."""
-        clock, processor = _Clock(self.method.device), time.process_time()
+        clock, processor = Clock(self.method.device), time.process_time()
         with self.autocast():
             loss = self.loss(self.method, self.batch if batch is None else batch)
         clock.mark()
@@ -139,10 +139,17 @@ class Contender:
             return torch.cuda.max_memory_allocated() - before
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             self.step()
-        return _peak_allocation(profiler)
+        return peak_allocation(profiler)
 
 
-def compare(contenders: Sequence[Contender], rounds: int, between: Callable[[], object]) -> list[list[Timing]]:
+class Timed(Protocol):
+    """Whatever can take turns."""
+
+    def step(self) -> Timing:
+        """Do it once and say how long it took."""
+
+
+def compare(contenders: Sequence[Timed], rounds: int, between: Callable[[], object]) -> list[list[Timing]]:
     """Lets contenders take turns, A B A B; calls ``between`` after each round; returns the timings of each."""
     for contender in contenders:
         contender.step()
@@ -240,7 +247,7 @@ class MatrixPeak:
             left = torch.randn(rows, inner, device=self.device, dtype=self.dtype)
             right = torch.randn(inner, columns, device=self.device, dtype=self.dtype)
             out = left @ right
-            clock = _Clock(self.device)
+            clock = Clock(self.device)
             for _ in range(repeats):
                 torch.mm(left, right, out=out)
                 clock.mark()
@@ -261,7 +268,7 @@ def _gradient_norm(optimizer: Optimizer) -> Tensor:
     return torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
 
 
-def _peak_allocation(profiler: profile) -> int:
+def peak_allocation(profiler: profile) -> int:
     """Highest sum of what was allocated and not yet freed, from the trace's memory events."""
     with tempfile.TemporaryDirectory() as folder:
         profiler.export_chrome_trace(str(trace := Path(folder, "trace.json")))
@@ -273,7 +280,7 @@ def _peak_allocation(profiler: profile) -> int:
     return peak
 
 
-class _Clock:
+class Clock:
     """Splits time into laps, by the device's own clock if it has one."""
 
     def __init__(self, device: torch.device) -> None:

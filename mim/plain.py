@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mim.encoder import Encoder
 from mim.layers.decoder import FillMasked, Trunk
-from mim.methods import HPM, MAE, Batch, Method
+from mim.methods import HPM, IBOT, MAE, Batch, Method
+from mim.methods.ibot import STUDENT_TEMPERATURE, Head
 from mim.patches import gather_tokens, patchify, pixel_targets, visible_indices
 
 
@@ -53,6 +54,46 @@ def plain_hpm_loss(method: HPM, batch: Batch) -> Tensor:
     return total
 
 
+def plain_ibot_loss(method: IBOT, batch: Batch) -> Tensor:
+    """The loss of iBOT as the paper writes it: every token of every view meets every prototype, for student and teacher."""
+    views, labels = batch
+    images, count, teacher = torch.cat(views[:2]), len(labels), method.teacher.module
+    with torch.no_grad():
+        if method.masking.guided:
+            tokens, scores = method.evaluated.forward_with_attention(images)
+        else:
+            tokens, scores = method.evaluated(images), None
+        taught, taught_patches = _all_logits(teacher["head"], tokens, method.encoder.num_prefix)
+        taught.mean(dim=0), taught_patches.mean(dim=(0, 1))  # what the centres move towards
+        center, patch_center = method.centers
+        targets = ((taught - center) / method.temperature(method.teaching.temperature)).softmax(dim=-1)
+        patch_temperature = method.temperature(method.teaching.patch_temperature)
+        patch_targets = ((taught_patches - patch_center) / patch_temperature).softmax(dim=-1)  # (2B, N, K)
+        mask = method.draw_masks(count, scores, 0).to(images.device)
+    tokens = method.encoder(images, mask, method.mask_token)
+    logits, patch_logits = _all_logits(method.head, tokens, method.encoder.num_prefix)
+    student = [*logits.chunk(2)]
+    if views[2:]:
+        small = method.encoder(torch.cat(views[2:]))
+        student += _all_logits(method.head, small, method.encoder.num_prefix)[0].chunk(len(views) - 2)
+    pairs = [
+        -(target * (student[view] / STUDENT_TEMPERATURE).log_softmax(dim=-1)).sum(dim=-1).mean()
+        for teacher_view, target in enumerate(targets.chunk(2))
+        for view in range(len(views))
+        if view != teacher_view
+    ]
+    errors = -(patch_targets * (patch_logits / STUDENT_TEMPERATURE).log_softmax(dim=-1)).sum(dim=-1)  # (2B, N)
+    patch_loss = (errors * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    total: Tensor = torch.stack(pairs).mean() + patch_loss.mean()
+    return total
+
+
+def _all_logits(head: Head, tokens: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """Logits of the class token ``(B, K)`` and of all patches ``(B, N, K)``."""
+    points = head(tokens)
+    return (points[:, 0] @ head.for_classes().T).float(), (points[:, prefix:] @ head.for_patches().T).float()
+
+
 def _filled(encoder: Encoder, fill: FillMasked, images: Tensor, mask: Tensor, visible_count: int) -> Tensor:
     """Embed all patches, keep the visible ones, encode, put mask tokens between them: ``(B, P + N, E)``."""
     vit, prefix = encoder.vit, encoder.num_prefix
@@ -74,5 +115,9 @@ def _all_predictions(trunk: Trunk, sequence: Tensor) -> Tensor:
     return prediction
 
 
-PLAIN_LOSSES: dict[type[Method], Callable[[Any, Batch], Tensor]] = {HPM: plain_hpm_loss, MAE: plain_mae_loss}
+PLAIN_LOSSES: dict[type[Method], Callable[[Any, Batch], Tensor]] = {
+    IBOT: plain_ibot_loss,
+    HPM: plain_hpm_loss,
+    MAE: plain_mae_loss,
+}
 """The forward passes that a method's own can be compared with."""

@@ -16,7 +16,7 @@ LEVELS = [
     {"mim.methods", "mim.evaluation", "mim.data", "mim.interop"},
     {"mim.config", "mim.checkpoint_io", "mim.pictures", "mim.overlays", "mim.plain", "mim.run"},
     {"mim.checkpoint", "mim.report", "mim.benchmark"},
-    {"mim.callbacks", "mim.measure"},
+    {"mim.callbacks", "mim.measure", "mim.compare", "mim.benchmark_reduction"},
     {"mim.finetuning", "mim.segmenting"},
     {"mim.commands"},
     {"mim.cli"},

@@ -323,3 +323,13 @@ def test_attention_for_pictures_is_read_from_all_patches():
 def test_a_reduction_that_cannot_work_is_refused_when_the_encoder_is_built():
     with pytest.raises(TypeError, match="class token"):
         build("no class token", reduction=TopKPruning(KeepRate(0.5), ClassAttention()))
+
+
+def test_stretched_positions_equal_timms_at_the_own_size_and_differ_at_another():
+    antialiased = Encoder("test_vit", 64, 8, dynamic_img_size=True).eval()
+    stretched = Encoder("test_vit", 64, 8, dynamic_img_size=True, resampling="stretched").eval()
+    stretched.load_state_dict(antialiased.state_dict())
+    large, small = torch.randn(2, 3, 64, 64), torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(stretched(large), antialiased(large))
+    assert stretched(small).shape == antialiased(small).shape
+    assert not torch.allclose(stretched(small), antialiased(small))

@@ -87,3 +87,18 @@ def test_big_seeds_and_rows_wrap_without_harm():
     numbers = RowGenerator.for_rows(2**63 - 2, 0, 4).rand(50)
     assert numbers.isfinite().all()
     assert len(numbers.unique(dim=0)) == 4
+
+
+def test_common_numbers_are_the_same_in_every_part_of_a_batch_and_in_all_views():
+    parts = [rows(0, 5), rows(5, 3), rows(0, 8).views(2)]
+    numbers = [part.common(2) + part.common(1) for part in parts]
+    assert numbers[0] == numbers[1] == numbers[2]
+    assert len(set(numbers[0])) == 3
+    assert all(0 <= number < 1 for number in numbers[0])
+    assert rows(0, 5, seed=8).common(3) != numbers[0]
+
+
+def test_views_of_a_row_have_numbers_of_their_own_that_depend_on_the_row_alone():
+    whole, part = rows(0, 6).views(2).rand(4), rows(2, 2).views(2).rand(4)
+    assert torch.equal(part, whole[[2, 3, 8, 9]])
+    assert len(whole.unique(dim=0)) == 12

@@ -34,8 +34,10 @@ def run(
     data: str | None = None,
     num_workers: int | None = None,
     json: Path | None = None,
+    reduction: str | None = None,
+    shares: str = "0.75,0.5",
 ) -> None:
-    """Measure speed and memory of a training step and of the loader.
+    """Measure speed and memory of a training step and of the loader, or of token reductions at inference.
 
     Args:
         config: the recipe to measure.
@@ -51,6 +53,8 @@ def run(
         data: images as for pretraining; measures the loader alone, and loader and step together.
         num_workers: loader processes; one per core unless given.
         json: write every number to this file.
+        reduction: token reductions to measure at inference instead of a training step: names with commas, or 'all'.
+        shares: of the model's multiply-adds that each reduction is set to, with commas.
     """
     for variable, level in (("KINETO_LOG_LEVEL", "99"), ("TORCH_CPP_LOG_LEVEL", "ERROR")):
         os.environ.setdefault(variable, level)  # the profiler, asked for memory, talks about much else
@@ -63,6 +67,11 @@ def run(
     place = _device(device)
     bf16 = place.type == "cuda" and torch.cuda.is_bf16_supported()
     precision = ("bf16-mixed" if bf16 else "32-true") if precision == "auto" else precision
+    if reduction:
+        model = model or "vit_base_patch16_224"
+        rows = _reductions(model, img_size, reduction, shares, batch_size, place, precision, rounds)
+        _write(json, {"model": model, "batch_size": batch_size, "threads": torch.get_num_threads(), "rows": rows})
+        return
     overrides = {"batch_size": batch_size, "model": model, "img_size": img_size, "data": data}
     overrides |= {"num_workers": num_workers}
     recipe = _parse(config, overrides)
@@ -99,10 +108,59 @@ def run(
     if data:
         results["loader"] = loader_rates(recipe, contenders[0], rounds)
     _print(results)
-    if json:
-        json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_text(jsonlib.dumps(results, indent=2) + "\n")
-        print(f"  json     {json}")
+    _write(json, results)
+
+
+def _write(path: Path | None, results: Mapping[str, Any]) -> None:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(jsonlib.dumps(results, indent=2) + "\n")
+        print(f"  json     {path}")
+
+
+def _reductions(
+    model: str,
+    img_size: int | None,
+    names: str,
+    shares: str,
+    batch_size: int,
+    place: "torch.device",
+    precision: str,
+    rounds: int,
+) -> list[dict[str, Any]]:
+    """Measures token reductions on noise and prints a row for each."""
+    import timm
+    import torch
+
+    from mim.benchmark_reduction import contenders, measure, table
+    from mim.reduction.recipes import RECIPES
+
+    wanted = list(RECIPES) if names == "all" else names.split(",")
+    if unknown := [name for name in wanted if name not in RECIPES]:
+        raise UserError(
+            f"--reduction {unknown[0]}: there is no such reduction", hint=f"--reduction {','.join(RECIPES)}"
+        )
+    try:
+        parts = [float(share) for share in shares.split(",")]
+    except ValueError:
+        raise UserError(f"--shares {shares}: these are not numbers", hint="--shares 0.75,0.5") from None
+    torch.manual_seed(0)
+    sized: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    vit: Any = timm.create_model(model, **sized)
+    size = vit.patch_embed.img_size
+    images = torch.randn(batch_size, vit.patch_embed.proj.in_channels, *size, device=place)
+    try:
+        models = contenders(vit, wanted, parts, images, precision)
+    except TypeError as error:
+        raise UserError(f"--model {model}: {error}", hint="--model vit_base_patch16_224") from error
+    rows = measure(models, rounds)
+    where = f"{place.type}, {torch.get_num_threads()} threads, {precision}"
+    print(f"{model}, batch {batch_size} at {size[0]}x{size[1]}, {where}; {rounds} rounds\n")
+    print(table(rows))
+    print("\n  GMAC     multiply-adds per image by formula; counted: by torch while the model runs")
+    print("  speed    over the whole model in the same round: median; fastest steps; processor time")
+    print("  of MACs  speed over what the saved multiply-adds promise")
+    return rows
 
 
 def _device(name: str) -> "torch.device":

@@ -80,7 +80,6 @@ class Pretraining:
         initialised = None
         if checkpoint is None and self.config.init:  # before there is a folder: weights that do not fit leave none
             initialised = init_backbone(self.method.encoder.vit, self.config.init, trust=self.config.trust)
-            self.method.restart_teacher()
         checked = self.data.check()
         self.folder = self._folder(args)
         trainer, evaluation, checkpoints = self._trainer()

@@ -157,9 +157,6 @@ class Method(L.LightningModule):
         seed = derive_seed(self.plan.seed, "rows", self.global_step)
         return RowGenerator.for_rows(seed, self.first_row(batch_size, batch_idx), batch_size, device or self.device)
 
-    def restart_teacher(self) -> None:
-        """Makes averaged copies of the student equal to it: its weights were replaced before the first step."""
-
     def health_warning(self, values: dict[str, float]) -> str | None:
         """What is wrong, and why, judged by the newest numbers that the method logged; None if nothing is."""
         return None

@@ -274,8 +274,8 @@ class IBOT(Method):
             mean /= torch.distributed.get_world_size()
         self.centers.lerp_(mean, 1 - self.teaching.center_momentum)
 
-    def restart_teacher(self) -> None:
-        """See :meth:`Method.restart_teacher`."""
+    def setup(self, stage: str) -> None:
+        """The teacher starts as the student, whatever weights that was given; a checkpoint is restored after this."""
         self.teacher.set(self._averaged())  # type: ignore[no-untyped-call]  # timm's
 
     def train(self, mode: bool = True) -> "IBOT":
@@ -423,13 +423,17 @@ def hidden_places(mask: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         ``(M,)`` each.
     """
-    count = mask.sum(dim=1).clamp(min=1)
     if mask.device.type == "cpu":
         image, patch = mask.nonzero(as_tuple=True)
-        return image, patch, 1 / count[image]
+        return image, patch, 1 / mask.sum(dim=1)[image]
+    return padded_places(mask, most)
+
+
+def padded_places(mask: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`hidden_places`, with ``most`` places for every image, ``M = B * most``, whatever it hides."""
     places = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, most)
     image = torch.arange(len(mask), device=mask.device)[:, None].expand_as(places)
-    weight = mask.gather(1, places) / count[:, None]
+    weight = mask.gather(1, places) / mask.sum(dim=1, keepdim=True).clamp(min=1)
     return image.flatten(), places.flatten(), weight.flatten()
 
 

@@ -57,7 +57,7 @@ def test_two_processes_give_the_result_of_one(weights, photos):
     assert done.returncode == 0, done.stderr
     one, two = (json.loads(Path(name, "metrics.json").read_text())["metrics"] for name in ("one", "two"))
     assert one == two
-    for bank in Path("elsewhere").iterdir():  # to the bit, although other rows stood beside each in its batch
+    for bank in Path("elsewhere").iterdir():  # to rounding: other rows stood beside each in its batch
         same = Path("runs/features") / bank.name / "features.npy"
         np.testing.assert_allclose(np.load(bank / "features.npy"), np.load(same), atol=1e-5)
 

@@ -298,3 +298,60 @@ def test_labels_of_single_images_do_not_stop_a_run(tmp_path, capsys):
         to_pil_image(pixels).save(folder / "photo.png")
     assert train(tmp_path / "run", "--data", tmp_path / "photos", "--epochs", 2) == 0
     assert "12 labels, too few images of each for probes" in capsys.readouterr().out
+
+
+# A method with a teacher, centres and views that are finished on the device --------------------------------------------
+
+TAUGHT = str(ROOT / "tests" / "tiny-ibot.yaml")
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("taught") / "whole"
+    assert train(folder, config=TAUGHT) == 0
+    return folder
+
+
+def test_teacher_centers_and_schedules_survive_a_kill_bit_exactly(taught, tmp_path):
+    out = tmp_path / "run"
+    assert (
+        strike(start("--config", TAUGHT, "--out", out, "--num_workers", 2), signal.SIGKILL, after=5) == -signal.SIGKILL
+    )
+    assert main("pretrain", ["--resume", str(out), "--num_workers", "0"]) == 0
+    assert_bit_identical(taught, out)
+    state = final_state(out)["state_dict"]
+    assert state["centers"].any()
+    assert not torch.equal(state["encoder.vit.norm.weight"], state["teacher.module.encoder.vit.norm.weight"])
+
+
+def test_the_teacher_is_what_is_exported_and_what_another_run_starts_from(taught, tmp_path):
+    vit = timm.create_model(f"local-dir:{taught / 'export' / 'backbone'}", pretrained=True)
+    state = final_state(taught)["state_dict"]
+    for name, value in vit.state_dict().items():
+        assert torch.equal(value, state[f"teacher.module.encoder.vit.{name}"]), name
+    from mim.checkpoint import init_backbone
+
+    init_backbone(other := timm.create_model("test_vit", img_size=32, patch_size=8), str(last_checkpoint(taught)))
+    assert torch.equal(other.norm.weight, vit.norm.weight)
+    assert main("export", ["--run", str(taught), "--out", str(tmp_path / "student"), "--student", "true"]) == 0
+    student = timm.create_model(f"local-dir:{tmp_path / 'student'}", pretrained=True)
+    assert torch.equal(student.norm.weight, state["encoder.vit.norm.weight"])
+
+
+def last_checkpoint(run):
+    return max(Path(run, "checkpoints").glob("step-*.ckpt"))
+
+
+def test_a_teacher_and_its_centers_are_the_same_on_two_processes_and_over_micro_batches(taught, tmp_path):
+    """Sums are taken in another order: equal to rounding, which AdamW turns into 1e-5 in 12 steps (weights up to 1)."""
+    process = start("--config", TAUGHT, "--out", tmp_path / "two", "--devices", 2, "--trainer.accelerator", "cpu")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert train(tmp_path / "four", "--accumulate", 4, config=TAUGHT) == 0
+    for other in (tmp_path / "two", tmp_path / "four"):
+        print(other, largest_difference(taught, other))
+        assert largest_difference(taught, other) < 1e-5
+        first, second = (final_state(run)["state_dict"]["centers"] for run in (taught, other))
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+        assert losses(taught) == pytest.approx(losses(other), abs=1e-4)

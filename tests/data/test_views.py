@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from mim.data.views import IMAGENET_MEAN, IMAGENET_STD, SingleView, Views
+from mim.data.views import IMAGENET_MEAN, IMAGENET_STD, MultiCrop, SingleView, Views, _jitter
 from mim.randomness import RowGenerator
 
 
@@ -103,3 +103,74 @@ def test_statistics_follow_the_last_configuration():
 def test_a_kind_of_views_has_to_say_how_it_crops():
     with pytest.raises(NotImplementedError):
         Views().crop(image())
+
+
+# Multi-crop ----------------------------------------------------------------------------------------------------------
+
+
+def multi(**arguments):
+    views = MultiCrop(**{"local_crops": 3, "local_size": 16} | arguments)
+    views.configure((32, 32), [0.0] * 3, [1.0] * 3)
+    return views
+
+
+def rows(count, first=0):
+    return RowGenerator.for_rows(0, first, count)
+
+
+def batch(count=64, channels=3, size=32):
+    return [torch.randint(256, (count, channels, side, side), dtype=torch.uint8) for side in (size, size, 16, 16, 16)]
+
+
+def test_large_crops_come_first_and_small_ones_have_a_size_of_their_own():
+    assert [tuple(view.shape) for view in multi().crop(image())] == [(3, 32, 32)] * 2 + [(3, 16, 16)] * 3
+
+
+def test_colours_of_an_image_depend_on_its_key_alone():
+    views = batch(12)
+    whole = multi()(views, rows(12))
+    part = multi()([view[5:8] for view in views], rows(3, 5))
+    for everything, some in zip(whole, part, strict=True):
+        torch.testing.assert_close(some, everything[5:8])
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_finished_views_stay_in_range_for_any_number_of_channels(channels):
+    views = multi()
+    views.configure((32, 32), [0.0] * channels, [1.0] * channels)
+    for view in views(batch(8, channels), rows(8)):
+        assert view.isfinite().all()
+        assert view.min() >= 0
+        assert view.max() <= 1
+
+
+def changed(before, after):
+    return (after - before.float() / 255).abs().flatten(1).amax(1) > 1e-4
+
+
+def test_probabilities_are_those_of_the_recipe(monkeypatch):
+    monkeypatch.setattr("mim.data.views._STRENGTHS", (0.0, 0.0, 0.0, 0.0))
+    views = batch(2000, size=16)
+    finished = multi(blur=(1.0, 1.0))(views, rows(2000))
+    grey = [((v[:, 0] - v[:, 1]).abs().flatten(1).amax(1) < 1e-5).float().mean().item() for v in finished]
+    assert grey == pytest.approx([0.2] * 5, abs=0.03)
+    touched = [changed(v, f).float().mean().item() for v, f in zip(views, finished, strict=True)]
+    # Grey or blurred; the second view may be solarised, too.
+    assert touched == pytest.approx([1.0, 1 - 0.8 * 0.9 * 0.8, 0.6, 0.6, 0.6], abs=0.035)
+
+
+def test_the_jitter_is_torchvisions_in_any_order():
+    pixels, numbers = torch.rand(1, 3, 8, 8), torch.rand(1, 4)
+    shifts = ((2 * numbers - 1) * torch.tensor([0.4, 0.4, 0.2, 0.1]))[0].tolist()
+    steps = [
+        lambda x: F.adjust_brightness(x, 1 + shifts[0]),
+        lambda x: F.adjust_contrast(x, 1 + shifts[1]),
+        lambda x: F.adjust_saturation(x, 1 + shifts[2]),
+        lambda x: F.adjust_hue(x, shifts[3]),
+    ]
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 3, 1, 0]):
+        expected, images = pixels, pixels.clone()
+        for number in order:
+            expected = steps[number](expected)
+        _jitter(images, torch.tensor([True]), numbers, torch.tensor([order]))
+        torch.testing.assert_close(images, expected, rtol=0, atol=2e-3)

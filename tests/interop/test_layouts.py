@@ -37,6 +37,15 @@ def hpm_file(state, average):
     }
 
 
+def self_distillation(prefix):
+    """What a published file of iBOT or AttMask holds beyond the backbone; its heads keep both names of one tensor."""
+    head = {f"head.mlp.{i}.{kind}": torch.zeros(2) for i in (0, 2, 4) for kind in ("weight", "bias")}
+    head |= {f"head.last_layer{n}.weight_{part}": torch.zeros(2) for n in ("", "2") for part in "gv"}
+    return {
+        f"{prefix}{name}": tensor for name, tensor in (head | {"backbone.masked_embed": torch.zeros(1, 64)}).items()
+    }
+
+
 def in_layout(layout, state):
     """A checkpoint as the programs write it."""
     return {
@@ -55,6 +64,22 @@ def in_layout(layout, state):
             | {"decoder.fill.token": torch.ones(1)},
             "optimizer_states": [{"state": {0: torch.ones(3)}}],
         },
+        "teacher run": {
+            "state_dict": {f"teacher.module.encoder.vit.{name}": t for name, t in state.items()}
+            | {f"encoder.vit.{name}": t + 1 for name, t in state.items()}
+            | {"teacher.module.head.mlp.0.weight": torch.ones(1), "mask_token": torch.ones(1), "centers": torch.ones(2)}
+        },
+        "ibot full": {
+            "student": {f"module.backbone.{name}": t + 1 for name, t in state.items()} | self_distillation("module."),
+            "teacher": {f"backbone.{name}": t for name, t in state.items()} | self_distillation(""),
+            "ibot_loss": {"center": torch.zeros(1, 8), "center2": torch.zeros(1, 1, 8)},
+            "optimizer": {"state": {}},
+            "epoch": 800,
+        },
+        "ibot student": {
+            "student": {f"module.backbone.{name}": t for name, t in state.items()} | self_distillation("module.")
+        },
+        "ibot backbone": {"state_dict": state | {"masked_embed": torch.zeros(1, 64)}},
         "ddp": {"model": {f"module.{name}": t for name, t in state.items()}},
         "compiled": {"model": {f"_orig_mod.{name}": t for name, t in state.items()}},
         "ddp of compiled": {"model": {f"module._orig_mod.{name}": t for name, t in state.items()}},
@@ -73,6 +98,10 @@ def in_layout(layout, state):
         ("hpm average", "hpm"),
         ("run with teacher", "mim run"),
         ("run", "mim run"),
+        ("teacher run", "mim run"),
+        ("ibot full", "ibot"),
+        ("ibot student", "ibot"),
+        ("ibot backbone", "ibot"),
         ("ddp", "timm"),
         ("compiled", "timm"),
         ("ddp of compiled", "timm"),
@@ -90,3 +119,8 @@ def test_every_layout_gives_back_the_encoder(vit, layout, name):
 @pytest.mark.parametrize("checkpoint", [None, 3, "text", [torch.ones(2)], {}, {"model": {}}, {"epoch": 3, "lr": 0.1}])
 def test_what_is_no_checkpoint_has_no_tensors(checkpoint):
     assert named_tensors(checkpoint) == {}
+
+
+def test_layer_scale_of_self_distillation_gets_timms_names():
+    tensors = {"backbone.blocks.0.gamma_1": torch.ones(2), "backbone.blocks.0.gamma_2": torch.ones(2)}
+    assert to_timm(tensors)[1].keys() == {"blocks.0.ls1.gamma", "blocks.0.ls2.gamma"}

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from mim.layers.positions import sincos_positions
+from mim.layers.positions import sincos_positions, stretch_positions
 
 
 def test_every_entry_follows_the_formula():
@@ -31,3 +31,18 @@ def test_the_first_half_of_the_channels_changes_with_the_column_only():
 def test_a_width_that_is_no_multiple_of_four_is_refused():
     with pytest.raises(ValueError, match="multiple of 4, not 30"):
         sincos_positions((2, 2), 30)
+
+
+def test_stretching_keeps_the_prefix_and_the_table_of_the_same_grid():
+    table = torch.randn(1, 197, 8)
+    assert stretch_positions(table, (14, 14), (14, 14), 1) is table
+    small = stretch_positions(table, (14, 14), (6, 6), 1)
+    assert small.shape == (1, 37, 8)
+    assert torch.equal(small[:, 0], table[:, 0])
+
+
+def test_stretching_follows_the_rule_of_the_reference():
+    table = torch.randn(1, 196, 4)
+    square = table.view(1, 14, 14, 4).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(square, scale_factor=(6.1 / 14, 3.1 / 14), mode="bicubic")
+    torch.testing.assert_close(stretch_positions(table, (14, 14), (6, 3), 0), expected.flatten(2).transpose(1, 2))

@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -57,3 +60,11 @@ def test_the_state_loads_into_the_model_alone():
     vit = build("plain")
     wrapper = TokenReducedViT(vit, ToMe(PerBlock(2)))
     build("plain").load_state_dict(wrapper.vit.state_dict())
+
+
+def test_the_lines_of_the_readme_work():
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    (lines,) = re.findall(r"```python\n(from mim.reduction.*?)```", text, re.DOTALL)
+    names = {"timm": timm}
+    exec(lines.replace("vit_large_patch16_224", "vit_tiny_patch16_224").replace("pretrained=True", "depth=2"), names)
+    assert names["fast"](torch.randn(1, 3, 224, 224)).shape == (1, 1000)

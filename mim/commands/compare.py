@@ -1,0 +1,74 @@
+"""Put runs side by side, or train them first: ``python tools/compare.py --methods mae,recipe.yaml --seeds 3``."""
+
+from pathlib import Path
+
+from mim.errors import UserError
+
+
+def run(
+    runs: str = "",
+    methods: str = "",
+    data: str = "builtin",
+    epochs: float | None = None,
+    seeds: int = 3,
+    images: int = 6,
+    out: Path = Path("runs/compare"),
+) -> None:
+    """One table with mean and spread, and one page with the same images under every run.
+
+    Args:
+        runs: run folders, separated by commas; those whose names differ only after '-seed-' share a row.
+        methods: what to train first, separated by commas: a method, a method with another masking policy as
+            mae+RandomMasking, or a config file. All see the same images for the same number of epochs.
+        data: images to train on.
+        epochs: of every training; the recipe's own unless given.
+        seeds: trainings of each.
+        images: shown on the page.
+        out: folder for trainings, compare.html and summary.md.
+    """
+    chosen, wanted = _split(runs), _split(methods)
+    if not chosen and not wanted:
+        raise UserError("there is nothing to compare", hint="--runs runs/001-mae-a,runs/002-mae-b   or   --methods mae")
+    if seeds < 1 or images < 1:
+        raise UserError("--seeds and --images must be positive", hint="--seeds 3 --images 6")
+    folders = [Path(run) for run in chosen]
+    for method in wanted:
+        folders += [_train(method, data, epochs, seed, out) for seed in range(seeds)]
+    # torch is imported when there is something to read: --help must not wait for it.
+    from mim.compare import collect, strips, tables, write_page
+
+    entries = collect(folders)
+    text, markdown, rows = tables(entries)
+    print(f"\n{text}\n")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "summary.md").write_text(markdown, encoding="utf-8")
+    write_page(out / "compare.html", rows, strips(entries, images))
+    print(f"  table   {out / 'summary.md'}\n  page    {out / 'compare.html'}")
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _train(method: str, data: str, epochs: float | None, seed: int, out: Path) -> Path:
+    """Trains, or goes on with what was begun; a finished training is taken as it is."""
+    import json
+
+    from mim.cli import translate
+    from mim.commands.pretrain import main
+
+    name, _, policy = method.partition("+")
+    folder = out / f"{Path(name).stem}{f'-{policy}' if policy else ''}-seed-{seed}"
+    summary = folder / "summary.json"
+    if summary.is_file() and json.loads(summary.read_text()).get("status") == "done":
+        return folder
+    args = ["--resume", str(folder)] if (folder / "config.yaml").is_file() else ["--out", str(folder)]
+    if args[0] == "--out":
+        args += ["--config", name] if name.endswith((".yaml", ".yml")) else ["--method", name]
+        args += ["--data", data, "--seed", str(seed)]
+        args += ["--epochs", str(epochs)] if epochs is not None else []
+        args += ["--model.init_args.masking", policy] if policy else []
+    status = main(translate(args))
+    if status:
+        raise SystemExit(status)
+    return folder
