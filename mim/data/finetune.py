@@ -68,7 +68,7 @@ class FinetuneData(L.LightningDataModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401 - Lightning's signature
         """Takes the unreadable files out of a batch and counts them."""
-        pixels, labels, bad = batch
+        pixels, labels, *_, bad = batch
         for name, reason in bad:
             self.bad_files.add(name, reason)
         self.bad_files.stop_if_too_many()
@@ -78,7 +78,9 @@ class FinetuneData(L.LightningDataModule):
         """Normalises on the device."""
         pixels, labels = batch
         frames = self.frames.to(labels.device)
-        return frames.normalize(pixels) if isinstance(pixels, Tensor) else frames(pixels), labels
+        return frames.normalize(pixels) if isinstance(pixels, Tensor) else [
+            frames.normalize(view) for view in pixels
+        ], labels
 
     def _loading(self, trainer: L.Trainer) -> dict[str, Any]:
         return {

@@ -9,10 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Lightning, timm and HPM; MAE and its descendants; HPM's moving average, where nothing else is kept; self-distillation,
-# whose published numbers are the teacher's. The order matters: beside its weights an HPM file keeps the name of its
-# architecture under "model".
-_CONTAINERS = ("state_dict", "model", "ema_state_dict", "teacher", "student")
+# Lightning, timm and HPM; MAE and its descendants; self-distillation, whose published numbers are the teacher's; HPM's
+# moving average, where nothing else is kept. The order matters: an HPM file names its architecture under "model".
+_CONTAINERS = ("state_dict", "model", "teacher", "student", "ema_state_dict")
 _WRAPPERS = ("_orig_mod.", "module.")  # torch.compile; DataParallel and DDP
 
 
