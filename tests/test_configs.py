@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mim.cli import COMMANDS, function_parser
-from mim.config import build_parser, parse
+from mim.config import parse
+from mim.encoder import Encoder
 from mim.methods import Method
 
 ROOT = Path(__file__).parents[1] / "configs"
@@ -35,7 +36,7 @@ def test_its_images_divide_into_patches(path, monkeypatch):
     generator = torch.Generator()  # which timm's moving average makes on the device of its weights
     monkeypatch.setattr("torch.Generator", lambda device: generator)
     with torch.device("meta"):  # no memory for big models
-        encoder = build_parser().instantiate(config).model.encoder
+        encoder = Encoder(**vars(config.model.init_args.encoder))
     for side, patch, count in zip(encoder.img_size, encoder.patch_size, encoder.grid, strict=True):
         assert side == patch * count
 

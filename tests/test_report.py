@@ -90,6 +90,13 @@ def test_changed_settings_stand_beside_their_defaults(run):
     assert '<th scope="row">masking.ratio</th><td><strong>0.6</strong></td><td>0.75</td>' in page_of(run)
 
 
+def test_signs_of_health_stand_open_under_readable_names(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,epoch,health/class_entropy,train/class\n1,1,0.8,3\n2,2,0.7,2\n")
+    page = page_of(tmp_path)
+    assert page.index("<h3>Health of the method</h3>") < page.index("Class entropy") < page.index("<details>")
+    assert page.index("<details>") < page.index("train/class")
+
+
 def test_an_empty_folder_gives_a_page(tmp_path):
     assert "<h1>" in page_of(tmp_path)
 

@@ -100,9 +100,22 @@ def curves(run: Run) -> Html:
         for title, lines, unit, from_zero in CHARTS
     ]
     named = {key for _, lines, *_ in CHARTS for key in lines.values()}
-    others = [chart(name, {name: points}, scale) for name, points in sorted(run.metrics.items()) if name not in named]
-    main, more = (tag("div", *filter(None, group), class_="charts") if any(group) else "" for group in (charts, others))
-    return section("How it went", main, folded("All other measurements", more))
+    rest = sorted(name for name in run.metrics if name not in named)
+    health = [chart(readable(name), {name: run.metrics[name]}, scale) for name in rest if name.startswith(HEALTH)]
+    others = [chart(name, {name: run.metrics[name]}, scale) for name in rest if not name.startswith(HEALTH)]
+    main, signs, more = (
+        tag("div", *filter(None, group), class_="charts") if any(group) else "" for group in (charts, health, others)
+    )
+    titled = [tag("h3", "Health of the method"), signs] if signs else []
+    return section("How it went", main, *titled, folded("All other measurements", more))
+
+
+HEALTH = "health/"
+
+
+def readable(name: str) -> str:
+    """``Class entropy`` for ``health/class_entropy``."""
+    return name.removeprefix(HEALTH).replace("_", " ").capitalize()
 
 
 CHARTS: list[tuple[str, dict[str, str], str, bool]] = [

@@ -228,3 +228,9 @@ def test_a_waiting_loader_is_named_once(tmp_path, method, monkeypatch, capsys):
         clock[0] += 0.5
         log.on_train_batch_end(trainer_at(step, max_steps=30, loss=0.5), method, None, None, 0)
     assert capsys.readouterr().out.count("loader is the bottleneck (50% waiting)") == 1
+
+
+def test_what_a_method_finds_wrong_is_said_once(tmp_path, method, monkeypatch, capsys):
+    monkeypatch.setattr(Silent, "health_warning", lambda self, values: "all is one", raising=True)
+    run(RunLog(RunFolder(tmp_path), 1), method, range(1, 5))
+    assert capsys.readouterr().out.count("health  all is one") == 1
