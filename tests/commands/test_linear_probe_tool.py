@@ -22,7 +22,7 @@ def probe(weights, photos, *args):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], "class token of the last block, 32x32 px, centre crop 1;"),
+        ([], "class token of the last block, 32 px, centre crop 1;"),
         (["--optimizer", "lars", "--pool", "mean"], "batch norm without affine, LARS, 3 epochs of batch 16"),
         (["--layers", 2, "--pool", "both", "--norm", "none", "--select", "on_test"], "CHOSEN ON THE REPORTED IMAGES"),
         (["--head", "attentive"], "all patch tokens of the last block"),
