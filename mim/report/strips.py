@@ -50,6 +50,7 @@ SEEN = {
     "error": "Error: how far the reconstruction of each patch is off while it is hidden, bright is much.",
     "attention": "Attention: where the class token looks in the last block, bright is much.",
     "similarity": "Similarity: how much each patch is like the one in the centre, bright is much.",
+    "clusters": "Clusters: patches of one colour are nearest to the same prototype.",
     "features": "Features: the three main directions of the patch features as red, green and blue; "
     "patches of one colour are alike to the model.",
 }
