@@ -94,7 +94,7 @@ def load_encoder(
         note = f"newest checkpoint of {folder}, which has not finished"
         return LoadedEncoder(encoder, *data.statistics(encoder.in_chans), note)
     encoder = Encoder(model or _model_of(weights, trust), img_size, dynamic_img_size=dynamic_img_size)
-    note = init_backbone(encoder.vit, weights, trust=trust)
+    note = init_backbone(encoder.vit, weights, trust=trust, option="--weights")
     cfg = cast(dict[str, Any], encoder.vit.pretrained_cfg)
     return LoadedEncoder(encoder.eval(), list(cfg["mean"]), list(cfg["std"]), note.removeprefix("init: "))
 
@@ -133,8 +133,9 @@ def _model_of(weights: str, trust: bool) -> str:
     """What ``timm.create_model`` builds the model of these weights from."""
     folder = Path(weights.removeprefix("local-dir:"))
     if folder.is_dir():
-        return f"local-dir:{_weights_in(folder)[0].parent}"
+        return f"local-dir:{_weights_in(folder, '--weights')[0].parent}"
     if not folder.exists():
+        _check_published(weights, "--weights")
         return weights
     guess = likely_model(to_timm(load_weights(folder, trust=trust, option="--weights"))[1])
     if guess is None:
@@ -142,24 +143,25 @@ def _model_of(weights: str, trust: bool) -> str:
     return guess
 
 
-def init_backbone(vit: VisionTransformer, weights: str, *, trust: bool = False) -> str:
+def init_backbone(vit: VisionTransformer, weights: str, *, trust: bool = False, option: str = "--init") -> str:
     """Copy weights of any known layout into ``vit`` and say in one line what matched.
 
     Args:
         vit: takes the weights; unchanged if they do not fit.
         weights: a checkpoint file, a run or timm folder, or a timm name, which timm may download.
         trust: see :func:`load_weights`.
+        option: the command-line option that named the weights, for messages.
 
     Raises:
         UserError: if nothing is found, or less than 90 % of the tensors there and in ``vit`` match.
     """
-    layout, tensors, grid = _find_weights(weights, trust)
+    layout, tensors, grid = _find_weights(weights, trust, option)
     tensors, notes = adapt(tensors, vit, grid)
     own = vit.state_dict()
     matched = {name: tensors[name] for name in own if _same_kind(tensors.get(name), own[name])}
     # Both ways round: the first blocks of a deeper model would fit, too, and give nonsense.
     if len(matched) < _MATCH * max(len(own), len(tensors)):
-        raise _misfit(vit, weights, tensors, len(matched))
+        raise _misfit(vit, weights, tensors, len(matched), option)
     vit.load_state_dict(matched, strict=False)
     missing = [name for name in own if name not in matched]
     notes += [f"not in it and left as they were: {', '.join(missing)}"] if missing else []
@@ -168,17 +170,17 @@ def init_backbone(vit: VisionTransformer, weights: str, *, trust: bool = False) 
     return ", ".join([f"init: {len(matched)} of {len(own)} tensors from {weights} ({layout} layout)", *notes])
 
 
-def _find_weights(weights: str, trust: bool) -> tuple[str, dict[str, Tensor], tuple[int, int] | None]:
+def _find_weights(weights: str, trust: bool, option: str) -> tuple[str, dict[str, Tensor], tuple[int, int] | None]:
     """Layout, tensors under timm's names and, where it is recorded, the grid of their positions."""
     path, grid = Path(weights.removeprefix("local-dir:")), None
     if path.is_dir():
-        path, grid = _weights_in(path)
+        path, grid = _weights_in(path, option)
     elif not path.exists():
-        return _published(weights)
-    return *to_timm(load_weights(path, trust=trust)), grid
+        return _published(weights, option)
+    return *to_timm(load_weights(path, trust=trust, option=option)), grid
 
 
-def _weights_in(folder: Path) -> tuple[Path, tuple[int, int] | None]:
+def _weights_in(folder: Path, option: str) -> tuple[Path, tuple[int, int] | None]:
     """The weight file of a timm folder or a run, the export before the last checkpoint."""
     for home in (folder, folder / "export" / "backbone"):
         if (home / "config.json").is_file():
@@ -187,7 +189,7 @@ def _weights_in(folder: Path) -> tuple[Path, tuple[int, int] | None]:
     last = folder / "checkpoints" / "last.ckpt"
     if not last.is_file():
         raise UserError(
-            f"--init {folder} holds no weights",
+            f"{option} {folder} holds no weights",
             why="it is neither a timm folder (config.json) nor a run (export/backbone or checkpoints/last.ckpt)",
         )
     return last, None
@@ -204,31 +206,37 @@ def _recorded_grid(folder: Path) -> tuple[int, int] | None:
     return height, width
 
 
-def _published(name: str) -> tuple[str, dict[str, Tensor], tuple[int, int] | None]:
+def _published(name: str, option: str) -> tuple[str, dict[str, Tensor], tuple[int, int] | None]:
     """Weights that timm fetches by name: the one door to the network, open only because the user named them."""
-    if not is_model_pretrained(name):
-        close = get_close_matches(name, timm.list_pretrained("vit_*"), n=2)
-        raise UserError(
-            f"--init {name}: no such file, folder or timm weights",
-            hint=" or ".join(f"--init {other}" for other in close) or "--init FILE, --init RUN or a timm name",
-        )
+    _check_published(name, option)
     try:
         source = timm.create_model(name, pretrained=True, num_classes=0)
     except (OSError, RuntimeError) as problem:  # no network, offline mode, a damaged download
         raise UserError(
-            f"--init {name}: timm could not get these weights",
+            f"{option} {name}: timm could not get these weights",
             why=str(problem).partition("\n")[0],
-            hint="--init FILE with weights on this machine, or the same command with a network connection",
+            hint=f"{option} FILE with weights on this machine, or the same command with a network connection",
         ) from problem
     grid = cast(tuple[int, int] | None, getattr(getattr(source, "patch_embed", None), "grid_size", None))
     return "timm", source.state_dict(), grid
+
+
+def _check_published(name: str, option: str) -> None:
+    """Refuses what is neither there nor known to timm."""
+    if is_model_pretrained(name):
+        return
+    close = get_close_matches(name, timm.list_pretrained("vit_*"), n=2)
+    raise UserError(
+        f"{option} {name}: no such file, folder or timm weights",
+        hint=" or ".join(f"{option} {other}" for other in close) or f"{option} FILE, {option} RUN or a timm name",
+    )
 
 
 def _same_kind(tensor: Tensor | None, own: Tensor) -> bool:
     return tensor is not None and tensor.shape == own.shape and tensor.is_floating_point() == own.is_floating_point()
 
 
-def _misfit(vit: VisionTransformer, weights: str, tensors: dict[str, Tensor], matched: int) -> UserError:
+def _misfit(vit: VisionTransformer, weights: str, tensors: dict[str, Tensor], matched: int, option: str) -> UserError:
     own, guess = vit.state_dict(), likely_model(tensors)
     names = ["blocks.0.attn.qkv.weight", *own, *tensors]
     name = next(name for name in names if name not in own or not _same_kind(tensors.get(name), own[name]))
@@ -237,7 +245,7 @@ def _misfit(vit: VisionTransformer, weights: str, tensors: dict[str, Tensor], ma
     deeper = f", but {len(tensors) - matched} of its own have no place" if matched >= _MATCH * len(own) else ""
     example = f"e.g. {name} is {there} there, {here} here" + (f" -> looks like {guess}" if guess else "")
     return UserError(
-        f"--init {weights} does not fit {cast(dict[str, Any], vit.pretrained_cfg)['architecture']}",
+        f"{option} {weights} does not fit {cast(dict[str, Any], vit.pretrained_cfg)['architecture']}",
         why=f"matched {matched} of {len(own)} tensors{deeper}; {example}",
         hint=f"--model {guess}" if guess else "the --model that these weights were made with",
     )

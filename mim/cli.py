@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mim import __version__
 from mim.errors import UserError
+from mim.processes import process_rank
 
 if TYPE_CHECKING:  # even this parser takes a moment to import: help and typing mistakes come first
     from jsonargparse import ArgumentParser
@@ -108,7 +109,7 @@ def main(command: str | None = None, args: Sequence[str] | None = None) -> int:
     except UserError as error:
         if debug:
             traceback.print_exc()
-        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+        if process_rank() == 0:
             print(error, file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output, such as `head`, has left

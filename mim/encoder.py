@@ -308,8 +308,8 @@ def _skeleton(model: str) -> VisionTransformer:
     try:
         with torch.device("meta"):
             skeleton = timm.create_model(model, num_classes=0)
-    except RuntimeError as error:
-        if not str(error).startswith(("Unknown model", "Invalid pretrained tag")):
+    except (RuntimeError, ValueError) as error:  # the latter for what looks like a path
+        if not str(error).startswith(("Unknown model", "Invalid pretrained tag", "Model name")):
             raise
         near = difflib.get_close_matches(model, timm.list_models() + timm.list_pretrained(), n=3, cutoff=0.5)
         raise UserError(

@@ -1,18 +1,21 @@
 """The folder of a run: numbered, with fixed names for everything that a run leaves behind."""
 
 import json
+import logging
 import os
 import platform
 import re
 import shlex
 import subprocess
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 from tqdm import tqdm
 
+from mim.data.pretrain import BadFileWarning
 from mim.errors import UserError
 
 
@@ -174,3 +177,20 @@ def _number(path: Path) -> int:
 def terminal() -> bool:
     """Whether a person is watching."""
     return sys.stdout.isatty()
+
+
+def quieten(rank: int) -> None:
+    """Keeps Lightning's tips and hints off the screen; what a user can act on, we say ourselves."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    if rank != 0:
+        warnings.filterwarnings("ignore", category=BadFileWarning)  # the first process names them
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *rest: object, **more: object) -> None:
+    head = "warning:" if issubclass(category, BadFileWarning) else f"warning: {category.__name__}:"
+    tqdm.write(f"{head} {message}")
+    sys.stdout.flush()

@@ -1,9 +1,7 @@
 """The frame of a segmentation evaluation: opens weights and masks, trains heads, scores, draws, writes into the run."""
 
 import json
-import logging
 import os
-import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,10 +20,11 @@ from mim.evaluation.segmentation import SegmentationOptim, SegmentationScores, S
 from mim.evaluation.segmentation_heads import KNNHead, LinearHead, UPerHead, patch_labels
 from mim.evaluation.windows import Inference
 from mim.overlays import save_overlay
+from mim.processes import process_rank
 from mim.randomness import derive_seed, keyed_generator
 from mim.report import write_report
 from mim.report.tables import spread, text_table
-from mim.run import evaluation_folder
+from mim.run import evaluation_folder, quieten
 from mim.segment_options import HeadRecipe, MaskedSubject, Scoring
 
 TRAINED, UNTRAINED = "pretrained", "untrained"
@@ -42,7 +41,7 @@ class Segmentation:
     """
 
     def __init__(self, subject: MaskedSubject, recipe: HeadRecipe, scoring: Scoring) -> None:
-        _quieten()
+        quieten(process_rank())
         if scoring.threads:
             torch.set_num_threads(scoring.threads)
         self.subject, self.recipe, self.scoring = subject, recipe, scoring
@@ -297,11 +296,3 @@ def _numbers(ignore: int | str) -> tuple[int, ...]:
         raise UserError(
             f"--ignore {ignore} is not a list of numbers", hint="--ignore 255   or   --ignore 255,0"
         ) from None
-
-
-def _quieten() -> None:
-    """Keeps Lightning's tips and hints off the screen."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")

@@ -101,7 +101,7 @@ def _from_weights(weights: str, model: str | None, data_licence: str, trust: boo
         raise UserError(f"{name} is no model that timm can build", why=str(problem).partition("\n")[0]) from problem
     if not isinstance(vit, VisionTransformer):
         raise UserError(f"{name} is not a plain ViT", hint="--model vit_small_patch16_224")
-    print(init_backbone(vit, weights, trust=trust))
+    print(init_backbone(vit, weights, trust=trust, option="--weights"))
     cfg = cast(dict[str, Any], vit.pretrained_cfg)
     card = ModelCard(method="unknown", data="unknown", data_licence=data_licence, notes=(f"converted from {weights}",))
     return vit, {"mean": cfg["mean"], "std": cfg["std"]}, {}, card

@@ -5,6 +5,7 @@ import sys
 from typing import Literal
 
 from mim.errors import UserError
+from mim.processes import process_rank
 from mim.subject import FinetuneRecipe, Subject
 
 INTERRUPTED = 75
@@ -37,15 +38,12 @@ def run(
     """
     _check(recipe, seeds, devices * accumulate)
     # torch is imported when there is something to train: --help must not wait for it.
-    import os
-
-    from mim.commands.pretrain import _quieten
     from mim.finetuning import Machine, StoppedError, best_precision, export, finish, remember, settings_of, train
     from mim.measure import TRAINED, UNTRAINED, Measurement, Scores
-    from mim.run import evaluation_folder
+    from mim.run import evaluation_folder, quieten
 
-    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
-    _quieten(rank)
+    rank = process_rank()
+    quieten(rank)
     measurement = Measurement.open(subject)
     kind = best_precision(measurement.device) if precision == "auto" else precision
     machine = Machine(devices, accumulate, kind, eval_every or recipe.epochs / 10)

@@ -1,11 +1,7 @@
 """Pretrain a Vision Transformer: from a folder of images to a timm model."""
 
-import logging
 import math
-import os
-import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +12,6 @@ from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 from timm.models.vision_transformer import Block
-from tqdm import tqdm
 
 from mim import __version__
 from mim.callbacks import Checkpoints, Evaluation, RunLog, Signals
@@ -24,12 +19,13 @@ from mim.callbacks.run_log import duration
 from mim.checkpoint import ModelCard, export_backbone, init_backbone
 from mim.checkpoint_io import AtomicCheckpointIO, checkpoint_step, newest_good
 from mim.config import changes, instantiate, parse, run_options, save_config
-from mim.data.pretrain import BadFileWarning, PretrainData
+from mim.data.pretrain import PretrainData
 from mim.encoder import Encoder
 from mim.errors import UserError
 from mim.methods import Method, NonFiniteError, Plan
+from mim.processes import process_rank
 from mim.report import write_report
-from mim.run import RunFolder, git_commit, versions
+from mim.run import RunFolder, git_commit, quieten, versions
 
 INTERRUPTED = 75
 """Exit status of a run that a signal stopped after it had saved; ``--resume`` continues it."""
@@ -56,8 +52,8 @@ class Pretraining:
     """
 
     def __init__(self, config: Namespace, resumed: RunFolder | None) -> None:
-        self.rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0"))))
-        _quieten(self.rank)
+        self.rank = process_rank()
+        quieten(self.rank)
         self.config, self.resumed, self.options = config, resumed, run_options(config)
         if self.options.threads:
             torch.set_num_threads(self.options.threads)
@@ -373,20 +369,3 @@ def _hidden(method: Method) -> str:
 def _best_precision(accelerator: str) -> str:
     cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return "bf16-mixed" if cuda and torch.cuda.is_bf16_supported() else "32-true"
-
-
-def _quieten(rank: int) -> None:
-    """Keeps Lightning's tips and hints off the screen; what a user can act on, we say ourselves."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    if rank != 0:
-        warnings.filterwarnings("ignore", category=BadFileWarning)  # the first process names them
-    warnings.showwarning = _show_warning
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *rest: object, **more: object) -> None:
-    head = "warning:" if issubclass(category, BadFileWarning) else f"warning: {category.__name__}:"
-    tqdm.write(f"{head} {message}")
-    sys.stdout.flush()

@@ -1,5 +1,6 @@
 """Semantic segmentation: ``python tools/segment.py --weights runs/001-mae-photos --data my_masks``."""
 
+from mim.processes import process_rank
 from mim.segment_options import HeadRecipe, MaskedSubject, Scoring
 
 
@@ -12,11 +13,9 @@ def run(subject: MaskedSubject, recipe: HeadRecipe, scoring: Scoring) -> None:
         scoring: how images are scored.
     """
     # torch is imported when there is something to measure: --help must not wait for it.
-    import os
-
     from mim.segmenting import Segmentation
 
     segmentation = Segmentation(subject, recipe, scoring)
-    if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+    if process_rank() == 0:
         segmentation.introduce()
     segmentation.measure()

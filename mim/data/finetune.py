@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from mim.data.augment import Augmented
 from mim.data.labelled import Framed, collate_framed
-from mim.data.pretrain import STALL, BadFiles, Crops, _Endless, collate, leave_signals_to_the_run
+from mim.data.pretrain import STALL, BadFiles, Crops, EndlessLoader, collate, leave_signals_to_the_run
 from mim.data.sampler import Shard, StepSampler
 from mim.data.sources import Source
 
@@ -50,7 +50,7 @@ class FinetuneData(L.LightningDataModule):
         assert trainer is not None
         shard = Shard(trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches)
         steps = range(self.first_step, trainer.max_steps)
-        return _Endless(
+        return EndlessLoader(
             Crops(self.train, self.frames, self.seed),
             batch_sampler=StepSampler(len(self.train), self.batch_size, steps, self.seed, shard),
             collate_fn=collate,

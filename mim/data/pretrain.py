@@ -103,7 +103,7 @@ class PretrainData(L.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         shard = Shard(trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches)
-        return _Endless(
+        return EndlessLoader(
             Crops(self.source, self.views, self.seed),
             batch_sampler=self.sampler(range(self.first_step, trainer.max_steps), shard),
             num_workers=self.num_workers,
@@ -274,10 +274,11 @@ class Centers(Dataset[tuple[Tensor, int] | None]):
         return self.views.center(image), self.source.labels[index] if self.source.labels else -1
 
 
-class _Endless(DataLoader[Any]):
+class EndlessLoader(DataLoader[Any]):
     """A loader without a length: Lightning then counts no epochs, and steps alone say where the run is."""
 
     def __len__(self) -> int:
+        """There is none."""
         raise TypeError("a loader of one long pass has no length")
 
 

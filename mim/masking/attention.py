@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mim.masking.base import Masking, fresh_rows
+from mim.masking.base import Masking, check_ratios, fresh_rows
 from mim.randomness import RowGenerator
 
 
@@ -38,9 +38,9 @@ class AttentionMasking(Masking):
         super().__init__()
         if mode not in ("high", "hint", "low"):
             raise ValueError(f"mode {mode} is none of high, hint and low")
-        if not 0 <= low <= high < 1 or not 0 <= whole <= 1 or not 0 <= show_max <= 1:
-            numbers = f"{low}, {high}, {whole} and {show_max}"
-            raise ValueError(f"need 0 <= low <= high < 1 and whole and show_max in [0, 1], not {numbers}")
+        check_ratios(low, high, whole)
+        if not 0 <= show_max <= 1:
+            raise ValueError(f"show_max {show_max} is no share of the patches")
         self.mode, self.low, self.high, self.whole, self.show_max = mode, low, high, whole, show_max
 
     def most_hidden(self, patches: int) -> int:

@@ -54,3 +54,13 @@ class Masking(nn.Module):
 def fresh_rows(batch_size: int, device: torch.device | str | None) -> RowGenerator:
     """Row keys drawn from torch's global generator."""
     return RowGenerator(torch.randint(2**62, (batch_size,), device=device), int(torch.randint(2**62, ())))
+
+
+def check_ratios(low: float, high: float, whole: float) -> None:
+    """Refuses a range of ratios, or a share of images left whole, that cannot be.
+
+    Raises:
+        ValueError: unless ``0 <= low <= high < 1`` and ``0 <= whole <= 1``.
+    """
+    if not 0 <= low <= high < 1 or not 0 <= whole <= 1:
+        raise ValueError(f"need 0 <= low <= high < 1 and 0 <= whole <= 1, not {low}, {high} and {whole}")

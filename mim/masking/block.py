@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mim.masking.base import Masking, fresh_rows
+from mim.masking.base import Masking, check_ratios, fresh_rows
 from mim.randomness import RowGenerator
 
 _ATTEMPTS = 10  # tries to place one more rectangle before an image counts as full
@@ -27,8 +27,7 @@ class BlockMasking(Masking):
 
     def __init__(self, low: float = 0.1, high: float = 0.5, whole: float = 0.5) -> None:
         super().__init__()
-        if not 0 <= low <= high < 1 or not 0 <= whole <= 1:
-            raise ValueError(f"need 0 <= low <= high < 1 and 0 <= whole <= 1, not {low}, {high} and {whole}")
+        check_ratios(low, high, whole)
         self.low, self.high, self.whole = low, high, whole
 
     def most_hidden(self, patches: int) -> int:

@@ -47,6 +47,13 @@ def test_a_file_of_an_unknown_shape_asks_for_the_model(vit, tmp_path):
         load_encoder(str(tmp_path / "x.pth"))
 
 
+def test_messages_name_the_option_that_was_given(tmp_path):
+    for weights in (str(tmp_path), str(tmp_path / "nothing")):
+        with pytest.raises(UserError, match="--weights") as refused:
+            load_encoder(weights)
+        assert "--init" not in str(refused.value)
+
+
 def test_untrained_encoders_have_the_same_shape_and_depend_on_the_seed(folder):
     state = torch.get_rng_state()
     first, again, other = (untrained_encoder(str(folder), seed) for seed in (0, 0, 1))
