@@ -230,3 +230,11 @@ def test_durations_have_two_units(seconds, text):
 )
 def test_numbers_are_short(value, text):
     assert number(value) == text
+
+
+def test_an_evaluation_stands_beside_the_untrained_encoder(run):
+    result = {"title": "k-NN", "metrics": {"top-1": [0.5], "top-1, untrained": [0.3, 0.5], "images": 7}}
+    (run / "evaluation" / "segmentation" / "metrics.json").write_text(json.dumps(result))
+    page = write_report(run).read_text()
+    assert '<th scope="row">top-1</th><td>50.0 %</td><td>40.0 ± 14.1 %</td>' in page
+    assert '<th scope="row">images</th><td>7</td>' in page

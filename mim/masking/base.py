@@ -17,6 +17,11 @@ class Masking(nn.Module):
 
     guided: ClassVar[bool] = False
 
+    def extra_repr(self) -> str:
+        """The policy's settings, as a run prints them before it starts."""
+        own = {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "training"}
+        return ", ".join(f"{name}={value}" for name, value in own.items())
+
     def visible_count(self, patches: int) -> int | None:
         """How many of ``patches`` stay visible in every image; None if that differs between images."""
         return None

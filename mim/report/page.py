@@ -7,13 +7,13 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mim.report.charts import chart, seeds
 from mim.report.markup import Html, count, duration, folded, number, percent, section, table, tag
 from mim.report.record import KNN, LINEAR, LOSS, LR, RANKME, SPREAD, Run, read_json, read_run, to_float
 from mim.report.strips import overlay, what_it_sees
 from mim.report.style import PAGE, STYLE
+from mim.report.tables import spread
 
 PAGE_BYTES = 3_000_000
 PICTURE_BYTES = (300_000, 60_000, 8_000)  # of one picture: the first with which the page is small enough
@@ -143,29 +143,23 @@ def probes(run: Run) -> Html:
     rows = [
         (
             name,
-            mean_and_spread(untrained),
-            tag("strong", mean_and_spread(trained)),
+            spread(untrained.tolist()),
+            tag("strong", spread(trained.tolist())),
             f"{100 * (trained.mean() - untrained.mean()):+.1f} points",
             seeds(untrained, trained, low, high),
         )
         for name, (untrained, trained) in results.items()
     ]
     runs = max(len(values) for pair in results.values() for values in pair)
-    spread = f"Mean ± standard deviation of {runs} seeds." if runs > 1 else "One seed only, so no spread is known."
+    note = f"Mean ± standard deviation of {runs} seeds." if runs > 1 else "One seed only, so no spread is known."
     return section(
         "What it is worth",
         table(rows, head=["top-1", "untrained", "pretrained", "gain", "each seed: ○ untrained, ● pretrained"]),
-        lead=f"{probe.get('protocol', '')} {spread}".strip(),
+        lead=f"{probe.get('protocol', '')} {note}".strip(),
     )
 
 
 PROBES = {"knn": "k-NN", "linear": "linear"}
-
-
-def mean_and_spread(values: NDArray[np.float64]) -> str:
-    """``61.7 ± 0.4 %``."""
-    spread = f" ± {100 * values.std(ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{100 * values.mean():.1f}{spread}\u202f%"
 
 
 def evaluations(run: Run, limit: int) -> list[Html]:
@@ -176,7 +170,10 @@ def evaluations(run: Run, limit: int) -> list[Html]:
         metrics = content.get("metrics")
         if not isinstance(metrics, dict):
             continue
-        plain = [(name, measured(value)) for name, value in metrics.items() if not isinstance(value, dict)]
+        pairs = {name: f"{name}, untrained" for name in metrics if f"{name}, untrained" in metrics}
+        beside = [(name, spread(metrics[name]), spread(metrics[other])) for name, other in pairs.items()]
+        single = {name: value for name, value in metrics.items() if name not in {*pairs, *pairs.values()}}
+        plain = [(name, measured(value)) for name, value in single.items() if not isinstance(value, dict)]
         nested = {name: value for name, value in metrics.items() if isinstance(value, dict)}
         details = [
             folded(name, table((key, measured(v)) for key, v in value.items())) for name, value in nested.items()
@@ -184,15 +181,16 @@ def evaluations(run: Run, limit: int) -> list[Html]:
         files = sorted(path.parent.glob("*.png"))[:OVERLAYS] if path.parent != run.folder else []
         overlays = tag("div", *filter(None, (overlay(file, run, limit) for file in files)), class_="pair")
         title = str(content.get("title") or path.parent.name)
-        sections.append(section(title, table(plain), *details, overlays, lead=str(content.get("protocol") or "")))
+        numbers = table(beside, head=["", "pretrained", "untrained"]), table(plain)
+        sections.append(section(title, *numbers, *details, overlays, lead=str(content.get("protocol") or "")))
     return sections
 
 
 def measured(value: object) -> str:
     """A metric of an evaluation; a list is one measured several times."""
     if isinstance(value, list) and value and all(isinstance(item, int | float) for item in value):
-        spread = f" ± {np.std(value, ddof=1):.2g} ({len(value)} seeds)" if len(value) > 1 else ""
-        return f"{number(float(np.mean(value)))}{spread}"
+        deviation = f" ± {np.std(value, ddof=1):.2g} ({len(value)} seeds)" if len(value) > 1 else ""
+        return f"{number(float(np.mean(value)))}{deviation}"
     return number(value)
 
 

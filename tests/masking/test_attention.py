@@ -120,3 +120,8 @@ def test_scores_are_needed():
 def test_settings_out_of_range_are_refused(arguments):
     with pytest.raises(ValueError, match=r"need 0 <=|is none of"):
         AttentionMasking(*arguments)
+
+
+def test_a_policy_prints_its_settings():
+    expected = "AttentionMasking(mode=low, low=0.1, high=0.5, whole=0.5, show_max=0.1)"
+    assert str(AttentionMasking("low")) == expected
