@@ -1,11 +1,13 @@
-"""Published reductions as compositions of this folder's parts, each with the schedules that it is used with."""
+"""Published reductions as compositions of this folder's parts, each with the one knob that it is used with."""
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from mim.errors import UserError
 from mim.reduction.base import TokenReduction
 from mim.reduction.clustering import GridClustering
 from mim.reduction.cropr import Cropr
@@ -16,19 +18,51 @@ from mim.reduction.schedule import KeepRate, PerBlock, Schedule
 from mim.reduction.scores import ClassAttention, Duplication, RandomScore
 
 
-def staged(patches: int, depth: int) -> list[Schedule]:
-    """Keep rates at a quarter, a half and three quarters of the depth."""
-    return [KeepRate(percent / 100) for percent in range(1, 101)]
+@dataclass(frozen=True)
+class Knob:
+    """What a recipe is turned up and down by.
+
+    Args:
+        unit: of its values, in words.
+        schedule: for a value and so many blocks.
+        values: all that it can be set to, for so many patches.
+        example: a usual value.
+    """
+
+    unit: str
+    schedule: Callable[[float, int], Schedule]
+    values: Callable[[int], Sequence[float]]
+    example: float
 
 
-def once(patches: int, depth: int) -> list[Schedule]:
-    """Keep rates at a quarter of the depth alone."""
-    return [KeepRate(percent / 100, at=[depth // 4]) for percent in range(1, 101)]
+def _percents(patches: int) -> list[float]:
+    return [percent / 100 for percent in range(1, 101)]
 
 
-def per_block(patches: int, depth: int) -> list[Schedule]:
-    """The same number at every block."""
-    return [PerBlock(r) for r in range(patches // 2)]
+STAGED = Knob(
+    "the share of tokens kept at a quarter, a half and three quarters of the depth",
+    lambda keep, depth: KeepRate(keep),
+    _percents,
+    0.7,
+)
+ONCE = Knob(
+    "the share of tokens kept at a quarter of the depth",
+    lambda keep, depth: KeepRate(keep, at=[depth // 4]),
+    _percents,
+    0.4,
+)
+PER_BLOCK = Knob(
+    "the whole number of tokens that every block takes away",
+    lambda r, depth: PerBlock(_whole(r)),
+    lambda patches: range(patches // 2),
+    8,
+)
+
+
+def _whole(value: float) -> int:
+    if value != int(value):
+        raise ValueError(f"{value:g} is not a whole number")
+    return int(value)
 
 
 @dataclass(frozen=True)
@@ -36,41 +70,82 @@ class Recipe:
     """A reduction with a knob.
 
     Args:
-        build: the reduction for a schedule and a timm ViT.
-        schedules: all that the knob can be set to, for so many patches and blocks.
-        trained: its score is drawn at random until it is trained: speed means something, accuracy does not.
+        build: the reduction for a schedule, a timm ViT and a number of classes.
+        knob: what it is turned by.
+        trained: its score is drawn at random until it is trained, which takes labels.
     """
 
-    build: Callable[[Schedule, Any], TokenReduction]
-    schedules: Callable[[int, int], list[Schedule]] = staged
+    build: Callable[[Schedule, Any, int], TokenReduction]
+    knob: Knob = STAGED
     trained: bool = False
 
-    def fit(self, vit: Any, share: float) -> TokenReduction:  # noqa: ANN401 - a timm ViT
+    def at(self, vit: Any, value: float, classes: int = 1) -> TokenReduction:  # noqa: ANN401 - a timm ViT
+        """The reduction with its knob at ``value``."""
+        return self.build(self.knob.schedule(value, len(vit.blocks)), vit, classes)
+
+    def fit(self, vit: Any, share: float, classes: int = 1) -> TokenReduction:  # noqa: ANN401 - a timm ViT
         """The reduction whose multiply-adds come nearest to a share of the whole model's."""
         wanted = share * count_macs(vit).total
         height, width = vit.patch_embed.grid_size
-        schedules = self.schedules(height * width, len(vit.blocks))
 
-        def distance(schedule: Schedule) -> float:
+        def distance(value: float) -> float:
             with torch.device("meta"):  # to be counted, a trained scorer needs no storage
-                return abs(count_macs(vit, self.build(schedule, vit)).total - wanted)
+                return abs(count_macs(vit, self.at(vit, value)).total - wanted)
 
-        return self.build(min(schedules, key=distance), vit)
+        return self.at(vit, min(self.knob.values(height * width), key=distance), classes)
 
 
-def _cropr(schedule: Schedule, vit: Any) -> TokenReduction:  # noqa: ANN401 - a timm ViT
+def _cropr(schedule: Schedule, vit: Any, classes: int) -> TokenReduction:  # noqa: ANN401 - a timm ViT
     assert isinstance(schedule, PerBlock)
-    return Cropr(vit.embed_dim, len(vit.blocks), num_classes=1, r=schedule.r)
+    return Cropr(vit.embed_dim, len(vit.blocks), classes, r=schedule.r)
 
 
 RECIPES = {
-    "random": Recipe(lambda schedule, vit: TopKPruning(schedule, RandomScore())),
-    "topk": Recipe(lambda schedule, vit: TopKPruning(schedule, ClassAttention())),
-    "evit": Recipe(lambda schedule, vit: TopKPruning(schedule, ClassAttention(), fuse=True)),
-    "dart": Recipe(lambda schedule, vit: TopKPruning(schedule, Duplication())),
-    "visionzip": Recipe(lambda schedule, vit: DominantContextual(schedule)),
-    "tome": Recipe(lambda schedule, vit: ToMe(schedule), per_block),
-    "expedite": Recipe(lambda schedule, vit: GridClustering(schedule), once),
-    "cropr": Recipe(_cropr, per_block, trained=True),
+    "random": Recipe(lambda schedule, vit, classes: TopKPruning(schedule, RandomScore())),
+    "topk": Recipe(lambda schedule, vit, classes: TopKPruning(schedule, ClassAttention())),
+    "evit": Recipe(lambda schedule, vit, classes: TopKPruning(schedule, ClassAttention(), fuse=True)),
+    "dart": Recipe(lambda schedule, vit, classes: TopKPruning(schedule, Duplication())),
+    "visionzip": Recipe(lambda schedule, vit, classes: DominantContextual(schedule)),
+    "tome": Recipe(lambda schedule, vit, classes: ToMe(schedule), PER_BLOCK),
+    "expedite": Recipe(lambda schedule, vit, classes: GridClustering(schedule), ONCE),
+    "cropr": Recipe(_cropr, PER_BLOCK, trained=True),
 }
-"""What is compared with each other; a config names classes instead."""
+"""What is compared with each other, and what the command line knows by name; a config names classes."""
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of a name; an unknown one ends in a :class:`UserError`."""
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, 1) or [" | ".join(RECIPES)]
+        raise UserError(f"--reduction {name}: there is no such reduction", hint=f"--reduction {near[0]}")
+    return RECIPES[name]
+
+
+def named_reduction(text: str, vit: Any, classes: int | None = None) -> TokenReduction:  # noqa: ANN401 - a timm ViT
+    """What ``--reduction NAME`` or ``--reduction NAME:VALUE`` means for a model.
+
+    Args:
+        text: a name of :data:`RECIPES` and, behind a colon, what its knob is set to; half of the model's multiply-adds
+            unless given.
+        vit: a timm ViT.
+        classes: of the labels that a trained reduction will learn from; None if nothing is going to be trained.
+
+    Raises:
+        UserError: if there is no such reduction or value, the model cannot be reduced by it, or it would need training.
+    """
+    name, _, value = text.partition(":")
+    chosen = recipe(name)
+    if chosen.trained and classes is None:
+        raise UserError(
+            f"--reduction {name}: its scores are random until they are trained with labels",
+            hint=f"python tools/finetune.py --reduction {text}",
+        )
+    try:
+        reduction = chosen.at(vit, float(value), classes or 1) if value else chosen.fit(vit, 0.5, classes or 1)
+        reduction.check(vit)
+    except ValueError as error:
+        hint = f"--reduction {name}:{chosen.knob.example:g}   ({chosen.knob.unit})"
+        raise UserError(f"--reduction {text}: {error}", hint=hint) from error
+    except TypeError as error:
+        raise UserError(f"--reduction {text}: {error}", hint="--reduction tome") from error
+    return reduction

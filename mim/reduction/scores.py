@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mim.randomness import RowGenerator, derive_seed
 from mim.reduction.attention import Attending
+from mim.reduction.schedule import call_of
 from mim.reduction.tokens import Tokens
 
 
@@ -31,6 +32,10 @@ class Score(nn.Module):
     def cost(self, patches: int, dim: int, head_dim: int) -> int:
         """Multiply-adds per image of scoring ``patches`` tokens."""
         return 0
+
+    def __repr__(self) -> str:
+        """The call that builds it."""
+        return call_of(self)
 
 
 class ClassAttention(Score):
