@@ -5,8 +5,10 @@ from mim.reduction.clustering import GridClustering
 from mim.reduction.cropr import Cropr
 from mim.reduction.merging import DominantContextual, ToMe
 from mim.reduction.pruning import TopKPruning
+from mim.reduction.recipes import Labels
 from mim.reduction.schedule import Counts, KeepRate, PerBlock, Schedule
 from mim.reduction.scores import ClassAttention, Duplication, RandomScore, ReceivedAttention, Score
+from mim.reduction.storage import load_reduction, save_reduction
 from mim.reduction.tokens import Tokens
 from mim.reduction.wrapper import TokenReducedViT
 
@@ -18,6 +20,7 @@ __all__ = [
     "Duplication",
     "GridClustering",
     "KeepRate",
+    "Labels",
     "PerBlock",
     "RandomScore",
     "ReceivedAttention",
@@ -28,4 +31,6 @@ __all__ = [
     "TokenReduction",
     "Tokens",
     "TopKPruning",
+    "load_reduction",
+    "save_reduction",
 ]

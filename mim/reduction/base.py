@@ -165,6 +165,7 @@ class TokenReduction(nn.Module):
 
         Args:
             tokens: as :meth:`forward` has returned them in training mode.
-            labels: ``(B,)`` class numbers.
+            labels: ``(B,)`` class numbers, ``(B, classes)`` their probabilities, or ``(B, H, W)`` classes of pixels,
+                -1 where there is none, for reductions that learn from masks.
         """
         return tokens.x.new_zeros(())

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -65,25 +65,37 @@ def _whole(value: float) -> int:
     return int(value)
 
 
+class Labels(NamedTuple):
+    """What a trained reduction learns from.
+
+    Args:
+        classes: how many there are.
+        masks: every pixel has one, not every image.
+    """
+
+    classes: int
+    masks: bool = False
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A reduction with a knob.
 
     Args:
-        build: the reduction for a schedule, a timm ViT and a number of classes.
+        build: the reduction for a schedule, a timm ViT and what it will learn from.
         knob: what it is turned by.
         trained: its score is drawn at random until it is trained, which takes labels.
     """
 
-    build: Callable[[Schedule, Any, int], TokenReduction]
+    build: Callable[[Schedule, Any, Labels], TokenReduction]
     knob: Knob = STAGED
     trained: bool = False
 
-    def at(self, vit: Any, value: float, classes: int = 1) -> TokenReduction:  # noqa: ANN401 - a timm ViT
-        """The reduction with its knob at ``value``."""
-        return self.build(self.knob.schedule(value, len(vit.blocks)), vit, classes)
+    def at(self, vit: Any, value: float, labels: Labels = Labels(1)) -> TokenReduction:  # noqa: ANN401, B008
+        """The reduction of a timm ViT with its knob at ``value``."""
+        return self.build(self.knob.schedule(value, len(vit.blocks)), vit, labels)
 
-    def fit(self, vit: Any, share: float, classes: int = 1) -> TokenReduction:  # noqa: ANN401 - a timm ViT
+    def fit(self, vit: Any, share: float, labels: Labels = Labels(1)) -> TokenReduction:  # noqa: ANN401, B008
         """The reduction whose multiply-adds come nearest to a share of the whole model's."""
         wanted = share * count_macs(vit).total
         height, width = vit.patch_embed.grid_size
@@ -92,22 +104,24 @@ class Recipe:
             with torch.device("meta"):  # to be counted, a trained scorer needs no storage
                 return abs(count_macs(vit, self.at(vit, value)).total - wanted)
 
-        return self.at(vit, min(self.knob.values(height * width), key=distance), classes)
+        return self.at(vit, min(self.knob.values(height * width), key=distance), labels)
 
 
-def _cropr(schedule: Schedule, vit: Any, classes: int) -> TokenReduction:  # noqa: ANN401 - a timm ViT
+def _cropr(schedule: Schedule, vit: Any, labels: Labels) -> TokenReduction:  # noqa: ANN401 - a timm ViT
     assert isinstance(schedule, PerBlock)
-    return Cropr(vit.embed_dim, len(vit.blocks), classes, r=schedule.r)
+    height, width = vit.patch_embed.grid_size
+    queries = height * width if labels.masks else 1
+    return Cropr(vit.embed_dim, len(vit.blocks), labels.classes, schedule.r, queries, labels.masks)
 
 
 RECIPES = {
-    "random": Recipe(lambda schedule, vit, classes: TopKPruning(schedule, RandomScore())),
-    "topk": Recipe(lambda schedule, vit, classes: TopKPruning(schedule, ClassAttention())),
-    "evit": Recipe(lambda schedule, vit, classes: TopKPruning(schedule, ClassAttention(), fuse=True)),
-    "dart": Recipe(lambda schedule, vit, classes: TopKPruning(schedule, Duplication())),
-    "visionzip": Recipe(lambda schedule, vit, classes: DominantContextual(schedule)),
-    "tome": Recipe(lambda schedule, vit, classes: ToMe(schedule), PER_BLOCK),
-    "expedite": Recipe(lambda schedule, vit, classes: GridClustering(schedule), ONCE),
+    "random": Recipe(lambda schedule, vit, labels: TopKPruning(schedule, RandomScore())),
+    "topk": Recipe(lambda schedule, vit, labels: TopKPruning(schedule, ClassAttention())),
+    "evit": Recipe(lambda schedule, vit, labels: TopKPruning(schedule, ClassAttention(), fuse=True)),
+    "dart": Recipe(lambda schedule, vit, labels: TopKPruning(schedule, Duplication())),
+    "visionzip": Recipe(lambda schedule, vit, labels: DominantContextual(schedule)),
+    "tome": Recipe(lambda schedule, vit, labels: ToMe(schedule), PER_BLOCK),
+    "expedite": Recipe(lambda schedule, vit, labels: GridClustering(schedule), ONCE),
     "cropr": Recipe(_cropr, PER_BLOCK, trained=True),
 }
 """What is compared with each other, and what the command line knows by name; a config names classes."""
@@ -121,27 +135,28 @@ def recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def named_reduction(text: str, vit: Any, classes: int | None = None) -> TokenReduction:  # noqa: ANN401 - a timm ViT
+def named_reduction(text: str, vit: Any, labels: Labels | None = None) -> TokenReduction:  # noqa: ANN401 - a timm ViT
     """What ``--reduction NAME`` or ``--reduction NAME:VALUE`` means for a model.
 
     Args:
         text: a name of :data:`RECIPES` and, behind a colon, what its knob is set to; half of the model's multiply-adds
             unless given.
         vit: a timm ViT.
-        classes: of the labels that a trained reduction will learn from; None if nothing is going to be trained.
+        labels: what a trained reduction will learn from; None if nothing is going to be trained.
 
     Raises:
         UserError: if there is no such reduction or value, the model cannot be reduced by it, or it would need training.
     """
     name, _, value = text.partition(":")
     chosen = recipe(name)
-    if chosen.trained and classes is None:
+    if chosen.trained and labels is None:
         raise UserError(
             f"--reduction {name}: its scores are random until they are trained with labels",
             hint=f"python tools/finetune.py --reduction {text}",
         )
     try:
-        reduction = chosen.at(vit, float(value), classes or 1) if value else chosen.fit(vit, 0.5, classes or 1)
+        known = labels or Labels(1)
+        reduction = chosen.at(vit, float(value), known) if value else chosen.fit(vit, 0.5, known)
         reduction.check(vit)
     except ValueError as error:
         hint = f"--reduction {name}:{chosen.knob.example:g}   ({chosen.knob.unit})"
