@@ -91,7 +91,7 @@ class RandomScore(Score):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        self.key = derive_seed(seed, "reduction")
+        self.seed, self.key = seed, derive_seed(seed, "reduction")
 
     def forward(self, tokens: Tokens, attending: Attending | None, layer: int) -> Tensor:
         """See :meth:`Score.forward`."""

@@ -66,3 +66,21 @@ def test_the_best_patches_are_kept():
     tokens = reduction.reduce(Tokens.start(x, 1), None, 2, 0)
     best = (x[0, 1:] @ reduction.routers[0].scorer).topk(2).indices.tolist()
     assert sorted(best) == [n for n in range(6) if tokens.assign[0, n] >= 0]
+
+
+def test_with_masks_each_query_answers_for_its_patch():
+    vit = build("plain")
+    wrapper = TokenReducedViT(vit, reducer(queries=25, masks=True)).train()
+    images, labels = torch.randn(2, 3, 40, 40), torch.randint(0, 5, (2, 40, 40))
+    labels[:, :8] = -1
+    tokens = wrapper.forward_tokens(images)
+    expected = sum(
+        F.cross_entropy(
+            F.interpolate(logits.transpose(1, 2).reshape(2, 5, 5, 5), (40, 40), mode="bilinear"),
+            labels,
+            ignore_index=-1,
+        )
+        for logits in tokens.auxiliary
+    )
+    torch.testing.assert_close(wrapper.auxiliary_loss(tokens, labels), expected)
+    assert wrapper.auxiliary_loss(tokens, torch.full_like(labels, -1)).item() == 0
