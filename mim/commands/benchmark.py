@@ -135,7 +135,7 @@ def _reductions(
     from mim.benchmark_reduction import contenders, measure, table
     from mim.reduction.recipes import RECIPES
 
-    wanted = list(RECIPES) if names == "all" else names.split(",")
+    wanted = [name for name, recipe in RECIPES.items() if recipe.shortens] if names == "all" else names.split(",")
     try:
         parts = [float(share) for share in shares.split(",")]
     except ValueError:

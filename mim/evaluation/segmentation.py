@@ -126,7 +126,8 @@ class SemanticSegmentation(L.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(B, classes, H, W)`` of normalised crops ``(B, C, H, W)``."""
-        answer: Tensor = self.head(self.features(images))[0]
+        features, tokens = self._encoded(images)
+        answer = tokens.answered(self.head(features)[0])
         return F.interpolate(answer.float(), images.shape[2:], mode="bilinear")
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -141,7 +142,7 @@ class SemanticSegmentation(L.LightningModule):
         loss = images.new_zeros(())
         features, tokens = self._encoded(images)
         for weight, answer in zip(self.head_weights, self.head(features), strict=True):
-            logits = F.interpolate(answer.float(), images.shape[2:], mode="bilinear")
+            logits = F.interpolate(tokens.answered(answer).float(), images.shape[2:], mode="bilinear")
             loss = loss + weight * F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
         loss = loss * world / count  # gradients are averaged over processes
         if self.finetune and self.encoder.reduction is not None:

@@ -50,7 +50,7 @@ class TokenReduction(nn.Module):
         Args:
             tokens: more than ``count`` patch tokens.
             attending: queries and keys of this block's attention; None if the reduction reads none.
-            count: patch tokens to be left.
+            count: patch tokens to be left, if there are more.
             layer: number of the block.
         """
         raise NotImplementedError
@@ -149,16 +149,20 @@ class TokenReduction(nn.Module):
         inputs = tokens.inputs(layer, self.proportional)
         last = self.rejoin and layer == depth - 1  # what came back stays
         count = tokens.count if last else self.left(tokens.count, layer, depth, tokens.grid)
-        if count == tokens.count:
-            return tokens.with_x(block(tokens.x, **inputs))
+        if not self.acts(tokens.count, count, layer):
+            return tokens.moved(block(tokens.x, **inputs))
         if self.place == "after" and not self.reads_attention:
-            return self.reduce(tokens.with_x(block(tokens.x, **inputs)), None, count, layer)
+            return self.reduce(tokens.moved(block(tokens.x, **inputs)), None, count, layer)
         attending = Attending(block, tokens.num_prefix)
-        tokens = tokens.with_x(attending.half(tokens.x, **inputs))
+        tokens = tokens.moved(attending.half(tokens.x, **inputs))
         if self.place == "middle":
             tokens = self.reduce(tokens, attending, count, layer)
-            return tokens.with_x(mlp_half(block, tokens.x))
-        return self.reduce(tokens.with_x(mlp_half(block, tokens.x)), attending, count, layer)
+            return tokens.moved(mlp_half(block, tokens.x))
+        return self.reduce(tokens.moved(mlp_half(block, tokens.x)), attending, count, layer)
+
+    def acts(self, before: int, after: int, layer: int) -> bool:
+        """Whether a block calls :meth:`reduce`; those that hide tokens act without making them fewer."""
+        return after < before
 
     def auxiliary_loss(self, tokens: Tokens, labels: Tensor) -> Tensor:
         """What a trained reduction adds to the loss of its task: a scalar, zero for the others.

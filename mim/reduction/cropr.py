@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mim.reduction.attention import Attending
 from mim.reduction.base import TokenReduction
+from mim.reduction.masks import mask_cross_entropy
 from mim.reduction.pruning import split
 from mim.reduction.schedule import PerBlock
 from mim.reduction.tokens import Tokens
@@ -69,10 +70,7 @@ class Cropr(TokenReduction):
         if not self.masks:
             return F.cross_entropy(logits.mean(dim=1), labels)
         assert tokens.grid is not None
-        answer = logits.transpose(1, 2).reshape(len(labels), -1, *tokens.grid)  # (B, classes, h, w)
-        answer = F.interpolate(answer.float(), labels.shape[1:], mode="bilinear")
-        known = (labels >= 0).sum().clamp(min=1)
-        return F.cross_entropy(answer, labels, ignore_index=-1, reduction="sum") / known
+        return mask_cross_entropy(logits, tokens.grid, labels)
 
 
 class _Router(nn.Module):

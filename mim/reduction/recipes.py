@@ -11,11 +11,16 @@ from mim.errors import UserError
 from mim.reduction.base import TokenReduction
 from mim.reduction.clustering import GridClustering
 from mim.reduction.cropr import Cropr
+from mim.reduction.decoupling import DecoupleAndMerge
+from mim.reduction.duplication import GreedyDuplication
+from mim.reduction.dynamicvit import DynamicViT
+from mim.reduction.early_exit import EarlyExit
 from mim.reduction.macs import count_macs
 from mim.reduction.merging import DominantContextual, ToMe
 from mim.reduction.pruning import TopKPruning
-from mim.reduction.schedule import KeepRate, PerBlock, Schedule
+from mim.reduction.schedule import KeepRate, PerBlock
 from mim.reduction.scores import ClassAttention, Duplication, RandomScore
+from mim.reduction.thresholds import LearnedThresholds
 
 
 @dataclass(frozen=True)
@@ -24,13 +29,13 @@ class Knob:
 
     Args:
         unit: of its values, in words.
-        schedule: for a value and so many blocks.
+        setting: what a value means for a model of so many blocks, as the recipe's ``build`` takes it.
         values: all that it can be set to, for so many patches.
         example: a usual value.
     """
 
     unit: str
-    schedule: Callable[[float, int], Schedule]
+    setting: Callable[[float, int], Any]
     values: Callable[[int], Sequence[float]]
     example: float
 
@@ -59,6 +64,12 @@ PER_BLOCK = Knob(
 )
 
 
+KEEP = Knob("the share of tokens that each stage keeps", lambda keep, depth: keep, _percents, 0.7)
+PRICE = Knob(
+    "the weight of the share of tokens that stay in the loss", lambda weight, depth: weight, lambda patches: [0.1], 0.1
+)
+
+
 def _whole(value: float) -> int:
     if value != int(value):
         raise ValueError(f"{value:g} is not a whole number")
@@ -82,18 +93,22 @@ class Recipe:
     """A reduction with a knob.
 
     Args:
-        build: the reduction for a schedule, a timm ViT and what it will learn from.
+        build: the reduction for what its knob is set to, a timm ViT and what it will learn from.
         knob: what it is turned by.
         trained: its score is drawn at random until it is trained, which takes labels.
+        masks: the labels must be masks.
+        shortens: sequences get shorter by numbers that are known beforehand, so that speed can be measured.
     """
 
-    build: Callable[[Schedule, Any, Labels], TokenReduction]
+    build: Callable[[Any, Any, Labels], TokenReduction]
     knob: Knob = STAGED
     trained: bool = False
+    masks: bool = False
+    shortens: bool = True
 
     def at(self, vit: Any, value: float, labels: Labels = Labels(1)) -> TokenReduction:  # noqa: ANN401, B008
         """The reduction of a timm ViT with its knob at ``value``."""
-        return self.build(self.knob.schedule(value, len(vit.blocks)), vit, labels)
+        return self.build(self.knob.setting(value, len(vit.blocks)), vit, labels)
 
     def fit(self, vit: Any, share: float, labels: Labels = Labels(1)) -> TokenReduction:  # noqa: ANN401, B008
         """The reduction whose multiply-adds come nearest to a share of the whole model's."""
@@ -107,11 +122,21 @@ class Recipe:
         return self.at(vit, min(self.knob.values(height * width), key=distance), labels)
 
 
-def _cropr(schedule: Schedule, vit: Any, labels: Labels) -> TokenReduction:  # noqa: ANN401 - a timm ViT
-    assert isinstance(schedule, PerBlock)
+def _cropr(schedule: PerBlock, vit: Any, labels: Labels) -> TokenReduction:  # noqa: ANN401 - a timm ViT
     height, width = vit.patch_embed.grid_size
     queries = height * width if labels.masks else 1
     return Cropr(vit.embed_dim, len(vit.blocks), labels.classes, schedule.r, queries, labels.masks)
+
+
+def _dynamicvit(keep: float, vit: Any, labels: Labels) -> TokenReduction:  # noqa: ANN401 - a timm ViT
+    depth = len(vit.blocks)
+    before = sorted({max(1, depth // 4), max(1, depth // 2), max(1, 3 * depth // 4)})
+    return DynamicViT(vit.embed_dim, keep, at=[layer - 1 for layer in before])
+
+
+def _dtop(keep: float, vit: Any, labels: Labels) -> TokenReduction:  # noqa: ANN401 - a timm ViT
+    thirds = sorted({max(1, len(vit.blocks) // 3), max(1, 2 * len(vit.blocks) // 3)})
+    return EarlyExit(vit.embed_dim, labels.classes, at=[layer - 1 for layer in thirds], keep=keep)
 
 
 RECIPES = {
@@ -119,10 +144,15 @@ RECIPES = {
     "topk": Recipe(lambda schedule, vit, labels: TopKPruning(schedule, ClassAttention())),
     "evit": Recipe(lambda schedule, vit, labels: TopKPruning(schedule, ClassAttention(), fuse=True)),
     "dart": Recipe(lambda schedule, vit, labels: TopKPruning(schedule, Duplication())),
+    "dart_greedy": Recipe(lambda schedule, vit, labels: GreedyDuplication(schedule)),
+    "bat": Recipe(lambda schedule, vit, labels: DecoupleAndMerge(schedule)),
     "visionzip": Recipe(lambda schedule, vit, labels: DominantContextual(schedule)),
     "tome": Recipe(lambda schedule, vit, labels: ToMe(schedule), PER_BLOCK),
     "expedite": Recipe(lambda schedule, vit, labels: GridClustering(schedule), ONCE),
     "cropr": Recipe(_cropr, PER_BLOCK, trained=True),
+    "dynamicvit": Recipe(_dynamicvit, KEEP, trained=True),
+    "dtop": Recipe(_dtop, KEEP, trained=True, masks=True),
+    "ltp": Recipe(lambda weight, vit, labels: LearnedThresholds(len(vit.blocks), weight), PRICE, True, shortens=False),
 }
 """What is compared with each other, and what the command line knows by name; a config names classes."""
 
@@ -149,10 +179,11 @@ def named_reduction(text: str, vit: Any, labels: Labels | None = None) -> TokenR
     """
     name, _, value = text.partition(":")
     chosen = recipe(name)
-    if chosen.trained and labels is None:
+    if chosen.trained and (labels is None or chosen.masks > labels.masks):
+        kind, command = ("masks", "segment.py --finetune true") if chosen.masks else ("labels", "finetune.py")
         raise UserError(
-            f"--reduction {name}: its scores are random until they are trained with labels",
-            hint=f"python tools/finetune.py --reduction {text}",
+            f"--reduction {name}: its scores are random until they are trained with {kind}",
+            hint=f"python tools/{command} --reduction {text}",
         )
     try:
         known = labels or Labels(1)

@@ -61,12 +61,12 @@ class ReceivedAttention(Score):
     """How much patches attend to a token: the stand-in for :class:`ClassAttention` in models without class token.
 
     Args:
-        rows: patches that are asked, spread evenly over the sequence.
+        rows: patches that are asked, spread evenly over the sequence; None asks all.
     """
 
     positive = True
 
-    def __init__(self, rows: int = 16) -> None:
+    def __init__(self, rows: int | None = 16) -> None:
         super().__init__()
         self.rows = rows
 
@@ -77,7 +77,7 @@ class ReceivedAttention(Score):
 
     def cost(self, patches: int, dim: int, head_dim: int) -> int:
         """``rows`` rows of attention."""
-        return min(self.rows, patches) * patches * dim
+        return min(self.rows or patches, patches) * patches * dim
 
 
 class RandomScore(Score):

@@ -122,3 +122,16 @@ def test_segmentation_reads_features_that_were_put_back(weights, masks, options)
 def test_mistakes_end_in_lines_that_help(weights, photos, masks, command, args, line, capsys):
     assert command(weights, masks if command is segment else photos, *args) == 2
     assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("reduction", ["dynamicvit:0.6", "ltp:0.1", "bat:0.6", "dart_greedy:0.6"])
+def test_every_other_reduction_can_be_fine_tuned_with(weights, photos, reduction):
+    assert finetune(weights, photos, "--out", "tuned", "--reduction", reduction, "--epochs", 1) == 0
+    assert result("tuned")["reduction"]["name"] == reduction
+
+
+def test_early_exit_learns_from_masks_alone(weights, photos, masks, capsys):
+    assert segment(weights, masks, "--out", "result", "--reduction", "dtop:0.6", "--finetune", "true") == 0
+    assert "EarlyExit(" in result("result")["protocol"]
+    assert finetune(weights, photos, "--reduction", "dtop") == 2
+    assert "python tools/segment.py --finetune true --reduction dtop" in capsys.readouterr().err
