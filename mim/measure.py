@@ -149,11 +149,8 @@ class Measurement:
         return evaluation_folder(self.subject.weights, self.subject.out, section_name(name, self.subject.reduction))
 
     def finish(self, folder: Path) -> None:
-        """Puts the section into the run's report, if the results lie in a run, and says where they are."""
-        run = folder.parents[1] if folder.parent.name == "evaluation" else None
-        print(f"  results {folder / 'metrics.json'}")
-        if run is not None and (run / "config.yaml").is_file():
-            print(f"  report  {write_report(run)}")
+        """See :func:`finish_section`."""
+        finish_section(folder)
 
     def _bank(self, encoder: Encoder, features: Features, source: Source, crop: tuple[int, int] | None = None) -> Bank:
         bad = BadFiles(self.subject.max_bad)
@@ -180,6 +177,14 @@ class Measurement:
         """Loader processes."""
         given = self.subject.num_workers
         return min(16, len(os.sched_getaffinity(0))) if given is None else given
+
+
+def finish_section(folder: Path) -> None:
+    """Puts the results into the run's report, if they lie in a run, and says where they are."""
+    run = folder.parents[1] if folder.parent.name == "evaluation" else None
+    print(f"  results {folder / 'metrics.json'}")
+    if run is not None and (run / "config.yaml").is_file():
+        print(f"  report  {write_report(run)}")
 
 
 def section_name(name: str, reduction: str | None) -> str:

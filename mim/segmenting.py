@@ -20,12 +20,11 @@ from mim.errors import UserError
 from mim.evaluation.segmentation import SegmentationOptim, SegmentationScores, SemanticSegmentation
 from mim.evaluation.segmentation_heads import KNNHead, LinearHead, UPerHead, patch_labels
 from mim.evaluation.windows import Inference
-from mim.measure import in_words, reduction_facts, section_name
+from mim.measure import finish_section, in_words, reduction_facts, section_name
 from mim.overlays import save_overlay
 from mim.processes import process_rank
 from mim.randomness import derive_seed, keyed_generator
-from mim.reduction import Labels
-from mim.report import write_report
+from mim.reduction import Labels, TokenReduction
 from mim.report.tables import spread, text_table
 from mim.run import evaluation_folder, quieten
 from mim.segment_options import HeadRecipe, MaskedSubject, Scoring
@@ -41,6 +40,9 @@ class Segmentation:
         subject: what is measured on what.
         recipe: how heads learn.
         scoring: how images are scored.
+
+    Attributes:
+        reduction: of every encoder that is scored from now on, if ``subject`` names none.
     """
 
     def __init__(self, subject: MaskedSubject, recipe: HeadRecipe, scoring: Scoring) -> None:
@@ -69,6 +71,7 @@ class Segmentation:
             encoder.patch_size,
         )
         self.data = self._data(0)
+        self.reduction: TokenReduction | None = None
         self._reduced(encoder)
 
     @property
@@ -136,7 +139,7 @@ class Segmentation:
         folder, first = Path(), True
         for seed in range(self.recipe.seeds):
             for who in (UNTRAINED, TRAINED):
-                scores, model, trainer = self._one(who, seed)
+                scores, model, trainer = self.score(who, seed)
                 results[who].append(scores)
                 if trainer.is_global_zero:
                     print(
@@ -150,8 +153,8 @@ class Segmentation:
         if first:
             self._write(results, folder)
 
-    def _one(self, who: str, seed: int) -> tuple[SegmentationScores, SemanticSegmentation, Trainer]:
-        """Scores of one encoder with one seed."""
+    def score(self, who: str, seed: int) -> tuple[SegmentationScores, SemanticSegmentation, Trainer]:
+        """Scores of one encoder, trained or not, with one seed; what gave them; and on what it ran."""
         torch.manual_seed(derive_seed(seed, "segment head"))
         encoder = self._encoder(who, seed)
         data = self.data
@@ -182,6 +185,7 @@ class Segmentation:
 
     def _reduced(self, encoder: Encoder) -> Encoder:
         """The same encoder with the reduction that was asked for, if any; the caller has seeded what it will learn."""
+        encoder.reduction = self.reduction
         if self.subject.reduction is not None:
             labels = Labels(self.data.numbers.count, masks=True) if self.recipe.finetune else None
             encoder.reduction = build_reduction(self.subject.reduction, encoder.vit, labels).eval()
@@ -271,10 +275,7 @@ class Segmentation:
         content |= {"weights": self.subject.weights, "data": self.subject.data, "note": self.loaded.note}
         content |= reduction_facts(self.loaded.encoder, self.subject.reduction)
         (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
-        print(f"  results {folder / 'metrics.json'}")
-        run = folder.parents[1] if folder.parent.name == "evaluation" else None
-        if run is not None and (run / "config.yaml").is_file():
-            print(f"  report  {write_report(run)}")
+        finish_section(folder)
 
 
 def _check(subject: MaskedSubject, recipe: HeadRecipe, scoring: Scoring) -> None:

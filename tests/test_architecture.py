@@ -18,6 +18,7 @@ LEVELS = [
     {"mim.checkpoint", "mim.report", "mim.benchmark", "mim.token_pictures"},
     {"mim.callbacks", "mim.measure", "mim.compare", "mim.benchmark_reduction"},
     {"mim.finetuning", "mim.segmenting"},
+    {"mim.pareto"},
     {"mim.commands"},
     {"mim.cli"},
     {"mim.__main__"},
