@@ -23,6 +23,22 @@ def test_it_compiles_to_one_graph(wrapper, images):
 
 
 @pytest.mark.slow
+def test_generated_code_gives_the_same_numbers(images):
+    """Once for all: the others differ in what they compose, not in what a compiler sees."""
+    torch._dynamo.reset()
+    wrapper = TokenReducedViT(build("registers"), REDUCTIONS["fused mean"](KeepRate(0.6))).eval().requires_grad_(False)
+    compiled = torch.compile(wrapper, fullgraph=True, backend="inductor")
+    torch.testing.assert_close(compiled(images), wrapper(images), rtol=1e-4, atol=1e-4)
+
+
+def test_one_reduction_compiles_to_one_graph(images):
+    torch._dynamo.reset()
+    wrapper = TokenReducedViT(build("plain"), REDUCTIONS["ToMe"](KeepRate(0.6))).eval().requires_grad_(False)
+    compiled = torch.compile(wrapper, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(images), wrapper(images))
+
+
+@pytest.mark.slow
 def test_it_exports_for_any_batch_size(wrapper, images):
     graph = torch.export.export(wrapper, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for batch in (images, torch.randn(5, 3, 40, 40)):

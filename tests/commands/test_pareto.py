@@ -1,0 +1,56 @@
+"""Accuracy over speed: ``tools/benchmark.py --weights``."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mim.cli import main
+from mim.commands import make_shapes
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def pareto(weights, photos, *args):
+    options = ["--weights", weights, "--data", str(photos), "--out", "page", "--rounds", "1", "--batch_size", "2"]
+    return main("benchmark", [*options, "--device", "cpu", "--num_workers", "0", *args])
+
+
+def test_every_rate_is_a_point_beside_the_whole_model(weights, photos, tmp_path, capsys):
+    make_shapes.run(tmp_path / "masks", train=4, val=2, size=32)
+    options = ["--reduction", "tome,random", "--shares", "0.8,0.6", "--masks", str(tmp_path / "masks")]
+    assert pareto(weights, photos, *options) == 0
+    result = json.loads(Path("page/metrics.json").read_text())
+    names = [name.split()[0] for name in result["metrics"]]
+    assert names == ["none", "tome", "tome", "random", "random"]
+    assert all(0 <= facts[what] <= 1 for facts in result["metrics"].values() for what in ("20-NN top-1", "mIoU"))
+    assert result["metrics"]["none"]["speedup"] == result["metrics"]["none"]["share"] == 1
+    assert "mean of patch tokens" in result["protocol"]
+    page = Path("page/pareto.html").read_text()
+    assert page.count("<tr>") == 6
+    assert "data:image/webp" in page
+    assert 'src="http' not in page
+    assert Path("page/pareto.md").read_text().count("\n") == 7
+    assert Image.open("page/pareto.png").width == 1300
+    assert "speed, wall" in capsys.readouterr().out
+    common = ["--weights", weights, "--data", str(photos), "--num_workers", "0", "--seeds", "0", "--pool", "mean"]
+    assert main("knn", [*common, "--k", "[20]", "--out", "knn"]) == 0
+    neighbours = json.loads(Path("knn/metrics.json").read_text())["metrics"]["20-NN top-1"]
+    assert neighbours == [result["metrics"]["none"]["20-NN top-1"]]
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--reduction", "tome,cropr"], "--reduction cropr: its scores are random until they are trained"),
+        (["--reduction", "tone"], "--reduction tome"),
+        (["--shares", "half"], "--shares half: these are not numbers"),
+    ],
+)
+def test_mistakes_end_in_lines_that_help(weights, photos, args, line, capsys):
+    assert pareto(weights, photos, *args) == 2
+    assert line in capsys.readouterr().err
