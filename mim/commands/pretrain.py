@@ -123,7 +123,7 @@ class Pretraining:
             return RunFolder(Path(self.config.out or "runs"))
         else:
             data = Path(self.data.path).name.split(".")[0] or "data"
-            name = f"{type(self.method).__name__.lower()}-{data}"
+            name = f"{self.method.name}-{data}"
             folder = RunFolder.create(self.config.out, name, self.config.overwrite)
             folder.write_origin(list(args))
             save_config(self.config, folder.config)
@@ -190,7 +190,7 @@ class Pretraining:
         trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
         backbone = sum(p.numel() for p in method.backbone.parameters())
         grid, patches = encoder.grid, math.prod(encoder.grid)
-        name, model = type(method).__name__.lower(), self.config.model.init_args.encoder.model
+        name, model = method.name, self.config.model.init_args.encoder.model
         labels = f"{len(source.classes):,} labels" if source.labels else "no labels"
         if source.labels:
             labels += " -> k-NN and linear probe" if evaluation.labelled else ", too few images of each for probes"

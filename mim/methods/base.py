@@ -106,6 +106,11 @@ class Method(L.LightningModule):
         self.register_buffer("nonfinite_step", torch.tensor(-1), persistent=False)
 
     @property
+    def name(self) -> str:
+        """What runs, folders and reports call the method."""
+        return type(self).__name__.lower()
+
+    @property
     def evaluated(self) -> Encoder:
         """What probes measure and pictures show: the student, unless the paper evaluates the teacher."""
         return self.encoder

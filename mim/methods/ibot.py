@@ -121,6 +121,11 @@ class IBOT(Method):
         ] = []  # (2, K) of every micro-batch; no buffer, or DDP would overwrite it with rank 0's
 
     @property
+    def name(self) -> str:
+        """``attmask`` where the teacher's attention chooses what is hidden."""
+        return "attmask" if self.masking.guided else "ibot"
+
+    @property
     def evaluated(self) -> Encoder:
         """The teacher."""
         encoder: Encoder = self.teacher.module["encoder"]
