@@ -41,7 +41,7 @@ def load_method(run: Path) -> tuple[Method, PretrainData, Namespace]:
     if path is None:
         raise UserError(f"{run} has no checkpoint that can be used", why=refused[0] if refused else "it saved none yet")
     objects = instantiate(config)
-    objects.model.load_state_dict(AtomicCheckpointIO().load_checkpoint(path)["state_dict"])
+    objects.model.load_state_dict(AtomicCheckpointIO(objects.model).load_checkpoint(path)["state_dict"])
     return objects.model.eval(), objects.data, config
 
 

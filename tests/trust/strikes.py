@@ -143,7 +143,7 @@ def leaves(tree: object, name: str = "") -> Iterator[tuple[str, object]]:
 
 
 def differences(run: Path, other: Path) -> list[str]:
-    """What of two finished runs is not equal to the bit: all state of the last checkpoint, metrics, exported weights."""
+    """What is not equal to the bit in two finished runs: state of the last checkpoint, metrics, exported weights."""
     first, second = (dict(leaves(torch.load(checkpoints(r)[-1], weights_only=True))) for r in (run, other))
     found = [f"{name} is in one of them" for name in first.keys() ^ second.keys()]
     for name in first.keys() & second.keys():
