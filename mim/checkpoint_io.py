@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mim import __version__
 from mim.errors import UserError
+from mim.interop import refuse_compressed
 
 KEEP = 2
 """Checkpoints kept in a folder: the newest, and the one before in case that is damaged."""
@@ -73,6 +74,7 @@ class AtomicCheckpointIO(CheckpointIO):
         reason, checkpoint = verify(Path(path)), None
         if reason is None:
             try:
+                refuse_compressed(Path(path))
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             except UnpicklingError:  # its text is a page about torch's options
                 reason = "it holds Python objects, which a run never writes; nothing in it was executed"
@@ -143,6 +145,8 @@ def misfit(checkpoint: object, model: nn.Module) -> str | None:
     parts = ("state_dict", "optimizer_states", "loops", "global_step")
     if not isinstance(checkpoint, dict) or not all(part in checkpoint for part in parts):
         return f"it is not the checkpoint of a run, which holds {', '.join(parts)}"
+    if not isinstance(checkpoint["state_dict"], dict):
+        return "its state_dict is none"
     if broken := nonfinite(checkpoint):
         return f"{broken[0]} holds NaN or infinity"
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}

@@ -93,7 +93,13 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any]:
         """What ``summary.json`` says; empty if there is none."""
-        return json.loads(self.summary.read_text()) if self.summary.exists() else {}
+        try:
+            summary = json.loads(self.summary.read_text()) if self.summary.exists() else {}
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{self.summary} is damaged", why=str(error) or "it is not JSON") from error
+        if not isinstance(summary, dict):
+            raise UserError(f"{self.summary} is damaged", why="it is not what a run writes")
+        return summary
 
     def write_summary(self, **facts: Any) -> None:  # noqa: ANN401
         """Adds ``facts`` to ``summary.json``."""

@@ -93,7 +93,7 @@ def test_a_model_that_is_no_vit_is_refused(tmp_path):
 
 
 def test_an_unknown_model_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no model that timm can build"):
+    with pytest.raises(UserError, match="no such file, folder or timm weights"):
         export(weights="vit_nonsense", out=tmp_path / "out")
 
 
