@@ -52,7 +52,10 @@ class AtomicCheckpointIO(CheckpointIO):
                 os.fsync(file.fileno())
             facts = {"sha256": writer.digest.hexdigest(), "bytes": writer.written, "step": checkpoint["global_step"]}
             facts |= {"mim": __version__, "torch": torch.__version__}
-            _write_aside(sidecar(path), json.dumps(facts).encode())
+            with sidecar(path).open("w") as text:  # not aside: without its checkpoint it means nothing
+                text.write(json.dumps(facts))
+                text.flush()
+                os.fsync(text.fileno())
             os.replace(temporary, path)
             _sync_folder(path.parent)
         except OSError as error:
@@ -204,15 +207,6 @@ class _HashingWriter:
 
     def flush(self) -> None:
         self.file.flush()
-
-
-def _write_aside(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -189,6 +189,9 @@ def _call(run: Callable[..., None], command: str, args: list[str]) -> None:
     """Runs a command whose options are the arguments of one function."""
     from jsonargparse import ArgumentError
 
+    from mim.config_file import check_config_files
+
+    check_config_files(args)
     parser = function_parser(run, command)
     try:
         options = parser.parse_args(args).as_dict()

@@ -42,7 +42,11 @@ class OptimConfig:
     weight_decay_end: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuses a schedule that no group would follow."""
+        """Refuses rates that cannot be, and a schedule that no group would follow."""
+        if not 0 < self.blr < 1e6 or not 0 <= self.min_lr < 1e6 or not 0 <= self.weight_decay < 1e6:
+            raise ValueError(f"blr {self.blr}, min_lr {self.min_lr} or weight_decay {self.weight_decay} cannot be")
+        if not all(0 <= beta < 1 for beta in self.betas) or not self.warmup_epochs >= 0:
+            raise ValueError(f"betas {self.betas} or warmup_epochs {self.warmup_epochs} cannot be")
         if self.weight_decay_end is not None and self.weight_decay <= 0:
             raise ValueError(f"a weight decay that moves to {self.weight_decay_end} must start above 0")
 
