@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mim.benchmark import Clock, Timing, compare, peak_allocation
 from mim.reduction import TokenReducedViT
 from mim.reduction.macs import count_macs
-from mim.reduction.recipes import RECIPES
+from mim.reduction.recipes import recipe
 
 
 @dataclass
@@ -91,7 +91,7 @@ def contenders(
     for share in shares:
         found.append(patch_drop(vit, share, images, precision))
         for name in names:
-            reduction = RECIPES[name].fit(vit, share)
+            reduction = recipe(name).fit(vit, share)
             model = TokenReducedViT(vit, reduction).eval().to(images.device)
             macs = count_macs(vit, reduction).total
             found.append(Inference(name, repr(reduction.schedule), model, images, macs, precision))

@@ -86,6 +86,7 @@ COMMANDS = {
     "linear_probe": "train a linear or attentive classifier on frozen features",
     "finetune": "train a whole encoder with labels",
     "segment": "semantic segmentation: linear, k-NN or UPerNet head, frozen or fine-tuned",
+    "visualize": "draw what a model sees, which tokens a reduction leaves, or what masking policies hide",
     "compare": "put several runs side by side, or train them first",
     "export": "write a run's backbone as a timm folder",
     "check_data": "look at a data set before training on it",

@@ -1,7 +1,7 @@
 """The one adapter over timm's ``VisionTransformer``: encode all, only the visible, or partly replaced patches."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, cast, final
 
 import timm
@@ -19,6 +19,7 @@ from mim.errors import UserError
 from mim.layers.positions import sincos_positions, stretch_positions
 from mim.patches import gather_tokens, patch_grid, patchify, visible_indices
 from mim.reduction.base import TokenReduction
+from mim.reduction.schedule import KeepRate
 from mim.reduction.tokens import Tokens
 
 
@@ -170,10 +171,28 @@ class Encoder(nn.Module):
 
     def feature_map(self, images: Tensor) -> Tensor:
         """Patch tokens as ``(B, D, h, w)``; those that a reduction took away are put back."""
+        (tokens,) = self.after_blocks(images, [len(self.vit.blocks) - 1])
+        return self.dense(tokens)
+
+    def after_blocks(self, images: Tensor, layers: Collection[int]) -> list[Tokens]:
+        """Tokens after each of some blocks, before the final norm; blocks behind the last of them do not run.
+
+        Args:
+            images: ``(B, C, H, W)``.
+            layers: numbers of the blocks, from 0.
+        """
         self._check(images, None)
-        grid = patch_grid(images, self.patch_size)
-        patches: Tensor = self.vit.norm(self._run_blocks(self._embed(images), grid).dense())  # (B, N, D)
-        return patches.transpose(1, 2).reshape(len(images), self.dim, *grid)
+        run = self.reduction or TokenReduction(KeepRate(1.0))  # which calls block after block
+        grid, checkpointing = patch_grid(images, self.patch_size), bool(self.vit.grad_checkpointing)
+        return run.after_blocks(
+            layers, self.vit.blocks, self._embed(images), self.num_prefix, grid, checkpointing=checkpointing
+        )
+
+    def dense(self, tokens: Tokens) -> Tensor:
+        """Tokens of :meth:`after_blocks` as a normalised map ``(B, D, h, w)``, with what a reduction took away."""
+        assert tokens.grid is not None
+        patches: Tensor = self.vit.norm(tokens.dense())  # (B, N, D)
+        return patches.transpose(1, 2).reshape(-1, self.dim, *tokens.grid)
 
     def _check(self, images: Tensor, mask: Tensor | None) -> None:
         """Refuses shapes that do not belong together, where timm would not notice."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from timm.models.vision_transformer import VisionTransformer
 
 from mim.callbacks import Checkpoints, Signals
 from mim.checkpoint import ModelCard, export_backbone
@@ -19,6 +20,7 @@ from mim.encoder import Encoder
 from mim.errors import UserError
 from mim.evaluation.finetune import Finetune, classifier
 from mim.measure import Measurement
+from mim.reduction import Labels, TokenReducedViT, save_reduction
 from mim.subject import FinetuneRecipe
 
 
@@ -74,7 +76,9 @@ def train(
         seed,
         measurement.subject.max_bad,
     )
-    module = Finetune(classifier(encoder, classes, recipe, seed), recipe, classes, len(measurement.train), seed)
+    reduction = measurement.reduce(encoder, seed).reduction
+    vit = classifier(encoder, classes, recipe, seed)
+    module = Finetune(vit, recipe, classes, len(measurement.train), seed, reduction)
     checkpoint, _ = newest_good(folder / "checkpoints")
     data.first_step = checkpoint_step(checkpoint) if checkpoint else 0
     every = max(1, round(machine.eval_every * module.steps_per_epoch))
@@ -107,10 +111,14 @@ def export(module: Finetune, measurement: Measurement, folder: Path, command: st
         command=command,
         notes=(f"Classes, in order: {', '.join(measurement.classes)}",),
     )
-    vit = module.evaluated.cpu().eval()
+    model = module.evaluated.cpu().eval()
+    vit: VisionTransformer = model.vit if isinstance(model, TokenReducedViT) else model
     statistics = measurement.loaded
     extra = {"fc_norm": module.recipe.pool == "mean"}
-    return export_backbone(vit, folder, mean=statistics.mean, std=statistics.std, card=card, model_args=extra)
+    difference = export_backbone(vit, folder, mean=statistics.mean, std=statistics.std, card=card, model_args=extra)
+    if isinstance(model, TokenReducedViT) and measurement.subject.reduction:
+        save_reduction(model.reduction, measurement.subject.reduction, Labels(len(measurement.classes)), folder)
+    return difference
 
 
 def remember(folder: Path, settings: dict[str, Any], resume: bool) -> None:
@@ -140,7 +148,7 @@ def remember(folder: Path, settings: dict[str, Any], resume: bool) -> None:
 def settings_of(measurement: Measurement, recipe: FinetuneRecipe) -> dict[str, Any]:
     """What the result is a function of."""
     subject = asdict(measurement.subject)
-    names = ("weights", "data", "model", "img_size", "crop_pct", "val_fraction", "classes")
+    names = ("weights", "data", "model", "img_size", "crop_pct", "val_fraction", "classes", "reduction")
     return {name: subject[name] for name in names} | asdict(recipe)
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mim.checkpoint import LoadedEncoder, load_encoder, untrained_encoder
+from mim.config import build_reduction
 from mim.data.labelled import Framed, Frames, LabelledImages, Part, fingerprint, framed_batches, open_labelled
 from mim.data.pretrain import BadFiles
 from mim.data.sources import Source
@@ -21,6 +22,9 @@ from mim.errors import UserError
 from mim.evaluation.bank import Bank, cached_bank
 from mim.evaluation.features import Features
 from mim.evaluation.splits import stratified_split
+from mim.randomness import derive_seed
+from mim.reduction import Labels
+from mim.reduction.macs import count_macs
 from mim.report import write_report
 from mim.report.tables import spread, text_table
 from mim.run import evaluation_folder
@@ -45,6 +49,7 @@ class Measurement:
         frames: how images are cut and normalised.
         device: where encoders compute.
         split: where the scored images come from, in words.
+        learning: a token reduction may have weights of its own, since they are going to be trained.
     """
 
     subject: Subject
@@ -55,9 +60,10 @@ class Measurement:
     frames: Frames
     device: torch.device
     split: str
+    learning: bool = False
 
     @classmethod
-    def open(cls, subject: Subject) -> "Measurement":
+    def open(cls, subject: Subject, learning: bool = False) -> "Measurement":
         """Loads the weights, then the images; joins the other processes if torchrun started several."""
         device = join_processes(subject.device)
         loaded = load_encoder(subject.weights, model=subject.model, img_size=subject.img_size, trust=subject.trust)
@@ -66,17 +72,29 @@ class Measurement:
         frames.configure(encoder.img_size, loaded.mean, loaded.std)
         images = open_labelled(subject.data, encoder.in_chans, subject.classes)
         train, test, split = _parts(images, subject.val_fraction)
-        measurement = cls(subject, loaded, train, test, images.classes, frames, device, split)
+        measurement = cls(subject, loaded, train, test, images.classes, frames, device, split, learning)
+        measurement.reduce(encoder)
         if measurement.first:
             print(
                 f"  weights {loaded.note}\n  data    {subject.data}: {len(images.classes)} classes, {split}", flush=True
             )
+            if encoder.reduction is not None:
+                print(f"  tokens  {encoder.reduction.describe()}", flush=True)
         return measurement
 
     @property
     def first(self) -> bool:
         """Whether this process is the one that scores and writes."""
         return not dist.is_initialized() or dist.get_rank() == 0
+
+    def reduce(self, encoder: Encoder, seed: int = 0) -> Encoder:
+        """The same encoder with the reduction that was asked for, if any; ``seed`` draws what it is going to learn."""
+        if self.subject.reduction is not None:
+            labels = Labels(len(self.classes)) if self.learning else None
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive_seed(seed, "reduction"))
+                encoder.reduction = build_reduction(self.subject.reduction, encoder.vit, labels).to(self.device).eval()
+        return encoder
 
     def reloaded(self) -> Encoder:
         """Another copy of the encoder, for a training that takes it apart."""
@@ -88,7 +106,7 @@ class Measurement:
         encoder = untrained_encoder(
             subject.weights, seed, model=subject.model, img_size=subject.img_size, trust=subject.trust
         )
-        return encoder.to(self.device)
+        return self.reduce(encoder.to(self.device))
 
     def banks(self, encoder: Encoder, features: Features, crops: int = 0) -> tuple[list[Bank], Bank]:
         """Features to learn from, one bank per random crop or one of centre crops, and those to be scored on.
@@ -105,13 +123,13 @@ class Measurement:
     def protocol(self) -> str:
         """How images are shown to the encoder and which are scored, in words."""
         size = "x".join(map(str, dict.fromkeys(self.frames.size)))
-        return f"{size} px, centre crop {self.subject.crop_pct:g}; {self.split}"
+        return f"{size} px, centre crop {self.subject.crop_pct:g}; {self.split}{in_words(self.loaded.encoder)}"
 
     def write(
         self, name: str, title: str, protocol: str, scores: Scores, details: dict[str, Any] | None = None
     ) -> Path:
         """Prints and writes the results; returns the folder, in which pictures may be put before :meth:`finish`."""
-        folder = evaluation_folder(self.subject.weights, self.subject.out, name)
+        folder = self.folder(name)
         metrics = {
             what if who == TRAINED else f"{what}, {who}": values
             for what, groups in scores.items()
@@ -122,15 +140,17 @@ class Measurement:
         print(text_table(["", TRAINED, UNTRAINED], rows))
         content = {"title": title, "protocol": protocol, "metrics": metrics | (details or {})}
         content |= {"weights": self.subject.weights, "data": self.subject.data, "note": self.loaded.note}
+        content |= reduction_facts(self.loaded.encoder, self.subject.reduction)
         (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
         return folder
 
+    def folder(self, name: str) -> Path:
+        """Where results go: an evaluation with a reduction does not replace the one without."""
+        return evaluation_folder(self.subject.weights, self.subject.out, section_name(name, self.subject.reduction))
+
     def finish(self, folder: Path) -> None:
-        """Puts the section into the run's report, if the results lie in a run, and says where they are."""
-        run = folder.parents[1] if folder.parent.name == "evaluation" else None
-        print(f"  results {folder / 'metrics.json'}")
-        if run is not None and (run / "config.yaml").is_file():
-            print(f"  report  {write_report(run)}")
+        """See :func:`finish_section`."""
+        finish_section(folder)
 
     def _bank(self, encoder: Encoder, features: Features, source: Source, crop: tuple[int, int] | None = None) -> Bank:
         bad = BadFiles(self.subject.max_bad)
@@ -148,6 +168,8 @@ class Measurement:
 
         facts: dict[str, Any] = {"images": fingerprint(source), "size": self.frames.size, "crop": crop}
         facts |= {"crop_pct": self.subject.crop_pct, "mean": self.loaded.mean, "std": self.loaded.std}
+        if encoder.reduction is not None:
+            facts["reduction"] = encoder.reduction.describe()
         return cached_bank(self.subject.cache, encoder, features, len(source), facts, batches)
 
     @property
@@ -155,6 +177,36 @@ class Measurement:
         """Loader processes."""
         given = self.subject.num_workers
         return min(16, len(os.sched_getaffinity(0))) if given is None else given
+
+
+def finish_section(folder: Path) -> None:
+    """Puts the results into the run's report, if they lie in a run, and says where they are."""
+    run = folder.parents[1] if folder.parent.name == "evaluation" else None
+    print(f"  results {folder / 'metrics.json'}")
+    if run is not None and (run / "config.yaml").is_file():
+        print(f"  report  {write_report(run)}")
+
+
+def section_name(name: str, reduction: str | None) -> str:
+    """``knn-tome-8`` for an evaluation ``knn`` of a reduced encoder."""
+    return name if reduction is None else f"{name}-{Path(reduction).stem.replace(':', '-')}"
+
+
+def reduction_facts(encoder: Encoder, name: str | None) -> dict[str, Any]:
+    """What ``metrics.json`` says about the reduction; nothing if there is none."""
+    if encoder.reduction is None:
+        return {}
+    whole, reduced = (count_macs(encoder.vit, reduction).total for reduction in (None, encoder.reduction))
+    facts = {"name": name, "settings": encoder.reduction.describe(), "multiply_adds": reduced}
+    return {"reduction": facts | {"share_of_multiply_adds": reduced / whole}}
+
+
+def in_words(encoder: Encoder) -> str:
+    """The reduction for the line that states the protocol; empty if there is none."""
+    if encoder.reduction is None:
+        return ""
+    share = count_macs(encoder.vit, encoder.reduction).total / count_macs(encoder.vit).total
+    return f"; tokens reduced by {encoder.reduction.describe()}, {share:.0%} of the multiply-adds"
 
 
 def join_processes(device: str) -> torch.device:

@@ -45,7 +45,7 @@ def strip(
     encoder.eval()
     columns |= encoder_views(images, encoder)
     encoder.train(training)
-    return _lay_out(columns)
+    return lay_out(columns)
 
 
 def masking_strip(
@@ -56,24 +56,25 @@ def masking_strip(
     Args:
         images: ``(B, C, H, W)``, normalised.
         encoder: whose class attention guides, such as a trained teacher.
-        policies: by title.
+        policies: by title; without a class token only those that nothing guides.
         mean: per channel, as used to normalise.
         std: per channel, as used to normalise.
 
     Returns:
         As :func:`strip`.
     """
-    columns = {"input": to_rgb(images, mean, std)}
-    with torch.no_grad():
-        attention = encoder.forward_with_attention(images)[1].float()  # (B, N)
-    columns["attention"] = heat(attention.view(-1, *encoder.grid))
+    columns, attention = {"input": to_rgb(images, mean, std)}, None
+    if encoder.vit.has_class_token:
+        with torch.no_grad():
+            attention = encoder.forward_with_attention(images)[1].float()  # (B, N)
+        columns["attention"] = heat(attention.view(-1, *encoder.grid))
     patches = patchify(images, encoder.patch_size)
     for title, policy in policies.items():
         generator = RowGenerator.for_rows(0, 0, len(images), images.device)
         mask = policy(len(images), encoder.grid, scores=attention, generator=generator)  # (B, N)
         visible = patches.masked_fill(mask[..., None], 0.0)
         columns[title] = to_rgb(unpatchify(visible, encoder.grid, encoder.patch_size, encoder.in_chans), mean, std)
-    return _lay_out(columns)
+    return lay_out(columns)
 
 
 def draw(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -164,10 +165,10 @@ def read_strip(path: Path) -> dict[str, list[Image.Image]]:
     return {title: [pixels.crop((x, y, x + size[0], y + size[1])) for x, y in at] for title, at in corners.items()}
 
 
-def _lay_out(columns: dict[str, Tensor]) -> Image.Image:
-    """Pictures ``(B, 3, h, w)`` uint8 by title; the first column sets the size of the tiles."""
+def lay_out(columns: dict[str, Tensor]) -> Image.Image:
+    """Pictures ``(B, 3, h, w)`` uint8 by title, side by side; the first column sets the size of the tiles."""
     rows, _, height, width = next(iter(columns.values())).shape
-    size = _tile_size(width, height)
+    size = tile_size(width, height)
     right, bottom = _corner(rows, len(columns), size)
     canvas = Image.new("RGBA", (right, bottom), (*INK, 0))
     draw = ImageDraw.Draw(canvas)
@@ -184,7 +185,7 @@ def _corner(row: int, column: int, size: Sequence[int]) -> tuple[int, int]:
     return GAP + column * (size[0] + GAP), HEADER + row * (size[1] + GAP)
 
 
-def _tile_size(width: int, height: int) -> tuple[int, int]:
+def tile_size(width: int, height: int) -> tuple[int, int]:
     """Small images grow by a whole factor, which keeps their pixels square and sharp."""
     grow, shrink = math.ceil(SHORTEST / min(width, height)), min(1.0, LONGEST / min(width, height))
     scale = grow if grow > 1 else shrink

@@ -78,7 +78,7 @@ class RowGenerator:
         counter = torch.arange(self._draws, self._draws + count, device=self.keys.device)
         self._draws += count
         bits = _mix(self.keys[:, None] + counter * _GAMMA)  # (B, count)
-        return ((bits >> 40) & 0xFFFFFF).float().div(1 << 24).view(-1, *shape)
+        return ((bits >> 40) & 0xFFFFFF).float().div(1 << 24).view(len(self.keys), *shape)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -24,3 +24,8 @@ def warmup_poly(step: int, warmup_steps: int, max_steps: int, peak: float, power
     """``peak`` times the remaining share of the steps to a power, during the warm-up times a line from 1e-6 to 1."""
     decayed: float = peak * max(0.0, 1 - step / max_steps) ** power
     return decayed * linear(step / warmup_steps, 1e-6, 1.0) if step < warmup_steps else decayed
+
+
+def between(progress: float, start: float, end: float) -> float:
+    """How far ``progress`` has come from ``start`` to ``end``: 0 before, 1 after, and 1 always if both are the same."""
+    return min(1.0, max(0.0, (progress - start) / (end - start))) if end > start else 1.0

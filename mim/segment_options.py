@@ -22,6 +22,9 @@ class MaskedSubject:
         num_workers: loader processes.
         out: folder for the results; inside the run that the weights belong to unless given.
         trust: load a checkpoint file although it can run code.
+        reduction: shortens the token sequence in the encoder: a name such as tome or evit, with what its knob is set
+            to as in tome:8 or evit:0.7 (half of the multiply-adds unless given), a YAML file, or a folder with a
+            trained one.
     """
 
     weights: str
@@ -36,6 +39,7 @@ class MaskedSubject:
     num_workers: int = 0
     out: str | None = None
     trust: bool = False
+    reduction: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class HeadRecipe:
         weight_decay: of AdamW.
         layer_decay: factor per block on the encoder's learning rate.
         drop_path: stochastic depth of the encoder's last block.
+        anneal: share of the steps in which a reduction grows to its full strength in a straight line, 0.5 for Cropr;
+            with finetune only.
         scale: shorter side of a training image before it is cropped, smallest and largest, times crop.
         k: patches that vote.
         bank: most labelled patches.
@@ -72,6 +78,7 @@ class HeadRecipe:
     weight_decay: float = 0.05
     layer_decay: float = 0.65
     drop_path: float = 0.1
+    anneal: float = 0.0
     scale: tuple[float, float] = (0.5, 2.0)
     k: int = 20
     bank: int = 50000

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning import Trainer
@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor, nn
 
 from mim.checkpoint import LoadedEncoder, load_encoder, untrained_encoder
+from mim.config import build_reduction
 from mim.data.masks import IGNORE
 from mim.data.segmentation import SegmentationData
 from mim.encoder import Encoder
@@ -19,10 +20,11 @@ from mim.errors import UserError
 from mim.evaluation.segmentation import SegmentationOptim, SegmentationScores, SemanticSegmentation
 from mim.evaluation.segmentation_heads import KNNHead, LinearHead, UPerHead, patch_labels
 from mim.evaluation.windows import Inference
+from mim.measure import finish_section, in_words, reduction_facts, section_name
 from mim.overlays import save_overlay
 from mim.processes import process_rank
 from mim.randomness import derive_seed, keyed_generator
-from mim.report import write_report
+from mim.reduction import Labels, TokenReduction
 from mim.report.tables import spread, text_table
 from mim.run import evaluation_folder, quieten
 from mim.segment_options import HeadRecipe, MaskedSubject, Scoring
@@ -38,6 +40,9 @@ class Segmentation:
         subject: what is measured on what.
         recipe: how heads learn.
         scoring: how images are scored.
+
+    Attributes:
+        reduction: of every encoder that is scored from now on, if ``subject`` names none.
     """
 
     def __init__(self, subject: MaskedSubject, recipe: HeadRecipe, scoring: Scoring) -> None:
@@ -56,7 +61,7 @@ class Segmentation:
         self.steps = 0 if recipe.head == "knn" else recipe.steps or (300 if built_in else 4000)
         warmup = min(1500, self.steps // 10) if recipe.warmup_steps is None else recipe.warmup_steps
         lr = recipe.lr or {"linear": 1e-3, "upernet": 1e-4, "knn": 0.0}[recipe.head]
-        self.optim = SegmentationOptim(lr, self.steps, warmup, recipe.weight_decay, recipe.layer_decay)
+        self.optim = SegmentationOptim(lr, self.steps, warmup, recipe.weight_decay, recipe.layer_decay, recipe.anneal)
         self.inference = Inference(
             scoring.inference,
             self.crop,
@@ -66,6 +71,8 @@ class Segmentation:
             encoder.patch_size,
         )
         self.data = self._data(0)
+        self.reduction: TokenReduction | None = None
+        self._reduced(encoder)
 
     @property
     def _opening(self) -> dict[str, Any]:
@@ -123,7 +130,7 @@ class Segmentation:
         ignored = ", ".join(map(str, self.data.numbers.ignore))
         return (
             f"{encoder}, {recipe.head} head on blocks {blocks}, {self.crop} px crops; {learning}; "
-            f"scored with {shown} at the masks' full size, {ignored} ignored."
+            f"scored with {shown} at the masks' full size, {ignored} ignored{in_words(self.loaded.encoder)}."
         )
 
     def measure(self) -> None:
@@ -132,7 +139,7 @@ class Segmentation:
         folder, first = Path(), True
         for seed in range(self.recipe.seeds):
             for who in (UNTRAINED, TRAINED):
-                scores, model, trainer = self._one(who, seed)
+                scores, model, trainer = self.score(who, seed)
                 results[who].append(scores)
                 if trainer.is_global_zero:
                     print(
@@ -141,13 +148,13 @@ class Segmentation:
                     )
                 first = trainer.is_global_zero
                 if first and seed == 0 and who == TRAINED:
-                    folder = evaluation_folder(self.subject.weights, self.subject.out, f"segment-{self.recipe.head}")
+                    folder = self._folder()
                     self._draw(model, folder)
         if first:
             self._write(results, folder)
 
-    def _one(self, who: str, seed: int) -> tuple[SegmentationScores, SemanticSegmentation, Trainer]:
-        """Scores of one encoder with one seed."""
+    def score(self, who: str, seed: int) -> tuple[SegmentationScores, SemanticSegmentation, Trainer]:
+        """Scores of one encoder, trained or not, with one seed; what gave them; and on what it ran."""
         torch.manual_seed(derive_seed(seed, "segment head"))
         encoder = self._encoder(who, seed)
         data = self.data
@@ -173,8 +180,16 @@ class Segmentation:
     def _encoder(self, who: str, seed: int) -> Encoder:
         """A fresh one: fine-tuning changes it."""
         if who == UNTRAINED:
-            return untrained_encoder(self.subject.weights, seed, **self._opening)
-        return load_encoder(self.subject.weights, **self._opening).encoder
+            return self._reduced(untrained_encoder(self.subject.weights, seed, **self._opening))
+        return self._reduced(load_encoder(self.subject.weights, **self._opening).encoder)
+
+    def _reduced(self, encoder: Encoder) -> Encoder:
+        """The same encoder with the reduction that was asked for, if any; the caller has seeded what it will learn."""
+        encoder.reduction = self.reduction
+        if self.subject.reduction is not None:
+            labels = Labels(self.data.numbers.count, masks=True) if self.recipe.finetune else None
+            encoder.reduction = build_reduction(self.subject.reduction, encoder.vit, labels).eval()
+        return encoder
 
     def _head(self, encoder: Encoder, seed: int, device: torch.device) -> nn.Module:
         recipe, classes = self.recipe, self.data.numbers.count
@@ -192,10 +207,8 @@ class Segmentation:
         wanted = max(1, -(-self.recipe.bank // _PATCHES_PER_IMAGE))
         for index in order[:wanted].tolist():
             image, classes = data.middle(data.train, index)
-            maps = encoder.vit.forward_intermediates(
-                data.normalize(image[None].to(device)), self.taps, norm=True, stop_early=True, intermediates_only=True
-            )
-            features = torch.cat(cast(list[Tensor], maps), dim=1)[0].flatten(1).T  # (N, taps * D)
+            tokens = encoder.after_blocks(data.normalize(image[None].to(device)), self.taps)
+            features = torch.cat([encoder.dense(tapped) for tapped in tokens], dim=1)[0].flatten(1).T  # (N, taps * D)
             labels = patch_labels(classes[None].to(device), encoder.grid, data.numbers.count)[0].flatten()
             known = (labels != IGNORE).nonzero()[:, 0]
             drawn = torch.randperm(len(known), generator=keyed_generator(seed, "patches", index))
@@ -227,6 +240,10 @@ class Segmentation:
         except (ValueError, RuntimeError, MisconfigurationException) as error:
             raise UserError(f"these devices cannot be used: {error}", hint="--devices 1 --accelerator cpu") from error
 
+    def _folder(self) -> Path:
+        name = section_name(f"segment-{self.recipe.head}", self.subject.reduction)
+        return evaluation_folder(self.subject.weights, self.subject.out, name)
+
     @torch.no_grad()
     def _draw(self, model: SemanticSegmentation, folder: Path) -> None:
         """Image, truth and answer of some scored images, spread over all."""
@@ -256,11 +273,9 @@ class Segmentation:
             }
         content = {"title": f"Semantic segmentation, {self.recipe.head} head", "protocol": protocol, "metrics": metrics}
         content |= {"weights": self.subject.weights, "data": self.subject.data, "note": self.loaded.note}
+        content |= reduction_facts(self.loaded.encoder, self.subject.reduction)
         (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
-        print(f"  results {folder / 'metrics.json'}")
-        run = folder.parents[1] if folder.parent.name == "evaluation" else None
-        if run is not None and (run / "config.yaml").is_file():
-            print(f"  report  {write_report(run)}")
+        finish_section(folder)
 
 
 def _check(subject: MaskedSubject, recipe: HeadRecipe, scoring: Scoring) -> None:

@@ -26,6 +26,9 @@ class Subject:
         cache: folder of features that were computed before; safe to delete.
         out: folder for the results; inside the run that the weights belong to unless given.
         trust: load a checkpoint file although it can run code.
+        reduction: shortens the token sequence in the encoder: a name such as tome or evit, with what its knob is set
+            to as in tome:8 or evit:0.7 (half of the multiply-adds unless given), a YAML file, or a folder with a
+            trained one.
     """
 
     weights: str
@@ -42,6 +45,7 @@ class Subject:
     cache: Path = Path("runs/features")
     out: str | None = None
     trust: bool = False
+    reduction: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,8 @@ class FinetuneRecipe:
         label_smoothing: share of the label that is spread over all classes.
         ema: decay of an average of the weights, which is then what is scored and exported; 0 for none.
         scale: smallest and largest share of the image's area in a random crop.
+        anneal: shares of the training between which a reduction grows to its full strength along half a cosine, as
+            EViT's keep rate does; full from the first step unless given.
     """
 
     epochs: float = 100.0
@@ -120,3 +126,4 @@ class FinetuneRecipe:
     label_smoothing: float = 0.1
     ema: float = 0.0
     scale: tuple[float, float] = (0.08, 1.0)
+    anneal: tuple[float, float] = (0.0, 0.0)

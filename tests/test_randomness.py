@@ -102,3 +102,7 @@ def test_views_of_a_row_have_numbers_of_their_own_that_depend_on_the_row_alone()
     whole, part = rows(0, 6).views(2).rand(4), rows(2, 2).views(2).rand(4)
     assert torch.equal(part, whole[[2, 3, 8, 9]])
     assert len(whole.unique(dim=0)) == 12
+
+
+def test_no_numbers_at_all_are_numbers_of_every_row():
+    assert RowGenerator.for_rows(0, 0, 3, torch.device("cpu")).rand(0).shape == (3, 0)

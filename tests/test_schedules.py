@@ -1,6 +1,6 @@
 import pytest
 
-from mim.schedules import cosine, linear, warmup_cosine
+from mim.schedules import between, cosine, linear, warmup_cosine
 
 
 def test_linear_is_a_straight_line():
@@ -24,3 +24,8 @@ def test_without_warmup_the_first_step_has_the_peak():
 
 def test_a_run_of_nothing_but_warmup_does_not_divide_by_zero():
     assert warmup_cosine(10, 10, 10, peak=1.0, end=0.0) == 1.0
+
+
+def test_a_way_between_two_points_begins_at_0_and_ends_at_1():
+    assert [between(progress, 0.2, 0.6) for progress in (0.0, 0.2, 0.4, 0.6, 1.0)] == pytest.approx([0, 0, 0.5, 1, 1])
+    assert between(0.0, 0.0, 0.0) == 1

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mim.cli import CONFIGS, translate
 from mim.errors import UserError
+from mim.subject import Subject
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,9 @@ def run(
     json: Path | None = None,
     reduction: str | None = None,
     shares: str = "0.75,0.5",
+    weights: str | None = None,
+    masks: str | None = None,
+    out: str | None = None,
 ) -> None:
     """Measure speed and memory of a training step and of the loader, or of token reductions at inference.
 
@@ -55,6 +59,9 @@ def run(
         json: write every number to this file.
         reduction: token reductions to measure at inference instead of a training step: names with commas, or 'all'.
         shares: of the model's multiply-adds that each reduction is set to, with commas.
+        weights: trained weights; draws accuracy over speed for every reduction that needs no training, 20-NN on --data.
+        masks: images with masks, as builtin; draws the mIoU of a k-NN head, too.
+        out: folder for accuracy over speed; inside the run that the weights belong to unless given.
     """
     for variable, level in (("KINETO_LOG_LEVEL", "99"), ("TORCH_CPP_LOG_LEVEL", "ERROR")):
         os.environ.setdefault(variable, level)  # the profiler, asked for memory, talks about much else
@@ -67,6 +74,10 @@ def run(
     place = _device(device)
     bf16 = place.type == "cuda" and torch.cuda.is_bf16_supported()
     precision = ("bf16-mixed" if bf16 else "32-true") if precision == "auto" else precision
+    if weights is not None:
+        subject = Subject(weights, data or "builtin", model, img_size, num_workers=num_workers, device=device, out=out)
+        _pareto(subject, masks, reduction or "all", _shares(shares), batch_size, rounds)
+        return
     if reduction:
         model = model or "vit_base_patch16_224"
         rows = _reductions(model, img_size, reduction, shares, batch_size, place, precision, rounds)
@@ -135,15 +146,8 @@ def _reductions(
     from mim.benchmark_reduction import contenders, measure, table
     from mim.reduction.recipes import RECIPES
 
-    wanted = list(RECIPES) if names == "all" else names.split(",")
-    if unknown := [name for name in wanted if name not in RECIPES]:
-        raise UserError(
-            f"--reduction {unknown[0]}: there is no such reduction", hint=f"--reduction {','.join(RECIPES)}"
-        )
-    try:
-        parts = [float(share) for share in shares.split(",")]
-    except ValueError:
-        raise UserError(f"--shares {shares}: these are not numbers", hint="--shares 0.75,0.5") from None
+    wanted = [name for name, recipe in RECIPES.items() if recipe.shortens] if names == "all" else names.split(",")
+    parts = _shares(shares)
     torch.manual_seed(0)
     sized: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     vit: Any = timm.create_model(model, **sized)
@@ -161,6 +165,27 @@ def _reductions(
     print("  speed    over the whole model in the same round: median; fastest steps; processor time")
     print("  of MACs  speed over what the saved multiply-adds promise")
     return rows
+
+
+def _pareto(subject: Subject, masks: str | None, names: str, shares: list[float], batch_size: int, rounds: int) -> None:
+    """Scores and times every reduction that needs no training, and writes the page."""
+    from mim.pareto import sweep, write
+    from mim.reduction.recipes import RECIPES, recipe
+
+    free = [name for name, known in RECIPES.items() if not known.trained]
+    wanted = free if names == "all" else names.split(",")
+    for name in wanted:
+        if recipe(name).trained:
+            hint = f"--reduction {','.join(free)}"
+            raise UserError(f"--reduction {name}: its scores are random until they are trained", hint=hint)
+    write(sweep(subject, masks, wanted, shares, batch_size, rounds), subject, masks, batch_size, rounds)
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        return [float(share) for share in text.split(",")]
+    except ValueError:
+        raise UserError(f"--shares {text}: these are not numbers", hint="--shares 0.75,0.5") from None
 
 
 def _device(name: str) -> "torch.device":

@@ -37,14 +37,14 @@ def run(
     # torch is imported when there is something to train: --help must not wait for it.
     from mim.finetuning import Machine, StoppedError, best_precision, export, finish, remember, settings_of, train
     from mim.measure import TRAINED, UNTRAINED, Measurement, Scores
-    from mim.run import evaluation_folder, quieten
+    from mim.run import quieten
 
     rank = process_rank()
     quieten(rank)
-    measurement = Measurement.open(subject)
+    measurement = Measurement.open(subject, learning=True)
     kind = best_precision(measurement.device) if precision == "auto" else precision
     machine = Machine(devices, accumulate, kind, eval_every or recipe.epochs / 10)
-    root = evaluation_folder(subject.weights, subject.out, "finetune")
+    root = measurement.folder("finetune")
     if rank == 0:
         remember(root, settings_of(measurement, recipe), resume)
     scores: Scores = {"top-1": {}, "top-5": {}}
@@ -78,6 +78,8 @@ def run(
 
 def _check(recipe: FinetuneRecipe, seeds: int, parts: int) -> None:
     """Refuses what could not work before anything heavy is imported."""
+    if not 0 <= recipe.anneal[0] <= recipe.anneal[1] <= 1:
+        raise UserError(f"--anneal {list(recipe.anneal)}: two rising shares of the training", hint="--anneal [0.1,0.5]")
     if recipe.epochs <= 0 or recipe.blr <= 0 or seeds < 1 or parts < 1:
         raise UserError("--epochs, --blr, --seeds, --devices and --accumulate must be positive", hint="--epochs 100")
     if recipe.batch_size % parts or (recipe.batch_size // parts) % 2:
@@ -93,9 +95,12 @@ def _protocol(recipe: FinetuneRecipe) -> str:
     """How the encoder was trained, in words."""
     pool = "mean of patch tokens" if recipe.pool == "mean" else "class token"
     average = f", average of the weights {recipe.ema:g}" if recipe.ema else ""
+    annealed = (
+        f", reduction annealed over {recipe.anneal[0]:g} to {recipe.anneal[1]:g} of it" if any(recipe.anneal) else ""
+    )
     return (
         f"all weights trained, {pool}, {recipe.epochs:g} epochs of batch {recipe.batch_size}, blr {recipe.blr:g}, "
         f"layer decay {recipe.layer_decay:g}, drop path {recipe.drop_path:g}, {recipe.auto_augment}, mixup "
         f"{recipe.mixup:g}, CutMix {recipe.cutmix:g}, smoothing {recipe.label_smoothing:g}, erasing {recipe.erase:g}"
-        f"{average}"
+        f"{average}{annealed}"
     )

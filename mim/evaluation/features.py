@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -103,18 +103,19 @@ class Features:
         return ((self.layers + (self.pool == "both")) * encoder.dim,)
 
     def of(self, encoder: Encoder, images: Tensor) -> Tensor:
-        """Features ``(B, F)``, or ``(B, N, D)``, float32, of normalised images ``(B, C, H, W)``."""
-        outputs = encoder.vit.forward_intermediates(
-            images, self.layers, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
-        )
-        # timm leaves the prefix out where there is none.
-        layers = [pair if isinstance(pair, tuple) else (pair, pair[:, :0]) for pair in cast(list[Tensor], outputs)]
+        """Features ``(B, F)``, or ``(B, N, D)``, float32, of normalised images ``(B, C, H, W)``.
+
+        With a reduction, means count merged tokens by their size, and patch tokens are put back where they belong.
+        """
+        depth = len(encoder.vit.blocks)
+        outputs = encoder.after_blocks(images, range(depth - self.layers, depth))
         if self.pool == "tokens":
-            return layers[-1][0].float()
-        last = encoder.vit.fc_norm(layers[-1][0].float().mean(1))  # fc_norm: see pooled_features
+            return encoder.dense(outputs[-1]).flatten(2).transpose(1, 2).float()
+        layers = [tokens.with_x(encoder.vit.norm(tokens.x).float()) for tokens in outputs]
+        last = encoder.vit.fc_norm(layers[-1].patch_mean())  # fc_norm: see pooled_features
         if self.pool == "mean":
-            return torch.cat([*(patches.float().mean(1) for patches, _ in layers[:-1]), last.float()], dim=1)
-        classes = [prefix[:, 0].float() for _, prefix in layers]
+            return torch.cat([*(tokens.patch_mean() for tokens in layers[:-1]), last.float()], dim=1)
+        classes = [tokens.x[:, 0] for tokens in layers]
         return torch.cat([*classes, last.float()] if self.pool == "both" else classes, dim=1)
 
     def describe(self) -> str:

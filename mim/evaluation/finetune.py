@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -22,7 +22,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from mim.encoder import Encoder
 from mim.errors import UserError
 from mim.randomness import derive_seed, keyed_generator, keyed_libraries
-from mim.schedules import warmup_cosine
+from mim.reduction import TokenReducedViT, TokenReduction
+from mim.schedules import between, cosine, warmup_cosine
 from mim.subject import FinetuneRecipe
 
 
@@ -61,12 +62,22 @@ class Finetune(L.LightningModule):
         classes: number of classes.
         images: how many there are to learn from.
         seed: of everything random.
+        reduction: shortens the sequence in training and when scored; what it learns is added to the loss.
     """
 
-    def __init__(self, vit: VisionTransformer, recipe: FinetuneRecipe, classes: int, images: int, seed: int) -> None:
+    def __init__(
+        self,
+        vit: VisionTransformer,
+        recipe: FinetuneRecipe,
+        classes: int,
+        images: int,
+        seed: int,
+        reduction: TokenReduction | None = None,
+    ) -> None:
         super().__init__()
-        self.vit, self.recipe, self.seed = vit, recipe, seed
-        self.ema = ModelEmaV3(vit, decay=recipe.ema).requires_grad_(False) if recipe.ema else None
+        self.model = vit if reduction is None else TokenReducedViT(vit, reduction)
+        self.recipe, self.seed = recipe, seed
+        self.ema = ModelEmaV3(self.model, decay=recipe.ema).requires_grad_(False) if recipe.ema else None
         self.steps_per_epoch = images / recipe.batch_size
         self.max_steps = max(1, round(recipe.epochs * self.steps_per_epoch))
         self.mixup = None
@@ -79,18 +90,33 @@ class Finetune(L.LightningModule):
         self.history: list[dict[str, float]] = []
 
     @property
-    def evaluated(self) -> VisionTransformer:
+    def vit(self) -> VisionTransformer:
+        """What is trained, without its reduction."""
+        return cast(VisionTransformer, self.model.vit if isinstance(self.model, TokenReducedViT) else self.model)
+
+    @property
+    def evaluated(self) -> VisionTransformer | TokenReducedViT:
         """What is scored and exported: the average of the weights where there is one."""
-        return cast(VisionTransformer, self.ema.module) if self.ema is not None else self.vit
+        return cast(VisionTransformer, self.ema.module) if self.ema is not None else self.model
 
     def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy with the mixed and smoothed labels of one augmented view per image."""
         (images,), labels = batch
         if self.mixup is None:
-            return self._logged(F.cross_entropy(self.vit(images), labels, label_smoothing=self.recipe.label_smoothing))
+            return self._loss(images, labels, self.recipe.label_smoothing)
         with keyed_libraries(self.seed, "mixup", self.global_step):
             images, targets = self.mixup(images, labels)  # (B, classes)
-        return self._logged(F.cross_entropy(self.vit(images), targets))
+        return self._loss(images, targets, 0.0)
+
+    def _loss(self, images: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+        """Cross-entropy, and what the reduction learns."""
+        if not isinstance(self.model, TokenReducedViT):
+            return self._logged(F.cross_entropy(self.model(images), targets, label_smoothing=smoothing))
+        tokens = self.model.forward_tokens(images)
+        auxiliary = self.model.auxiliary_loss(tokens, targets)
+        self.log("train/reduction", auxiliary)
+        loss = F.cross_entropy(self.model.forward_head(tokens), targets, label_smoothing=smoothing)
+        return self._logged(loss + auxiliary)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Counts right answers; images that could not be read, of label -1, do not count."""
@@ -98,6 +124,16 @@ class Finetune(L.LightningModule):
         logits = self.evaluated(images)[labels >= 0]
         self.top1.update(logits, labels[labels >= 0])
         self.top5.update(logits, labels[labels >= 0])
+
+    def on_validation_epoch_start(self) -> None:
+        """Scores with as many tokens as the next step would train with."""
+        self._set_strength()
+
+    def _set_strength(self) -> None:
+        for model in (self.model, self.evaluated):
+            if isinstance(model, TokenReducedViT):
+                progress = between(self.global_step / self.max_steps, *self.recipe.anneal)
+                model.reduction.strength = cosine(progress, 0.0, 1.0)
 
     def on_validation_epoch_end(self) -> None:
         """Adds the counts of all processes."""
@@ -115,7 +151,10 @@ class Finetune(L.LightningModule):
         return warmup_cosine(step, warmup, self.max_steps, peak, min(peak, recipe.min_lr))
 
     def configure_optimizers(self) -> Optimizer:
-        """AdamW in timm's groups by layer; biases, norms, class token and positions are not decayed."""
+        """AdamW in timm's groups by layer; biases, norms, class token and positions are not decayed.
+
+        Weights of a reduction learn as fast as the classifier.
+        """
         optimizer: Optimizer = create_optimizer_v2(
             self.vit,
             "adamw",
@@ -124,10 +163,14 @@ class Finetune(L.LightningModule):
             layer_decay=self.recipe.layer_decay,
             betas=(0.9, 0.999),
         )
+        if isinstance(self.model, TokenReducedViT):
+            for group in param_groups_weight_decay(self.model.reduction, self.recipe.weight_decay):
+                optimizer.add_param_group({**group, "lr_scale": 1.0})
         return optimizer
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401 - Lightning's signature
-        """Makes stochastic depth a function of the step."""
+        """Makes stochastic depth and the strength of a reduction functions of the step."""
+        self._set_strength()
         torch.manual_seed(derive_seed(self.seed, "layers", self.global_step, self.trainer.global_rank, batch_idx))
 
     def optimizer_step(
@@ -142,11 +185,11 @@ class Finetune(L.LightningModule):
             group["lr"] = self.learning_rate(self.global_step) * group.get("lr_scale", 1.0)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.ema is not None:
-            self.ema.update(self.vit)
+            self.ema.update(self.model)
 
     def raise_if_nonfinite(self) -> None:
         """Refuses to go on with weights that hold NaN or infinity; waits for the device, so call it rarely."""
-        if not all(bool(parameter.isfinite().all()) for parameter in self.vit.parameters()):
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
             raise UserError(
                 f"the weights are no longer finite at step {self.global_step}", hint="a lower --blr, --warmup_epochs 20"
             )

@@ -17,7 +17,8 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from mim.encoder import Encoder
 from mim.evaluation.windows import Inference, predict
 from mim.randomness import derive_seed
-from mim.schedules import warmup_poly
+from mim.reduction import Tokens
+from mim.schedules import between, warmup_poly
 
 IGNORE = -1
 """Class of pixels that are neither learnt nor scored."""
@@ -33,6 +34,7 @@ class SegmentationOptim:
         warmup_steps: of linear warm-up.
         weight_decay: for everything but biases, normalisation and the encoder's tokens.
         layer_decay: the encoder's learning rate falls by this factor per block from the head down; fine-tuning only.
+        anneal: share of the steps in which a reduction grows to its full strength in a straight line; fine-tuning only.
     """
 
     lr: float
@@ -40,6 +42,7 @@ class SegmentationOptim:
     warmup_steps: int = 0
     weight_decay: float = 0.05
     layer_decay: float = 0.65
+    anneal: float = 0.0
 
 
 class SegmentationScores(NamedTuple):
@@ -113,19 +116,22 @@ class SemanticSegmentation(L.LightningModule):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Patch features after the chosen blocks, each ``(B, D, h, w)``."""
+        return self._encoded(images)[0]
+
+    def _encoded(self, images: Tensor) -> tuple[list[Tensor], Tokens]:
+        """Features, and the tokens after the last of the chosen blocks."""
         with torch.set_grad_enabled(self.finetune and torch.is_grad_enabled()):
-            features = self.encoder.vit.forward_intermediates(
-                images, self.taps, norm=True, stop_early=True, intermediates_only=True
-            )
-        return cast(list[Tensor], features)
+            tokens = self.encoder.after_blocks(images, self.taps)
+            return [self.encoder.dense(tapped) for tapped in tokens], tokens[-1]
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(B, classes, H, W)`` of normalised crops ``(B, C, H, W)``."""
-        answer: Tensor = self.head(self.features(images))[0]
+        features, tokens = self._encoded(images)
+        answer = tokens.answered(self.head(features)[0])
         return F.interpolate(answer.float(), images.shape[2:], mode="bilinear")
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Mean cross-entropy of the scored pixels of the global batch, and the head's auxiliary ones."""
+        """Mean cross-entropy of the scored pixels of the global batch, the head's auxiliary ones, and a reduction's."""
         images, classes = batch
         targets = classes.long()
         count = (targets != IGNORE).sum().clamp(min=1)
@@ -134,10 +140,13 @@ class SemanticSegmentation(L.LightningModule):
             torch.distributed.all_reduce(count)  # shares hold different numbers of scored pixels
             world = torch.distributed.get_world_size()
         loss = images.new_zeros(())
-        for weight, answer in zip(self.head_weights, self.head(self.features(images)), strict=True):
-            logits = F.interpolate(answer.float(), images.shape[2:], mode="bilinear")
+        features, tokens = self._encoded(images)
+        for weight, answer in zip(self.head_weights, self.head(features), strict=True):
+            logits = F.interpolate(tokens.answered(answer).float(), images.shape[2:], mode="bilinear")
             loss = loss + weight * F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
         loss = loss * world / count  # gradients are averaged over processes
+        if self.finetune and self.encoder.reduction is not None:
+            loss = loss + self.encoder.reduction.auxiliary_loss(tokens, targets)
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 
@@ -151,7 +160,9 @@ class SemanticSegmentation(L.LightningModule):
         return predict(self, images, (size[0], size[1]), self.inference).argmax(1)
 
     def on_validation_epoch_start(self) -> None:
-        """Begins to count."""
+        """Begins to count, at the full strength of a reduction."""
+        if self.encoder.reduction is not None:
+            self.encoder.reduction.strength = 1.0
         self.confusion.reset()
 
     def on_validation_epoch_end(self) -> None:
@@ -159,7 +170,10 @@ class SemanticSegmentation(L.LightningModule):
         self.scores = scores_of(self.confusion.compute())
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Dropout and drop path become a function of the step."""
+        """Dropout, drop path and the strength of a reduction become functions of the step."""
+        if self.encoder.reduction is not None:
+            progress = self.global_step / self.optim.steps
+            self.encoder.reduction.strength = between(progress, 0.0, self.optim.anneal) if self.finetune else 1.0
         torch.manual_seed(derive_seed(self.seed, "segment layers", self.global_step, self.global_rank))
 
     def configure_optimizers(self) -> Optimizer:
@@ -170,6 +184,8 @@ class SemanticSegmentation(L.LightningModule):
             layers = param_groups_layer_decay(vit, self.optim.weight_decay, vit.no_weight_decay(), layer_decay=rate)
             # Without a head of its own timm gives the last block 1; here the head has 1, the last block one step less.
             groups += [{**group, "lr_scale": group["lr_scale"] * rate} for group in layers]
+            if self.encoder.reduction is not None:
+                groups += _decay_groups(self.encoder.reduction, self.optim.weight_decay)
         return AdamW(groups, lr=self.optim.lr, betas=(0.9, 0.999))
 
     def optimizer_step(

@@ -3,10 +3,17 @@
 from mim.reduction.base import TokenReduction
 from mim.reduction.clustering import GridClustering
 from mim.reduction.cropr import Cropr
+from mim.reduction.decoupling import DecoupleAndMerge
+from mim.reduction.duplication import GreedyDuplication
+from mim.reduction.dynamicvit import DynamicViT
+from mim.reduction.early_exit import EarlyExit
 from mim.reduction.merging import DominantContextual, ToMe
 from mim.reduction.pruning import TopKPruning
+from mim.reduction.recipes import Labels
 from mim.reduction.schedule import Counts, KeepRate, PerBlock, Schedule
 from mim.reduction.scores import ClassAttention, Duplication, RandomScore, ReceivedAttention, Score
+from mim.reduction.storage import load_reduction, save_reduction
+from mim.reduction.thresholds import LearnedThresholds
 from mim.reduction.tokens import Tokens
 from mim.reduction.wrapper import TokenReducedViT
 
@@ -14,10 +21,16 @@ __all__ = [
     "ClassAttention",
     "Counts",
     "Cropr",
+    "DecoupleAndMerge",
     "DominantContextual",
     "Duplication",
+    "DynamicViT",
+    "EarlyExit",
+    "GreedyDuplication",
     "GridClustering",
     "KeepRate",
+    "Labels",
+    "LearnedThresholds",
     "PerBlock",
     "RandomScore",
     "ReceivedAttention",
@@ -28,4 +41,6 @@ __all__ = [
     "TokenReduction",
     "Tokens",
     "TopKPruning",
+    "load_reduction",
+    "save_reduction",
 ]

@@ -76,12 +76,21 @@ class Attending:
         """
         return self._attention(self.queries[:, :, :1])[:, :, 0].mean(dim=1)
 
-    def received_attention(self, rows: int) -> Tensor:
-        """Attention that each patch token receives, ``(B, K)``: mean over heads and ``rows`` evenly spread patches."""
+    def received_attention(self, rows: int | None = None, alive: Tensor | None = None) -> Tensor:
+        """Attention that each patch token receives, ``(B, K)``: mean over heads and the patches that are asked.
+
+        Args:
+            rows: how many are asked, evenly spread; all unless given.
+            alive: ``(B, K)`` bool, those whose attention counts.
+        """
         patches = self.queries.shape[2] - self.num_prefix
-        stride = max(1, patches // rows)
+        stride = max(1, patches // (rows or patches))
         asking = self.num_prefix + torch.arange(0, patches, stride, device=self.queries.device)[:rows]
-        return self._attention(self.queries[:, :, asking], asking - self.num_prefix).mean(dim=(1, 2))
+        attention = self._attention(self.queries[:, :, asking], asking - self.num_prefix).mean(dim=1)  # (B, rows, K)
+        if alive is None:
+            return attention.mean(dim=1)
+        weight = alive[:, asking - self.num_prefix, None].to(attention.dtype)
+        return (weight * attention).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
     def mean_keys(self) -> Tensor:
         """Keys of the patch tokens, mean over heads, ``(B, K, d)`` float32; what ToMe calls the metric."""

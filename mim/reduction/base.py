@@ -1,5 +1,6 @@
 """What every token reduction is: a driver over a ViT's blocks that shortens the sequence on the way."""
 
+from collections.abc import Collection
 from typing import Literal, cast
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mim.reduction.attention import Attending, check_block, mlp_half
-from mim.reduction.schedule import Schedule
+from mim.reduction.schedule import Schedule, call_of
 from mim.reduction.tokens import Tokens
 
 
@@ -26,6 +27,7 @@ class TokenReduction(nn.Module):
     Attributes:
         reads_attention: needs the queries and keys of the blocks that reduce.
         needs_class_token: asks what the class token looks at.
+        strength: share of the tokens that the schedule takes away which are taken; training may let it grow to 1.
     """
 
     reads_attention: bool = True
@@ -40,6 +42,7 @@ class TokenReduction(nn.Module):
     ) -> None:
         super().__init__()
         self.schedule, self.place, self.proportional, self.rejoin = schedule, place, proportional, rejoin
+        self.strength = 1.0
 
     def reduce(self, tokens: Tokens, attending: Attending | None, count: int, layer: int) -> Tokens:
         """Shorten the sequence.
@@ -47,14 +50,15 @@ class TokenReduction(nn.Module):
         Args:
             tokens: more than ``count`` patch tokens.
             attending: queries and keys of this block's attention; None if the reduction reads none.
-            count: patch tokens to be left.
+            count: patch tokens to be left, if there are more.
             layer: number of the block.
         """
         raise NotImplementedError
 
     def left(self, patches: int, layer: int, depth: int, grid: tuple[int, int] | None) -> int:
         """Patch tokens after a block that has ``patches`` of them: a whole number in ``1 .. patches``."""
-        return max(1, min(patches, self.schedule.left(patches, layer, depth)))
+        taken = patches - self.schedule.left(patches, layer, depth)
+        return max(1, min(patches, patches - round(taken * self.strength)))
 
     def cost(self, before: int, after: int, dim: int, head_dim: int) -> int:
         """Multiply-adds of one :meth:`reduce` per image, from ``before`` to ``after`` patch tokens."""
@@ -66,6 +70,10 @@ class TokenReduction(nn.Module):
         for layer in range(depth):
             counts.append(self.left(counts[-1], layer, depth, grid))
         return counts[1:]
+
+    def describe(self) -> str:
+        """The call that builds it: all that a result depends on, beside what was trained."""
+        return call_of(self)
 
     def check(self, vit: nn.Module) -> None:
         """Refuses a model that this reduction cannot shorten.
@@ -100,37 +108,68 @@ class TokenReduction(nn.Module):
             rope: rotary positions as timm's ``_pos_embed`` returns them.
             checkpointing: recompute blocks in the backward pass.
         """
-        tokens = Tokens.start(x, num_prefix, grid, rope)
-        for layer, block in enumerate(blocks):
+        (tokens,) = self.after_blocks({len(blocks) - 1}, blocks, x, num_prefix, grid, rope, checkpointing)
+        return tokens
+
+    def after_blocks(
+        self,
+        layers: Collection[int],
+        blocks: nn.Sequential,
+        x: Tensor,
+        num_prefix: int,
+        grid: tuple[int, int] | None = None,
+        rope: Tensor | None = None,
+        checkpointing: bool = False,
+    ) -> list[Tokens]:
+        """As :meth:`forward`, but the tokens after each of some blocks; those behind the last of them do not run.
+
+        Args:
+            layers: numbers of the blocks, from 0; the tokens come in the order of the blocks.
+            blocks: see :meth:`forward`, as all others.
+            x: as it enters the first block.
+            num_prefix: prefix tokens.
+            grid: of the patches.
+            rope: rotary positions.
+            checkpointing: recompute in the backward pass.
+        """
+        tokens, found = Tokens.start(x, num_prefix, grid, rope), []
+        for layer, block in zip(range(max(layers) + 1), blocks, strict=False):
             if self.rejoin and layer == len(blocks) - 1:
                 tokens = tokens.rejoined()
             if checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(self.step, block, tokens, layer, len(blocks), use_reentrant=False)
             else:
                 tokens = self.step(block, tokens, layer, len(blocks))
-        return tokens
+            if layer in layers:
+                found.append(tokens)
+        return found
 
     def step(self, block: nn.Module, tokens: Tokens, layer: int, depth: int) -> Tokens:
         """Run one block."""
         inputs = tokens.inputs(layer, self.proportional)
         last = self.rejoin and layer == depth - 1  # what came back stays
         count = tokens.count if last else self.left(tokens.count, layer, depth, tokens.grid)
-        if count == tokens.count:
-            return tokens.with_x(block(tokens.x, **inputs))
+        if not self.acts(tokens.count, count, layer):
+            return tokens.moved(block(tokens.x, **inputs))
         if self.place == "after" and not self.reads_attention:
-            return self.reduce(tokens.with_x(block(tokens.x, **inputs)), None, count, layer)
+            return self.reduce(tokens.moved(block(tokens.x, **inputs)), None, count, layer)
         attending = Attending(block, tokens.num_prefix)
-        tokens = tokens.with_x(attending.half(tokens.x, **inputs))
+        tokens = tokens.moved(attending.half(tokens.x, **inputs))
         if self.place == "middle":
             tokens = self.reduce(tokens, attending, count, layer)
-            return tokens.with_x(mlp_half(block, tokens.x))
-        return self.reduce(tokens.with_x(mlp_half(block, tokens.x)), attending, count, layer)
+            return tokens.moved(mlp_half(block, tokens.x))
+        return self.reduce(tokens.moved(mlp_half(block, tokens.x)), attending, count, layer)
+
+    def acts(self, before: int, after: int, layer: int) -> bool:
+        """Whether a block calls :meth:`reduce`; those that hide tokens act without making them fewer."""
+        return after < before
 
     def auxiliary_loss(self, tokens: Tokens, labels: Tensor) -> Tensor:
         """What a trained reduction adds to the loss of its task: a scalar, zero for the others.
 
         Args:
             tokens: as :meth:`forward` has returned them in training mode.
-            labels: ``(B,)`` class numbers.
+            labels: ``(B,)`` class numbers, ``(B, classes)`` their probabilities, or ``(B, H, W)`` classes of pixels,
+                -1 where there is none, for reductions that learn from masks.
         """
         return tokens.x.new_zeros(())

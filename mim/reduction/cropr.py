@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mim.reduction.attention import Attending
 from mim.reduction.base import TokenReduction
+from mim.reduction.masks import mask_cross_entropy
 from mim.reduction.pruning import split
 from mim.reduction.schedule import PerBlock
 from mim.reduction.tokens import Tokens
@@ -30,13 +31,17 @@ class Cropr(TokenReduction):
         depth: its blocks.
         num_classes: of the auxiliary classifiers.
         r: patches that each block but the last two takes away; the paper has 8 for ViT-L at 224 px.
-        queries: of each router; 1 for classification.
+        queries: of each router; 1 for classification, one per patch for masks.
+        masks: classes are those of pixels: each query answers for the patch of its number.
     """
 
     reads_attention = False
 
-    def __init__(self, dim: int, depth: int, num_classes: int, r: int = 8, queries: int = 1) -> None:
+    def __init__(
+        self, dim: int, depth: int, num_classes: int, r: int = 8, queries: int = 1, masks: bool = False
+    ) -> None:
         super().__init__(PerBlock(r, stop=2), place="after", rejoin=True)
+        self.masks = masks
         self.routers = nn.ModuleList(_Router(dim, num_classes, queries) for _ in range(depth - 2))
 
     def left(self, patches: int, layer: int, depth: int, grid: tuple[int, int] | None) -> int:
@@ -58,8 +63,14 @@ class Cropr(TokenReduction):
 
     def auxiliary_loss(self, tokens: Tokens, labels: Tensor) -> Tensor:
         """Cross-entropy of every router, summed."""
-        losses = [F.cross_entropy(logits, labels) for logits in tokens.auxiliary]
+        losses = [self._loss(logits, tokens, labels) for logits in tokens.auxiliary]
         return torch.stack(losses).sum() if losses else super().auxiliary_loss(tokens, labels)
+
+    def _loss(self, logits: Tensor, tokens: Tokens, labels: Tensor) -> Tensor:
+        if not self.masks:
+            return F.cross_entropy(logits.mean(dim=1), labels)
+        assert tokens.grid is not None
+        return mask_cross_entropy(logits, tokens.grid, labels)
 
 
 class _Router(nn.Module):
@@ -79,8 +90,8 @@ class _Router(nn.Module):
         return self.queries.sum(dim=0)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Class logits ``(B, num_classes)`` of patches ``(B, K, D)``."""
+        """Class logits ``(B, queries, num_classes)`` of patches ``(B, K, D)``."""
         queries = self.queries.expand(patches.shape[0], -1, -1)
         read = F.scaled_dot_product_attention(queries, patches, patches)  # (B, queries, D)
-        logits: Tensor = self.head(self.norm(read + self.mlp(read)).mean(dim=1))
+        logits: Tensor = self.head(self.norm(read + self.mlp(read)))
         return logits

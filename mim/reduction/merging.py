@@ -51,13 +51,31 @@ def merge_pairs(tokens: Tokens, features: Tensor, pairs: int) -> Tokens:
         features: ``(B, K, d)`` of unit length, what similarity is measured by.
         pairs: merges.
     """
-    first = tokens.num_prefix % 2  # parity counts from the start of the sequence, prefix and all
+    # Parity counts from the start of the sequence, prefix and all.
+    return tokens.merge(*best_pairs(features, pairs, first=tokens.num_prefix % 2))
+
+
+def best_pairs(features: Tensor, pairs: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``pairs`` best of the merges that every second token proposes, as :meth:`Tokens.merge` takes them.
+
+    Args:
+        features: ``(B, K, d)`` of unit length, what similarity is measured by; two tokens per pair or more.
+        pairs: merges.
+        first: 0 if the tokens at even places propose, 1 if those at odd ones do.
+
+    Returns:
+        ``(B, K - pairs)`` tokens that go on, ``(B, pairs)`` those that are folded in, ``(B, pairs)`` their place among
+        the first.
+    """
+    if not pairs:  # nor need there be any two tokens
+        everything = torch.arange(features.shape[1], device=features.device).expand(features.shape[0], -1)
+        return everything, everything[:, :0], everything[:, :0]
     best, partner = (features[:, first::2] @ features[:, 1 - first :: 2].transpose(1, 2)).max(dim=2)
     order = best.topk(best.shape[1]).indices
     merged, alone = order[:, :pairs], order[:, pairs:].sort().values  # places among those that propose
-    others = torch.arange(1 - first, tokens.count, 2, device=order.device).expand(order.shape[0], -1)
+    others = torch.arange(1 - first, features.shape[1], 2, device=order.device).expand(order.shape[0], -1)
     centre = torch.cat([2 * alone + first, others], dim=1)
-    return tokens.merge(centre, source=2 * merged + first, target=alone.shape[1] + partner.gather(1, merged))
+    return centre, 2 * merged + first, alone.shape[1] + partner.gather(1, merged)
 
 
 class DominantContextual(TokenReduction):

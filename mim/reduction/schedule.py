@@ -1,5 +1,6 @@
 """How many patch tokens go on after each block: plain whole numbers, known before the first image."""
 
+import inspect
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -19,8 +20,7 @@ class Schedule:
 
     def __repr__(self) -> str:
         """The call that builds it."""
-        settings = ", ".join(f"{name}={value}" for name, value in vars(self).items() if name[0] != "_")
-        return f"{type(self).__name__}({settings})"
+        return call_of(self)
 
 
 class KeepRate(Schedule):
@@ -87,3 +87,9 @@ class Counts(Schedule):
         if len(self.counts) != depth:
             raise ValueError(f"the schedule names {len(self.counts)} blocks, the model has {depth}")
         return min(patches, self.counts[layer])
+
+
+def call_of(part: object) -> str:
+    """The call that builds a part of a reduction, as far as the part still knows its settings."""
+    names = [name for name in inspect.signature(type(part)).parameters if hasattr(part, name)]
+    return f"{type(part).__name__}({', '.join(f'{name}={getattr(part, name)!r}' for name in names)})"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mim.randomness import RowGenerator, derive_seed
 from mim.reduction.attention import Attending
+from mim.reduction.schedule import call_of
 from mim.reduction.tokens import Tokens
 
 
@@ -31,6 +32,10 @@ class Score(nn.Module):
     def cost(self, patches: int, dim: int, head_dim: int) -> int:
         """Multiply-adds per image of scoring ``patches`` tokens."""
         return 0
+
+    def __repr__(self) -> str:
+        """The call that builds it."""
+        return call_of(self)
 
 
 class ClassAttention(Score):
@@ -56,12 +61,12 @@ class ReceivedAttention(Score):
     """How much patches attend to a token: the stand-in for :class:`ClassAttention` in models without class token.
 
     Args:
-        rows: patches that are asked, spread evenly over the sequence.
+        rows: patches that are asked, spread evenly over the sequence; None asks all.
     """
 
     positive = True
 
-    def __init__(self, rows: int = 16) -> None:
+    def __init__(self, rows: int | None = 16) -> None:
         super().__init__()
         self.rows = rows
 
@@ -72,7 +77,7 @@ class ReceivedAttention(Score):
 
     def cost(self, patches: int, dim: int, head_dim: int) -> int:
         """``rows`` rows of attention."""
-        return min(self.rows, patches) * patches * dim
+        return min(self.rows or patches, patches) * patches * dim
 
 
 class RandomScore(Score):
@@ -86,7 +91,7 @@ class RandomScore(Score):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        self.key = derive_seed(seed, "reduction")
+        self.seed, self.key = seed, derive_seed(seed, "reduction")
 
     def forward(self, tokens: Tokens, attending: Attending | None, layer: int) -> Tensor:
         """See :meth:`Score.forward`."""

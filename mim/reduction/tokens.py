@@ -27,6 +27,9 @@ class Tokens:
         places: ``(B, K)``, the patch whose rotary position a token has; a merged one has that of the token it began as.
         rope: timm's table of rotary positions, ``(N, 2d)`` or ``(depth, heads, N, 2d)``; None for most models.
         auxiliary: what trained reductions learn from, one tensor per reducing block; empty in evaluation.
+        alive: ``(B, K)`` for reductions that take no token out of the sequence but hide it from the others: bool, False
+            stays as it is and is not attended to; or float 0 and 1 in training, whose gradient tells what it is worth.
+        canvas: ``(B, N, classes)``, answers that patches gave before they left.
     """
 
     x: Tensor
@@ -39,6 +42,8 @@ class Tokens:
     merged: bool = False
     blend: Tensor | None = None
     auxiliary: tuple[Tensor, ...] = ()
+    alive: Tensor | None = None
+    canvas: Tensor | None = None
 
     @classmethod
     def start(
@@ -60,10 +65,22 @@ class Tokens:
 
     @property
     def sizes(self) -> Tensor:
-        """How many patches each token stands for, ``(B, K)`` float32."""
-        alive = self.assign >= 0
+        """How many patches each token stands for, ``(B, K)`` float32; 0 for hidden tokens."""
+        present = self.assign >= 0
         zeros = torch.zeros(self.x.shape[0], self.count, device=self.x.device)
-        return zeros.scatter_add(1, self.assign.clamp(min=0), alive.float())
+        sizes = zeros.scatter_add(1, self.assign.clamp(min=0), present.float())
+        return sizes if self.alive is None else sizes * self.alive
+
+    @property
+    def uneven(self) -> bool:
+        """Whether tokens stand for different numbers of patches, so that a mean must count them."""
+        return self.merged or self.alive is not None
+
+    @property
+    def gone(self) -> Tensor:
+        """Patches that have left, ``(B, N)`` bool: dropped or hidden."""
+        gone = self.assign < 0
+        return gone if self.alive is None else gone | (self.alive.gather(1, self.assign.clamp(min=0)) == 0)
 
     def inputs(self, layer: int, proportional: bool = False) -> dict[str, Any]:
         """What a block needs beside ``x``: the bias of merged tokens and rotary positions.
@@ -76,9 +93,20 @@ class Tokens:
         if proportional and self.merged:
             bias = torch.nn.functional.pad(self.sizes.log(), (self.num_prefix, 0))
             inputs["attn_mask"] = bias[:, None, None].to(self.x.dtype)  # (B, 1, 1, P + K)
+        if self.alive is not None:
+            inputs["attn_mask"] = self._hiding(self.alive).to(self.x.dtype)
         if self.rope is not None:
             inputs["rope"] = self._rope_of(layer, self.rope)
         return inputs
+
+    def _hiding(self, alive: Tensor) -> Tensor:
+        """Bias that hides tokens from all others, ``(B, 1, 1, P + K)``, or ``(B, 1, P + K, P + K)`` with a gradient."""
+        if alive.dtype == torch.bool:
+            hidden = torch.nn.functional.pad(~alive, (self.num_prefix, 0))
+            return torch.zeros_like(hidden, dtype=torch.float).masked_fill(hidden, -torch.inf)[:, None, None]
+        # DynamicViT's masked softmax, written as a bias: a dropped token sees itself, and 1e-6 of it is seen.
+        bias = torch.nn.functional.pad((alive + 1e-6).log(), (self.num_prefix, 0))
+        return bias[:, None, None] * (1 - torch.eye(bias.shape[1], device=bias.device))
 
     def _rope_of(self, layer: int, table: Tensor) -> Tensor:
         table = table[layer] if table.ndim == 4 else table  # (N, 2d), or (heads, N, 2d) of this block
@@ -91,6 +119,17 @@ class Tokens:
     def with_x(self, x: Tensor) -> "Tokens":
         """Other features of the same tokens."""
         return replace(self, x=x)
+
+    def moved(self, x: Tensor) -> "Tokens":
+        """What a block has made of the tokens; hidden ones stay what they were."""
+        if self.alive is None or self.alive.dtype != torch.bool:
+            return replace(self, x=x)
+        alive = torch.nn.functional.pad(self.alive, (self.num_prefix, 0), value=True)
+        return replace(self, x=torch.where(alive[..., None], x, self.x))
+
+    def hiding(self, alive: Tensor) -> "Tokens":
+        """The same sequence, in which only tokens ``alive (B, K)`` of those that were alive go on."""
+        return replace(self, alive=alive if self.alive is None else alive & (self.alive > 0))
 
     def keep(self, kept: Tensor, dropped: Tensor) -> "Tokens":
         """Goes on with ``kept (B, K')`` in this order and parks ``dropped (B, R)``; together they are all tokens."""
@@ -133,10 +172,20 @@ class Tokens:
 
     def patch_mean(self) -> Tensor:
         """Mean over the patches that are left, ``(B, D)``; a merged token counts as often as it has patches."""
-        if not self.merged:
+        if not self.uneven:
             return self.patches.mean(dim=1)
         sizes = self.sizes[..., None].to(self.x.dtype)
-        return (sizes * self.patches).sum(dim=1) / sizes.sum(dim=1)
+        return (sizes * self.patches).sum(dim=1) / sizes.sum(dim=1).clamp(min=1e-6)
+
+    def answered(self, answer: Tensor) -> Tensor:
+        """Answers ``(B, classes, h', w')``, and those of the canvas where patches gave theirs before they left."""
+        if self.canvas is None or self.grid is None:
+            return answer
+        shape = (answer.shape[0], -1, *self.grid)
+        early = self.canvas.transpose(1, 2).reshape(shape).to(answer.dtype)
+        gone = self.gone[:, None].float().reshape(shape)
+        early, gone = (torch.nn.functional.interpolate(part, answer.shape[2:]) for part in (early, gone))
+        return torch.where(gone > 0, early, answer)
 
     def dense(self) -> Tensor:
         """A token for each of the ``N`` patches, in their order, ``(B, N, D)``.
@@ -155,7 +204,7 @@ class Tokens:
         """All patches again, each its own token, as :meth:`dense` gives them."""
         x = torch.cat([self.x[:, : self.num_prefix], self.dense()], dim=1)
         start = Tokens.start(x, self.num_prefix, self.grid, self.rope)
-        return replace(start, auxiliary=self.auxiliary)
+        return replace(start, auxiliary=self.auxiliary, canvas=self.canvas)
 
 
 def _numbers(rows: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.models.eva import Eva
@@ -62,7 +63,7 @@ class TokenReducedViT(nn.Module):
     def forward_head(self, tokens: Tokens) -> Tensor:
         """Pooling and head of the model; a mean over patches counts merged tokens by their size."""
         vit = self.vit
-        if not tokens.merged or not (_pools(vit) or "avg" in vit.global_pool):
+        if not tokens.uneven or not (_pools(vit) or vit.global_pool in ("avg", "avgmax", "max")):
             head: Tensor = vit.forward_head(tokens.x)
             return head
         logits: Tensor = vit.head(vit.head_drop(vit.fc_norm(pool(vit, tokens))))
@@ -90,7 +91,7 @@ def pool(vit: Any, tokens: Tokens) -> Tensor:  # noqa: ANN401 - a timm model
     """Pooled features ``(B, D)`` of merged tokens, where timm would count each of them once.
 
     Args:
-        vit: whose kind of pooling is used: attention pooling, ``avg`` or ``avgmax``.
+        vit: whose kind of pooling is used: attention pooling, ``avg``, ``avgmax`` or ``max``.
         tokens: after the final norm.
     """
     everything = _pools(vit) if isinstance(vit, Eva) else vit.pool_include_prefix
@@ -101,7 +102,10 @@ def pool(vit: Any, tokens: Tokens) -> Tensor:  # noqa: ANN401 - a timm model
         pooled: Tensor = vit.attn_pool(x, attn_mask=sizes.log()[:, None, None])
         return pooled
     mean = (sizes[..., None] * x).sum(dim=1) / sizes.sum(dim=1, keepdim=True)
-    return 0.5 * (mean + x.amax(dim=1)) if vit.global_pool == "avgmax" else mean
+    if vit.global_pool == "avg":
+        return mean
+    largest = x.masked_fill(sizes[..., None] == 0, -torch.inf).amax(dim=1)
+    return largest if vit.global_pool == "max" else 0.5 * (mean + largest)
 
 
 def _pools(vit: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from torch import nn
 from mim.data.augment import Augmented
 from mim.encoder import Encoder
 from mim.evaluation.finetune import Finetune, classifier
+from mim.reduction import Cropr
 from mim.subject import FinetuneRecipe
 
 
@@ -97,3 +98,37 @@ def test_images_that_could_not_be_read_are_not_scored():
     trained = module()
     trained.validation_step((torch.randn(3, 3, 32, 32), torch.tensor([0, -1, 1])), 0)
     assert int(trained.top1.tp + trained.top1.fn) == 2
+
+
+def reduced(**settings):
+    recipe = FinetuneRecipe(**{"epochs": 10, "batch_size": 8, **settings})
+    encoder = Encoder("test_vit", img_size=32, patch_size=8)
+    reduction = Cropr(encoder.dim, 6, 5, r=2)
+    return Finetune(classifier(encoder, 5, recipe, seed=0), recipe, 5, images=80, seed=0, reduction=reduction)
+
+
+def test_what_a_reduction_learns_is_part_of_the_loss_and_its_weights_learn_as_fast_as_the_head(monkeypatch):
+    trained = reduced(drop_path=0.0)
+    logged = {}
+    monkeypatch.setattr(trained, "log", lambda name, value: logged.update({name: value.item()}))
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
+    loss = trained.training_step(([images], labels), 0)
+    assert logged["train/loss"] == loss.item() > logged["train/reduction"] > 0
+    loss.backward()
+    learning = {
+        id(p): group["lr_scale"] for group in trained.configure_optimizers().param_groups for p in group["params"]
+    }
+    assert {learning[id(parameter)] for parameter in trained.model.reduction.parameters()} == {1.0}
+    assert all(parameter.grad is not None for parameter in trained.model.reduction.parameters())
+    assert len(learning) == len(list(trained.parameters()))
+
+
+def test_the_strength_of_a_reduction_is_a_function_of_the_step(monkeypatch):
+    trained = reduced(anneal=(0.1, 0.5), ema=0.9)
+    strengths = []
+    for step in (0, 10, 30, 50, 99):
+        monkeypatch.setattr(Finetune, "global_step", step)
+        trained.on_validation_epoch_start()
+        strengths.append(trained.model.reduction.strength)
+        assert trained.evaluated.reduction.strength == strengths[-1]
+    assert strengths == pytest.approx([0, 0, 0.5, 1, 1])

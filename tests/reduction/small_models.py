@@ -6,8 +6,13 @@ from torch import nn
 
 from mim.reduction import (
     ClassAttention,
+    Cropr,
+    DecoupleAndMerge,
     DominantContextual,
     Duplication,
+    DynamicViT,
+    EarlyExit,
+    GreedyDuplication,
     GridClustering,
     RandomScore,
     ReceivedAttention,
@@ -34,15 +39,22 @@ REDUCTIONS = {
     "random": lambda schedule: TopKPruning(schedule, RandomScore()),
     "received": lambda schedule: TopKPruning(schedule, ReceivedAttention(rows=4)),
     "duplication": lambda schedule: TopKPruning(schedule, Duplication(pivots=2)),
+    "greedy duplication": lambda schedule: GreedyDuplication(schedule, pivots=2),
     "top-k": lambda schedule: TopKPruning(schedule, ClassAttention()),
     "fused": lambda schedule: TopKPruning(schedule, ClassAttention(), fuse=True),
     "fused mean": lambda schedule: TopKPruning(schedule, ClassAttention(), fuse=True, normalise=True),
     "rejoined": lambda schedule: TopKPruning(schedule, ClassAttention(), place="after", rejoin=True),
     "ToMe": ToMe,
     "contextual": DominantContextual,
+    "decoupled": DecoupleAndMerge,
     "clusters": GridClustering,
 }
-MERGING = ("fused mean", "ToMe", "contextual")
+MERGING = ("fused mean", "ToMe", "contextual", "decoupled")
+TRAINED = {
+    "Cropr": lambda: Cropr(dim=16, depth=4, num_classes=5, r=4),
+    "DynamicViT": lambda: DynamicViT(dim=16, keep=0.6, at=[0, 2]),
+    "EarlyExit": lambda: EarlyExit(dim=16, num_classes=5, at=[0, 2], keep=0.6, context=1),
+}
 
 
 def build(name, **changes):
@@ -57,5 +69,5 @@ def build(name, **changes):
 
 def fits(model, reduction):
     """Whether the reduction asks for a class token only where there is one."""
-    asks = reduction in ("top-k", "fused", "fused mean", "rejoined", "contextual")
+    asks = reduction in ("top-k", "fused", "fused mean", "rejoined", "contextual", "decoupled")
     return not asks or model not in ("no class token", "SigLIP")

@@ -28,7 +28,7 @@ def test_the_folded_score_is_the_sum_of_all_logits():
 def test_a_router_reads_in_one_head_without_projections():
     router, patches = reducer(queries=3).routers[0], torch.randn(2, 9, 16)
     read = (router.queries @ patches.transpose(1, 2) / 4).softmax(-1) @ patches
-    expected = router.head(router.norm(read + router.mlp(read)).mean(1))
+    expected = router.head(router.norm(read + router.mlp(read)))
     torch.testing.assert_close(router(patches), expected)
 
 
@@ -47,7 +47,7 @@ def test_routers_learn_from_labels_and_leave_the_backbone_alone():
     wrapper = TokenReducedViT(vit, reducer()).train()
     tokens, labels = wrapper.forward_tokens(torch.randn(4, 3, 40, 40)), torch.tensor([0, 1, 2, 3])
     loss = wrapper.auxiliary_loss(tokens, labels)
-    torch.testing.assert_close(loss, sum(F.cross_entropy(logits, labels) for logits in tokens.auxiliary))
+    torch.testing.assert_close(loss, sum(F.cross_entropy(logits[:, 0], labels) for logits in tokens.auxiliary))
     assert len(tokens.auxiliary) == 2
     loss.backward()
     assert all(parameter.grad is None for parameter in vit.parameters())
@@ -66,3 +66,21 @@ def test_the_best_patches_are_kept():
     tokens = reduction.reduce(Tokens.start(x, 1), None, 2, 0)
     best = (x[0, 1:] @ reduction.routers[0].scorer).topk(2).indices.tolist()
     assert sorted(best) == [n for n in range(6) if tokens.assign[0, n] >= 0]
+
+
+def test_with_masks_each_query_answers_for_its_patch():
+    vit = build("plain")
+    wrapper = TokenReducedViT(vit, reducer(queries=25, masks=True)).train()
+    images, labels = torch.randn(2, 3, 40, 40), torch.randint(0, 5, (2, 40, 40))
+    labels[:, :8] = -1
+    tokens = wrapper.forward_tokens(images)
+    expected = sum(
+        F.cross_entropy(
+            F.interpolate(logits.transpose(1, 2).reshape(2, 5, 5, 5), (40, 40), mode="bilinear"),
+            labels,
+            ignore_index=-1,
+        )
+        for logits in tokens.auxiliary
+    )
+    torch.testing.assert_close(wrapper.auxiliary_loss(tokens, labels), expected)
+    assert wrapper.auxiliary_loss(tokens, torch.full_like(labels, -1)).item() == 0

@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from small_models import REDUCTIONS, build
+from small_models import REDUCTIONS, TRAINED, build
 
-from mim.reduction import Cropr, KeepRate, TokenReducedViT
-
-STATIC = REDUCTIONS | {"Cropr": lambda schedule: Cropr(dim=16, depth=4, num_classes=5, r=4)}
+from mim.reduction import KeepRate, TokenReducedViT
 
 
-@pytest.fixture(params=STATIC)
+@pytest.fixture(params=[*REDUCTIONS, *TRAINED])
 def wrapper(request):
     torch._dynamo.reset()
-    return TokenReducedViT(build("registers"), STATIC[request.param](KeepRate(0.6))).requires_grad_(False)
+    name = request.param
+    reduction = TRAINED[name]() if name in TRAINED else REDUCTIONS[name](KeepRate(0.6))
+    return TokenReducedViT(build("registers"), reduction).eval().requires_grad_(False)
 
 
 @pytest.mark.slow

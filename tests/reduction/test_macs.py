@@ -45,7 +45,7 @@ def test_published_numbers(base):
     assert count_macs(base, reduction).total / 1e9 == pytest.approx(11.5, abs=0.1)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.shortens])
 @pytest.mark.parametrize("share", [0.75, 0.5])
 def test_every_recipe_comes_near_a_share(base, name, share):
     reduction = RECIPES[name].fit(base, share)

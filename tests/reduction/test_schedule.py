@@ -1,6 +1,6 @@
 import pytest
 
-from mim.reduction import Counts, KeepRate, PerBlock, ToMe
+from mim.reduction import Counts, KeepRate, PerBlock, RandomScore, ToMe, TopKPruning
 
 
 def run(schedule, patches, depth):
@@ -54,3 +54,16 @@ def test_pairs_take_at_most_every_second_token():
 
 def test_a_schedule_prints_as_the_call_that_builds_it():
     assert repr(PerBlock(8)) == "PerBlock(r=8, inflect=0.0, stop=0)"
+
+
+def test_half_the_strength_takes_half_as_many():
+    reduction = TopKPruning(KeepRate(0.6), RandomScore())
+    reduction.strength = 0.5
+    assert reduction.counts(100, 4) == [100, 80, 64, 52]
+    reduction.strength = 0.0
+    assert reduction.counts(100, 4) == [100] * 4
+
+
+def test_a_reduction_describes_itself_by_the_call_that_builds_it():
+    text = TopKPruning(KeepRate(0.6), RandomScore()).describe()
+    assert text.startswith("TopKPruning(schedule=KeepRate(keep=0.6, at=None), score=RandomScore(seed=0)")

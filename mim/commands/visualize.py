@@ -1,0 +1,139 @@
+"""Draw what a model sees, keeps or hides: ``python tools/visualize.py --weights runs/001-mae-photos``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from mim.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from mim.checkpoint import LoadedEncoder
+    from mim.masking import Masking
+    from mim.reduction import Tokens
+
+
+def run(
+    weights: str | None = None,
+    model: str | None = None,
+    data: str = "builtin",
+    reduction: str | None = None,
+    policy: str | None = None,
+    images: int = 4,
+    columns: int = 5,
+    img_size: int | None = None,
+    out: Path = Path("visualize.png"),
+    trust: bool = False,
+) -> None:
+    """One picture of a few images: attention and features, what a token reduction leaves, or what policies hide.
+
+    Args:
+        weights: run folder, timm folder, checkpoint file or timm name.
+        model: timm name of the model that a checkpoint file belongs to; without weights, the model to draw untrained.
+        data: images, as for pretraining; those that the data sets apart if there are any.
+        reduction: which tokens live, merge or leave, block by block: a name such as tome, with what its knob is set to
+            as in tome:8 or evit:0.7 (half of the multiply-adds unless given), or a YAML file. Several, with commas, are
+            shown side by side at their end.
+        policy: what masking policies hide of the images: random, block, high, hint, low, with commas, or 'all'. The
+            last three follow the attention of the weights.
+        images: rows, spread over the data.
+        columns: most blocks that are shown of one reduction.
+        img_size: pixels per side instead of the model's own; positions are resized.
+        out: the picture, a PNG.
+        trust: load a checkpoint file although it can run code.
+    """
+    if weights is None and model is None:
+        raise UserError("there is no model to look into", hint="--weights runs/001-mae-photos   or   --model NAME")
+    if images < 1 or columns < 1:
+        raise UserError("--images and --columns must be positive", hint="--images 4 --columns 5")
+    if reduction and policy:
+        raise UserError("--reduction and --policy are two pictures", hint="one of them, then the other")
+    loaded = _load(weights, model, img_size, trust)
+    batch = _images(data, loaded, images)
+    if policy:
+        picture = _policies(policy, loaded, batch)
+    elif reduction:
+        picture = _reductions(reduction, loaded, batch, columns)
+    else:
+        from mim.pictures import strip
+
+        picture = strip(batch, {}, loaded.encoder, loaded.mean, loaded.std)
+    from mim.pictures import save_strip
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_strip(picture, out)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}", hint="--out another/file.png") from error
+    print(f"  weights {loaded.note}\n  picture {out}")
+
+
+def _load(weights: str | None, model: str | None, img_size: int | None, trust: bool) -> "LoadedEncoder":
+    from mim.checkpoint import LoadedEncoder, load_encoder, untrained_encoder
+
+    if weights is not None:
+        return load_encoder(weights, model=model, img_size=img_size, trust=trust)
+    assert model is not None
+    encoder = untrained_encoder(model, seed=0, model=model, img_size=img_size)
+    cfg = cast(dict[str, Any], encoder.vit.pretrained_cfg)
+    return LoadedEncoder(encoder, list(cfg["mean"]), list(cfg["std"]), f"{model}, untrained")
+
+
+def _images(data: str, loaded: "LoadedEncoder", count: int) -> "Tensor":
+    """The middles of ``count`` readable images, normalised, ``(B, C, H, W)``."""
+    import torch
+
+    from mim.data.pretrain import PretrainData
+
+    opened = PretrainData(data, num_workers=0, mean=loaded.mean, std=loaded.std)
+    opened.open(loaded.encoder.img_size, loaded.encoder.in_chans, seed=0)
+    source = opened.evaluation or opened.source
+    chosen = [place * len(source) // count for place in range(min(count, len(source)))]
+    batches = [pixels for pixels, _ in opened.center_batches(source, chosen)]
+    if not batches:
+        raise UserError(f"--data {data}: none of the {len(chosen)} images that were tried can be read")
+    return torch.cat(batches)
+
+
+def _reductions(names: str, loaded: "LoadedEncoder", batch: "Tensor", columns: int) -> "Image.Image":
+    from mim.config import build_reduction
+    from mim.token_pictures import reduction_strip, states_of
+
+    encoder, chosen = loaded.encoder, [name.strip() for name in names.split(",")]
+    states: dict[str, Tokens] = {}
+    for name in chosen:
+        encoder.reduction = build_reduction(name, encoder.vit).eval()
+        print(f"  {name:<7} {encoder.reduction.describe()}")
+        shown = states_of(encoder, batch, columns if len(chosen) == 1 else 1)
+        states |= shown if len(chosen) == 1 else {f"{name}, {title}": tokens for title, tokens in shown.items()}
+    return reduction_strip(batch, states, encoder.patch_size, loaded.mean, loaded.std)
+
+
+def _policies(names: str, loaded: "LoadedEncoder", batch: "Tensor") -> "Image.Image":
+    from mim.pictures import masking_strip
+
+    known = _known_policies()
+    can_guide = bool(loaded.encoder.vit.has_class_token)
+    possible = [name for name, policy in known.items() if can_guide or not policy.guided]
+    chosen = possible if names == "all" else [name.strip() for name in names.split(",")]
+    for name in chosen:
+        if name not in possible:
+            why = "the model has no class token whose attention it could follow" if name in known else None
+            hint = f"--policy {','.join(possible)}"
+            raise UserError(f"--policy {name}: there is no such policy here", why=why, hint=hint)
+    policies = {name: known[name] for name in chosen}
+    return masking_strip(batch, loaded.encoder, policies, loaded.mean, loaded.std)
+
+
+def _known_policies() -> "dict[str, Masking]":
+    """With the papers' largest ratios, in every image: what is never hidden says little."""
+    from mim.masking import AttentionMasking, BlockMasking, RandomMasking
+
+    return {
+        "random": RandomMasking(0.75),
+        "block": BlockMasking(low=0.5, high=0.5, whole=0.0),
+        "high": AttentionMasking("high", low=0.5, high=0.5, whole=0.0),
+        "hint": AttentionMasking("hint", low=0.5, high=0.5, whole=0.0),
+        "low": AttentionMasking("low", low=0.5, high=0.5, whole=0.0),
+    }

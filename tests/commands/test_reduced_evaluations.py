@@ -1,0 +1,137 @@
+"""``--reduction`` of the evaluations, driven as a user drives it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from mim.cli import main
+from mim.commands import make_shapes
+from mim.measure import section_name
+from mim.reduction import TokenReducedViT, load_reduction
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def knn(weights, photos, *args):
+    common = ["--num_workers", "0", "--k", "[3]", "--seeds", "1"]
+    return main("knn", ["--weights", weights, "--data", str(photos), *common, *map(str, args)])
+
+
+def finetune(weights, photos, *args):
+    short = ["--num_workers", "0", "--epochs", "3", "--warmup_epochs", "1", "--batch_size", "12", "--device", "cpu"]
+    short += ["--from_scratch", "false", "--mixup", "0", "--cutmix", "0", "--blr", "0.02"]
+    return main("finetune", ["--weights", weights, "--data", str(photos), *short, *map(str, args)])
+
+
+def result(folder):
+    return json.loads(Path(folder, "metrics.json").read_text())
+
+
+@pytest.fixture
+def masks(tmp_path):
+    make_shapes.run(tmp_path / "masks", train=8, val=4, size=32)
+    return tmp_path / "masks"
+
+
+def segment(weights, masks, *args):
+    tiny = ["--steps", "3", "--batch_size", "4", "--accelerator", "cpu", "--devices", "1", "--pictures", "1"]
+    return main("segment", ["--weights", weights, "--data", str(masks), *tiny, *map(str, args)])
+
+
+def test_neighbours_of_reduced_features_say_so_and_have_a_cache_of_their_own(weights, photos):
+    assert knn(weights, photos, "--out", "whole") == 0
+    assert knn(weights, photos, "--out", "reduced", "--pool", "mean", "--reduction", "evit:0.5") == 0
+    assert knn(weights, photos, "--out", "other", "--pool", "mean", "--reduction", "evit:0.6") == 0
+    assert len(list(Path("runs/features").iterdir())) == 3 * 4
+    assert "tokens reduced by TopKPruning(schedule=KeepRate(keep=0.5, at=None)" in result("reduced")["protocol"]
+    facts = result("reduced")["reduction"]
+    assert facts["name"] == "evit:0.5"
+    assert facts["share_of_multiply_adds"] < result("other")["reduction"]["share_of_multiply_adds"] < 1
+    assert "reduction" not in result("whole")
+
+
+def test_a_reduction_that_reduces_nothing_changes_nothing(weights, photos):
+    assert knn(weights, photos, "--out", "whole", "--pool", "both", "--layers", 2) == 0
+    assert knn(weights, photos, "--out", "same", "--pool", "both", "--layers", 2, "--reduction", "tome:0") == 0
+    assert result("whole")["metrics"] == result("same")["metrics"]
+
+
+@pytest.mark.parametrize("head", ["linear", "attentive"])
+def test_probes_learn_on_reduced_features(weights, photos, head):
+    options = ["--weights", weights, "--data", str(photos), "--num_workers", "0", "--epochs", "2", "--seeds", "1"]
+    options += ["--head", head, "--batch_size", "8", "--warmup_epochs", "1", "--lrs", "[0.01]", "--out", "probe"]
+    assert main("linear_probe", [*options, "--reduction", "tome:2"]) == 0
+    assert "ToMe(schedule=PerBlock(r=2" in result("probe")["protocol"]
+
+
+def test_an_evaluation_with_a_reduction_does_not_replace_the_one_without():
+    assert section_name("knn", None) == "knn"
+    assert section_name("knn", "tome:8") == "knn-tome-8"
+    assert section_name("knn", "recipes/mine.yaml") == "knn-mine"
+
+
+def test_fine_tuning_trains_on_fewer_tokens(weights, photos):
+    assert finetune(weights, photos, "--out", "tuned", "--reduction", "tome:2", "--anneal", "[0.0,0.5]") == 0
+    assert "ToMe(schedule=PerBlock(r=2" in result("tuned")["protocol"]
+    assert "annealed over 0 to 0.5 of it" in result("tuned")["protocol"]
+    assert not Path("tuned/export/reduction.safetensors").exists()
+    model = timm.create_model("local-dir:tuned/export", pretrained=True).eval()
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_what_a_trained_reduction_has_learnt_lies_beside_the_model(weights, photos):
+    assert finetune(weights, photos, "--out", "tuned", "--reduction", "cropr:2", "--ema", 0.9) == 0
+    vit = timm.create_model("local-dir:tuned/export", pretrained=True).eval()
+    reduction = load_reduction(Path("tuned/export"), vit)
+    assert TokenReducedViT(vit, reduction)(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
+    assert reduction.routers[0].head.out_features == 3
+    assert knn("tuned/export", photos, "--out", "scored", "--reduction", "tuned/export") == 0
+    assert "Cropr(" in result("scored")["protocol"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--reduction", "expedite:0.4"],
+        ["--reduction", "tome:1", "--head", "knn", "--inference", "whole"],
+        ["--reduction", "cropr:2", "--finetune", "true", "--anneal", "0.5", "--taps", "2"],
+    ],
+)
+def test_segmentation_reads_features_that_were_put_back(weights, masks, options):
+    assert segment(weights, masks, "--out", "result", *options) == 0
+    assert "tokens reduced by" in result("result")["protocol"]
+    assert result("result")["reduction"]["name"] == options[1]
+
+
+@pytest.mark.parametrize(
+    ("command", "args", "line"),
+    [
+        (knn, ["--reduction", "cropr"], "python tools/finetune.py --reduction cropr"),
+        (knn, ["--reduction", "nonsense"], "--reduction nonsense: there is no such reduction"),
+        (knn, ["--reduction", "."], "holds no trained reduction"),
+        (finetune, ["--reduction", "tome", "--anneal", "[0.5,0.1]"], "--anneal [0.5, 0.1]"),
+        (segment, ["--reduction", "cropr"], "random until they are trained"),
+    ],
+)
+def test_mistakes_end_in_lines_that_help(weights, photos, masks, command, args, line, capsys):
+    assert command(weights, masks if command is segment else photos, *args) == 2
+    assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("reduction", ["dynamicvit:0.6", "ltp:0.1", "bat:0.6", "dart_greedy:0.6"])
+def test_every_other_reduction_can_be_fine_tuned_with(weights, photos, reduction):
+    assert finetune(weights, photos, "--out", "tuned", "--reduction", reduction, "--epochs", 1) == 0
+    assert result("tuned")["reduction"]["name"] == reduction
+
+
+def test_early_exit_learns_from_masks_alone(weights, photos, masks, capsys):
+    assert segment(weights, masks, "--out", "result", "--reduction", "dtop:0.6", "--finetune", "true") == 0
+    assert "EarlyExit(" in result("result")["protocol"]
+    assert finetune(weights, photos, "--reduction", "dtop") == 2
+    assert "python tools/segment.py --finetune true --reduction dtop" in capsys.readouterr().err
