@@ -12,17 +12,27 @@ from timm.models import is_model_pretrained
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from mim.checkpoint_io import AtomicCheckpointIO, newest_good
+from mim.checkpoint_io import AtomicCheckpointIO, newest_good, sidecar, verify
 from mim.config import instantiate, parse
 from mim.data.pretrain import PretrainData
 from mim.encoder import Encoder
 from mim.errors import UserError
-from mim.interop import ModelCard, adapt, export_backbone, likely_model, load_weights, to_timm
+from mim.interop import (
+    ModelCard,
+    adapt,
+    check_timm_folder,
+    export_backbone,
+    likely_model,
+    load_weights,
+    to_timm,
+    weights_in,
+)
 from mim.methods import Method
 
 __all__ = [
     "LoadedEncoder",
     "ModelCard",
+    "check_published",
     "export_backbone",
     "init_backbone",
     "load_encoder",
@@ -41,7 +51,7 @@ def load_method(run: Path) -> tuple[Method, PretrainData, Namespace]:
     if path is None:
         raise UserError(f"{run} has no checkpoint that can be used", why=refused[0] if refused else "it saved none yet")
     objects = instantiate(config)
-    objects.model.load_state_dict(AtomicCheckpointIO().load_checkpoint(path)["state_dict"])
+    objects.model.load_state_dict(AtomicCheckpointIO(objects.model).load_checkpoint(path)["state_dict"])
     return objects.model.eval(), objects.data, config
 
 
@@ -133,9 +143,11 @@ def _model_of(weights: str, trust: bool) -> str:
     """What ``timm.create_model`` builds the model of these weights from."""
     folder = Path(weights.removeprefix("local-dir:"))
     if folder.is_dir():
-        return f"local-dir:{_weights_in(folder, '--weights')[0].parent}"
+        home = _weights_in(folder, "--weights")[0].parent
+        check_timm_folder(home, "--weights")
+        return f"local-dir:{home}"
     if not folder.exists():
-        _check_published(weights, "--weights")
+        check_published(weights, "--weights")
         return weights
     guess = likely_model(to_timm(load_weights(folder, trust=trust, option="--weights"))[1])
     if guess is None:
@@ -177,6 +189,9 @@ def _find_weights(weights: str, trust: bool, option: str) -> tuple[str, dict[str
         path, grid = _weights_in(path, option)
     elif not path.exists():
         return _published(weights, option)
+    path = path.resolve()  # last.ckpt is a link to a checkpoint, beside which its hash lies
+    if sidecar(path).is_file() and (reason := verify(path)) and path.suffix == ".ckpt":
+        raise UserError(f"{option} {path} is damaged", why=reason, hint="the checkpoint before it")
     return *to_timm(load_weights(path, trust=trust, option=option)), grid
 
 
@@ -184,8 +199,7 @@ def _weights_in(folder: Path, option: str) -> tuple[Path, tuple[int, int] | None
     """The weight file of a timm folder or a run, the export before the last checkpoint."""
     for home in (folder, folder / "export" / "backbone"):
         if (home / "config.json").is_file():
-            files = [home / "model.safetensors", home / "pytorch_model.bin"]
-            return next(filter(Path.is_file, files), files[0]), _recorded_grid(home)
+            return weights_in(home), _recorded_grid(home)
     last = folder / "checkpoints" / "last.ckpt"
     if not last.is_file():
         raise UserError(
@@ -201,14 +215,14 @@ def _recorded_grid(folder: Path) -> tuple[int, int] | None:
         args = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_args", {})
         size, patch = (torch.as_tensor(args[key]).expand(2) for key in ("img_size", "patch_size"))
         height, width = (size // patch).tolist()
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError):
         return None
     return height, width
 
 
 def _published(name: str, option: str) -> tuple[str, dict[str, Tensor], tuple[int, int] | None]:
     """Weights that timm fetches by name: the one door to the network, open only because the user named them."""
-    _check_published(name, option)
+    check_published(name, option)
     try:
         source = timm.create_model(name, pretrained=True, num_classes=0)
     except (OSError, RuntimeError) as problem:  # no network, offline mode, a damaged download
@@ -221,8 +235,8 @@ def _published(name: str, option: str) -> tuple[str, dict[str, Tensor], tuple[in
     return "timm", source.state_dict(), grid
 
 
-def _check_published(name: str, option: str) -> None:
-    """Refuses what is neither there nor known to timm."""
+def check_published(name: str, option: str) -> None:
+    """Refuses what is neither there nor known to timm, addresses among it; raises ``UserError``."""
     if is_model_pretrained(name):
         return
     close = get_close_matches(name, timm.list_pretrained("vit_*"), n=2)

@@ -5,29 +5,40 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, BinaryIO, cast
 
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from torch import Tensor
+from torch import Tensor, nn
 
 from mim import __version__
 from mim.errors import UserError
+from mim.interop import refuse_compressed
 
 KEEP = 2
 """Checkpoints kept in a folder: the newest, and the one before in case that is damaged."""
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes ``step-00000120.ckpt`` beside its SHA-256, then removes older ones; ``last.ckpt`` links to the newest."""
+    """Writes ``step-00000120.ckpt`` beside its SHA-256, then removes older ones; ``last.ckpt`` links to the newest.
+
+    Args:
+        model: what a checkpoint is loaded into; one that does not fit it is refused.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self.model = model
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # noqa: ANN401
         """Puts ``checkpoint`` at ``path``; those of other steps stay until it is on the disk."""
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        size = _tensor_bytes(checkpoint)
+        size = sum(tensor.nbytes for _, tensor in _tensors(checkpoint))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(path.parent).free < 2 * size:  # the file, and as much again so that others can breathe
@@ -41,7 +52,10 @@ class AtomicCheckpointIO(CheckpointIO):
                 os.fsync(file.fileno())
             facts = {"sha256": writer.digest.hexdigest(), "bytes": writer.written, "step": checkpoint["global_step"]}
             facts |= {"mim": __version__, "torch": torch.__version__}
-            _write_aside(sidecar(path), json.dumps(facts).encode())
+            with sidecar(path).open("w") as text:  # not aside: without its checkpoint it means nothing
+                text.write(json.dumps(facts))
+                text.flush()
+                os.fsync(text.fileno())
             os.replace(temporary, path)
             _sync_folder(path.parent)
         except OSError as error:
@@ -49,7 +63,8 @@ class AtomicCheckpointIO(CheckpointIO):
                 temporary.unlink()
             raise _no_room(error, path, size) from error
         _link(path)
-        for old in checkpoints(path.parent)[:-KEEP]:
+        # Later steps than this one are those that a resume found damaged: they do not count.
+        for old in [other for other in checkpoints(path.parent) if other.name <= path.name][:-KEEP]:
             self.remove_checkpoint(old)
 
     def load_checkpoint(
@@ -58,11 +73,21 @@ class AtomicCheckpointIO(CheckpointIO):
         map_location: object = "cpu",
         weights_only: bool | None = True,
     ) -> dict[str, Any]:
-        """Reads a checkpoint that :func:`verify` accepts; never runs code from it."""
-        if reason := verify(Path(path)):
-            raise UserError(f"{path} cannot be used", why=reason)
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint
+        """Reads a checkpoint that :func:`verify` accepts and that fits; never runs code from it."""
+        reason, checkpoint = verify(Path(path)), None
+        if reason is None:
+            try:
+                refuse_compressed(Path(path))
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            except UnpicklingError:  # its text is a page about torch's options
+                reason = "it holds Python objects, which a run never writes; nothing in it was executed"
+            except Exception as error:  # a hash can be forged, and then the contents may be anything
+                reason = f"not readable ({str(error).partition(chr(10))[0] or type(error).__name__})"
+        if reason is None and self.model is not None:
+            reason = misfit(checkpoint, self.model)
+        if reason is not None:
+            raise UserError(f"{path} cannot be used", why=reason, hint="an earlier checkpoint, or a new run")
+        return cast(dict[str, Any], checkpoint)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Removes a checkpoint and its sidecar."""
@@ -94,6 +119,8 @@ def verify(path: Path) -> str | None:
     """Why a checkpoint must not be used, or ``None`` if size and SHA-256 are what was written."""
     try:
         facts = json.loads(sidecar(path).read_text())
+        if facts["step"] != checkpoint_step(path):
+            return f"it was written after {facts['step']} steps"
         if path.stat().st_size != facts["bytes"]:
             return f"it is {path.stat().st_size} bytes long, {facts['bytes']} were written"
         with path.open("rb") as file:
@@ -114,6 +141,43 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
             return path, refused
         refused.append(f"{path} is damaged: {reason}")
     return None, refused
+
+
+def misfit(checkpoint: object, model: nn.Module) -> str | None:
+    """Why a checkpoint cannot be loaded into ``model``, or ``None`` if it can: names, shapes, finite values."""
+    parts = ("state_dict", "optimizer_states", "loops", "global_step")
+    if not isinstance(checkpoint, dict) or not all(part in checkpoint for part in parts):
+        return f"it is not the checkpoint of a run, which holds {', '.join(parts)}"
+    if not isinstance(checkpoint["state_dict"], dict):
+        return "its state_dict is none"
+    if broken := nonfinite(checkpoint):
+        return f"{broken[0]} holds NaN or infinity"
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    theirs = {name: tuple(getattr(value, "shape", ())) for name, value in checkpoint["state_dict"].items()}
+    wrong = [name for name in [*own, *theirs] if own.get(name) != theirs.get(name)]
+    if wrong:
+        here, there = (shapes.get(wrong[0], "missing") for shapes in (own, theirs))
+        return f"{len(wrong)} tensors differ from those of this run, first {wrong[0]}: {there} there, {here} here"
+    moments = Counter(tuple(value.shape) for name, value in _tensors(checkpoint["optimizer_states"]) if value.ndim)
+    room = Counter({shape: 2 * count for shape, count in Counter(own.values()).items()})  # AdamW keeps two of each
+    return "the shapes of the optimizer's state are not those of the weights" if moments - room else None
+
+
+def nonfinite(tree: object) -> list[str]:
+    """Names of the tensors in a nested state that hold NaN or infinity; one wait for the device in all."""
+    tensors = [(name, value) for name, value in _tensors(tree) if value.is_floating_point()]
+    if not tensors:
+        return []
+    finite = torch.stack([value.isfinite().all() for _, value in tensors])
+    return [name for (name, _), good in zip(tensors, finite.tolist(), strict=True) if not good]
+
+
+def _tensors(tree: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(tree, Tensor):
+        yield name, tree
+    elif isinstance(tree, dict | list | tuple):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
 
 
 def sweep(folder: Path) -> None:
@@ -145,15 +209,6 @@ class _HashingWriter:
         self.file.flush()
 
 
-def _write_aside(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -169,14 +224,6 @@ def _link(path: Path) -> None:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(path.name)
         os.replace(temporary, path.with_name("last.ckpt"))
-
-
-def _tensor_bytes(tree: Any) -> int:  # noqa: ANN401
-    if isinstance(tree, Tensor):
-        return tree.numel() * tree.element_size()
-    if isinstance(tree, dict):
-        return sum(map(_tensor_bytes, tree.values()))
-    return sum(map(_tensor_bytes, tree)) if isinstance(tree, list | tuple) else 0
 
 
 def _no_room(error: OSError, path: Path, size: int) -> UserError:

@@ -11,13 +11,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mim import __version__
 from mim.errors import UserError
-from mim.processes import process_rank
+from mim.processes import leaving_on_signals, process_rank
 
 if TYPE_CHECKING:  # even this parser takes a moment to import: help and typing mistakes come first
     from jsonargparse import ArgumentParser
@@ -94,6 +95,9 @@ COMMANDS = {
     "info": "list methods, models, configs, or what a run holds",
 }
 
+RESUMABLE = {"pretrain", "finetune"}
+"""Commands that a signal interrupts with status 75 at any moment."""
+
 
 def main(command: str | None = None, args: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0 done, 2 a mistake of the user, 75 interrupted and resumable."""
@@ -106,7 +110,8 @@ def main(command: str | None = None, args: Sequence[str] | None = None) -> int:
                 print(_commands_help())
                 return 0
             command = args.pop(0).replace("-", "_")
-        return _dispatch(command, args)
+        with leaving_on_signals() if command in RESUMABLE else nullcontext():
+            return _dispatch(command, args)
     except UserError as error:
         if debug:
             traceback.print_exc()
@@ -185,6 +190,9 @@ def _call(run: Callable[..., None], command: str, args: list[str]) -> None:
     """Runs a command whose options are the arguments of one function."""
     from jsonargparse import ArgumentError
 
+    from mim.config_file import check_config_files
+
+    check_config_files(args)
     parser = function_parser(run, command)
     try:
         options = parser.parse_args(args).as_dict()

@@ -18,6 +18,7 @@ from mim.pictures import strip
 from mim.report.markup import Html, picture, section, table, tag
 from mim.report.style import PAGE, STYLE
 from mim.report.tables import markdown_table, spread, text_table
+from mim.run import RunFolder
 
 _PICTURE_BYTES = 400_000
 UNTRAINED = "untrained"
@@ -118,7 +119,7 @@ def write_page(path: Path, rows: Sequence[Sequence[str]], shown: dict[str, Image
 def _measured(run: Path) -> dict[str, tuple[list[float], list[float]]]:
     """Scores of a run and of its untrained encoders, by what was measured."""
     found: dict[str, tuple[list[float], list[float]]] = {}
-    probe = json.loads((run / "summary.json").read_text()).get("probe") or {}
+    probe = RunFolder(run).read_summary().get("probe") or {}
     for kind, name in (("knn", "k-NN (run)"), ("linear", "linear (run)")):
         if kind in probe:
             found[name] = probe[kind]["trained"], probe[kind]["untrained"]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from lightning import Trainer
 
+from mim.config_file import check_config_files
 from mim.data.pretrain import PretrainData
 from mim.errors import UserError
 from mim.methods import Method  # and with it every method, by class_path
@@ -31,6 +32,8 @@ set_parsing_settings(
         "mim.encoder",
     ],
 )
+
+_MANY = 1e9  # more steps, epochs or images than anybody counts to
 
 TRAINER_OPTIONS = {
     "accelerator",
@@ -99,6 +102,7 @@ def build_parser() -> ArgumentParser:
 
 def parse(args: Sequence[str]) -> Namespace:
     """Parses dotted options; a mistake becomes a :class:`UserError` with a suggestion."""
+    check_config_files(args)
     parser = build_parser()
     try:
         return parser.parse_args(list(args))
@@ -149,8 +153,17 @@ def build_reduction(text: str, vit: Any, labels: Labels | None = None) -> TokenR
 
 
 def run_options(config: Namespace) -> RunOptions:
-    """The run's own options out of a parsed config."""
-    return RunOptions(**{field.name: config[field.name] for field in fields(RunOptions)})
+    """The run's own options out of a parsed config; raises ``UserError`` for numbers that cannot be."""
+    options = RunOptions(**{field.name: config[field.name] for field in fields(RunOptions)})
+    positive = {"epochs": options.epochs, "save_every": options.save_every, "eval_every": options.eval_every}
+    positive |= {"log_every": options.log_every, "probe_images": options.probe_images, "threads": options.threads}
+    positive |= {"accumulate": config.trainer.get("accumulate_grad_batches")}
+    for name, value in positive.items():
+        if value is not None and not 0 < value < _MANY:
+            raise UserError(f"--{name} {value:.4g} is not between 0 and {_MANY:.0e}", hint=f"--{name} 1")
+    if options.pictures < 0:
+        raise UserError(f"--pictures {options.pictures} is below 0", hint="--pictures 8")
+    return options
 
 
 SESSION = ("config", "out", "resume", "overwrite", "allow_change")
@@ -183,12 +196,34 @@ def changes(args: Sequence[str]) -> dict[str, tuple[Any, Any]]:
 
 def _explain(error: ArgumentError, parser: ArgumentParser) -> UserError:
     text = str(error).strip()
+    reasons, values = re.findall(_REASON, text), re.findall(r"(?:Got|Given) value: ([^\n]*)", text)
+    if reasons:
+        # The keys lead from the outside in; what does not fit is told last.
+        key = ".".join(dict.fromkeys(re.findall(r'Parser key "([\w.]+)"', text)))
+        given = re.sub(r"^NestedArg\(key='[\w.]*', val=(.*)\)$", r"\1", values[-1] if values else "that")
+        why = " or ".join(dict.fromkeys(map(_plain, reasons)))[:200]
+        return UserError(f"{key} cannot be {given[:80]}", why=why, hint="--help_all lists every option")
     text = re.sub(r"\s+", " ", text)
     refusals = r"[Uu]nrecognized arguments:|does not accept (?:option|nested key)|Option(?= '[\w.]+' is not accepted)"
     unknown = re.search(rf"(?:{refusals}) [\"'-]*([\w.]+)", text)
     known = {action.dest.split(".")[-1]: action.dest for action in parser._actions}
     near = difflib.get_close_matches(unknown[1].split(".")[-1], known, 1) if unknown else []
-    return UserError(text[:400], hint=f"did you mean --{known[near[0]]}?" if near else "--help_all lists every option")
+    hint = f"did you mean --{known[near[0]]}?" if near else "--help_all lists every option"
+    return UserError(f"there is no setting {unknown[1]}" if unknown else text[:400], hint=hint)
+
+
+_REASON = re.compile(
+    r"Not a valid subclass of \w+|Expected a (?!<class 'NoneType'>|path)[^\n]+?(?=\. Got|\n|$)"
+    r"|Importing '[\w.]+' is not allowed|Unable to load config"
+)
+
+
+def _plain(reason: str) -> str:
+    """A reason of the parser in the words of people who do not write Python."""
+    reason = re.sub(r"<class '([\w.]+)'>", r"\1", reason).replace("a typing.Literal", "one of ")
+    reason = re.sub(r"Expected a dot import path string: .*", "there is no such class", reason)
+    reason = reason.replace("Unable to load config", "it is neither a set of settings nor a file of them")
+    return reason[0].lower() + reason[1:]
 
 
 def _parameters(cls: type) -> list[str]:

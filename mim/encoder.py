@@ -63,14 +63,15 @@ class Encoder(nn.Module):
         settings = {"patch_size": patch_size, "in_chans": in_chans, "num_classes": 0, **(kwargs or {})}
         settings = {name: value for name, value in settings.items() if value is not None}
         size = _checked_size(model, img_size, settings.get("patch_size"))
-        vit = timm.create_model(
-            model,
-            pretrained=pretrained,
-            img_size=size,
-            drop_path_rate=drop_path_rate,
-            dynamic_img_size=dynamic_img_size,
-            **settings,
-        )
+        settings |= {"drop_path_rate": drop_path_rate, "dynamic_img_size": dynamic_img_size}
+        try:
+            vit = timm.create_model(model, pretrained=pretrained, img_size=size, **settings)
+        except OSError as problem:  # no network, offline mode, a folder without weights
+            raise UserError(
+                f"--model {model}: timm could not get its pretrained weights",
+                why=str(problem).partition("\n")[0],
+                hint="--model local-dir:FOLDER with weights on this machine, or a network connection",
+            ) from problem
         self.vit = cast(VisionTransformer, vit)
         self.vit.set_grad_checkpointing(grad_checkpointing)
         if reduction is not None:
@@ -330,7 +331,8 @@ def _skeleton(model: str) -> VisionTransformer:
     except (RuntimeError, ValueError) as error:  # the latter for what looks like a path
         if not str(error).startswith(("Unknown model", "Invalid pretrained tag", "Model name")):
             raise
-        near = difflib.get_close_matches(model, timm.list_models() + timm.list_pretrained(), n=3, cutoff=0.5)
+        known = ["*vit*", "deit*"]
+        near = difflib.get_close_matches(model, timm.list_models(known) + timm.list_pretrained(known), n=3, cutoff=0.5)
         raise UserError(
             f"--model {model}: timm {timm.__version__} has no such model",
             hint="   or   ".join(f"--model {name}" for name in near or ["vit_small_patch16_224"]),

@@ -14,6 +14,13 @@ class UserError(Exception):
         super().__init__(error)
         self.error, self.why, self.hint = error, why, hint
 
+    def about(self, option: str, *, instead_of: str) -> "UserError":
+        """The same mistake, made in another option."""
+        error, why, hint = (
+            text and text.replace(f"{instead_of} ", f"{option} ") for text in (self.error, self.why, self.hint)
+        )
+        return UserError(error or "", why=why, hint=hint)
+
     def __str__(self) -> str:
         """The lines ``error:``, ``why:`` and ``try:``, each only if it says something."""
         lines = [("error:", self.error), ("why:  ", self.why), ("try:  ", self.hint)]

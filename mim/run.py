@@ -1,11 +1,13 @@
 """The folder of a run: numbered, with fixed names for everything that a run leaves behind."""
 
+import errno
 import json
 import logging
 import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import warnings
@@ -17,6 +19,9 @@ from tqdm import tqdm
 
 from mim.data.pretrain import BadFileWarning
 from mim.errors import UserError
+
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+"""What a disk answers that is full, read-only, forbidden or broken."""
 
 
 class RunFolder:
@@ -88,7 +93,13 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any]:
         """What ``summary.json`` says; empty if there is none."""
-        return json.loads(self.summary.read_text()) if self.summary.exists() else {}
+        try:
+            summary = json.loads(self.summary.read_text()) if self.summary.exists() else {}
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{self.summary} is damaged", why=str(error) or "it is not JSON") from error
+        if not isinstance(summary, dict):
+            raise UserError(f"{self.summary} is damaged", why="it is not what a run writes")
+        return summary
 
     def write_summary(self, **facts: Any) -> None:  # noqa: ANN401
         """Adds ``facts`` to ``summary.json``."""
@@ -103,6 +114,15 @@ class RunFolder:
         facts = {"python": platform.python_version(), "system": platform.platform(), **versions()}
         (self.path / "env.txt").write_text("\n".join(f"{name} {value}" for name, value in facts.items()) + "\n")
 
+    def unwritable(self, error: OSError) -> UserError:
+        """What to tell if something of the run cannot be written."""
+        home = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.is_dir())
+        return UserError(
+            f"{error.filename or self.path} cannot be written: {error.strerror}",
+            why=f"{shutil.disk_usage(home).free / 2**20:.0f} MiB are free there",
+            hint=f"make room, then  python tools/pretrain.py --resume {self.path}   (saved checkpoints are intact)",
+        )
+
     def say(self, text: str) -> None:
         """Prints a line and keeps it in ``log.txt``."""
         tqdm.write(text)  # beside a progress bar, not into it
@@ -111,8 +131,6 @@ class RunFolder:
             file.write(text + "\n")
 
     def _clear(self) -> None:
-        import shutil
-
         for name in ("images", "checkpoints", "export", "tensorboard", "debug"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         timing = self.path / "timing.csv"

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mim.encoder import Encoder
+from mim.errors import UserError
 from mim.patches import gather_tokens, patch_statistics, patchify, pixel_targets
 
 
@@ -97,7 +98,10 @@ class FeatureTarget(Target):
         std: tuple[float, ...] = (0.229, 0.224, 0.225),
     ) -> None:
         super().__init__()
-        self.encoder = Encoder(model, dynamic_img_size=True, pretrained=True).eval().requires_grad_(False)
+        try:
+            self.encoder = Encoder(model, dynamic_img_size=True, pretrained=True).eval().requires_grad_(False)
+        except UserError as error:  # which speaks of the encoder that is trained
+            raise error.about("--model.init_args.target.init_args.model", instead_of="--model") from None
         expected = cast(dict[str, Any], self.encoder.vit.pretrained_cfg)
         given_mean, given_std, own_mean, own_std = (
             torch.tensor(values).view(-1, 1, 1) for values in (mean, std, expected["mean"], expected["std"])

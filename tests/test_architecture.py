@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 # A module may import from lower levels; within a level only from its own folder.
 LEVELS = [
     {"mim", "mim.devices", "mim.errors", "mim.randomness", "mim.patches", "mim.processes", "mim.schedules"}
-    | {"mim.subject", "mim.segment_options"},
+    | {"mim.config_file", "mim.subject", "mim.segment_options"},
     {"mim.layers", "mim.masking", "mim.reduction"},
     {"mim.encoder"},
     {"mim.targets"},

@@ -68,3 +68,10 @@ def test_an_evaluation_recipe_sets_options_of_the_command_that_it_shows(path):
     assert f"configs/evaluation/{path.name}" in text
     run = importlib.import_module(f"mim.commands.{command}").run
     function_parser(run, command).parse_args(["--config", str(path), "--weights", "test_vit"])
+
+
+@pytest.mark.parametrize("name", ["default", "demo", "vit_small_patch16_224", "vit_base_patch16_224"])
+def test_attmask_with_the_masks_of_ibot_is_ibot(name):
+    ibot, attmask = (parse([f"--config={ROOT / method / name}.yaml"]) for method in ("ibot", "attmask"))
+    attmask.model.init_args.masking = ibot.model.init_args.masking
+    assert attmask.model == ibot.model

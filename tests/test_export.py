@@ -22,7 +22,7 @@ def method(tmp_path):
     (tmp_path / "run").mkdir()
     save_config(config, tmp_path / "run" / "config.yaml")
     (tmp_path / "run" / "command.txt").write_text("python -m mim pretrain --data photos")
-    state = {"state_dict": method.state_dict(), "global_step": 24}
+    state = {"state_dict": method.state_dict(), "global_step": 24, "optimizer_states": [], "loops": {}}
     AtomicCheckpointIO().save_checkpoint(state, tmp_path / "run" / "checkpoints" / checkpoint_name(24))
     return method
 
@@ -93,7 +93,7 @@ def test_a_model_that_is_no_vit_is_refused(tmp_path):
 
 
 def test_an_unknown_model_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no model that timm can build"):
+    with pytest.raises(UserError, match="no such file, folder or timm weights"):
         export(weights="vit_nonsense", out=tmp_path / "out")
 
 

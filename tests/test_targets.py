@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from mim.encoder import Encoder
+from mim.errors import UserError
 from mim.interop import ModelCard, export_backbone
 from mim.patches import patchify, pixel_targets
 from mim.targets import FeatureTarget, PixelTarget
@@ -94,3 +95,18 @@ def test_features_show_no_pixels(images, folder):
 def test_other_channels_than_the_frozen_vit_takes_are_refused(folder):
     with pytest.raises(ValueError, match="takes 3 channels, images have 5"):
         FeatureTarget(f"local-dir:{folder}").dim(Encoder("test_vit", 32, 8, in_chans=5))
+
+
+def test_a_frozen_vit_that_cannot_be_had_is_named_by_its_own_option(monkeypatch):
+    with pytest.raises(UserError) as mistake:
+        FeatureTarget("vit_smal_patch16_224")
+    assert mistake.value.error.startswith("--model.init_args.target.init_args.model vit_smal_patch16_224: timm")
+    assert mistake.value.hint.startswith("--model.init_args.target.init_args.model vit_small_patch16_224")
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", no_network)
+    with pytest.raises(UserError, match="timm could not get its pretrained weights") as mistake:
+        FeatureTarget("vit_tiny_patch16_224")
+    assert mistake.value.why == "Name or service not known"
+
+
+def no_network(*_, **__):
+    raise ConnectionError("Name or service not known")

@@ -6,11 +6,10 @@ from types import FrameType
 
 from lightning import Callback, LightningModule, Trainer
 
-from mim.checkpoint_io import checkpoint_name, sweep
+from mim.checkpoint_io import checkpoint_name, nonfinite, sweep
 from mim.evaluation.finetune import Finetune
-from mim.methods import Method
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from mim.methods import Method, NonFiniteError
+from mim.processes import STOP_SIGNALS
 
 
 class Signals(Callback):
@@ -25,7 +24,7 @@ class Signals(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the signals over."""
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -66,6 +65,8 @@ class Checkpoints(Callback):
         if self.stopped or step % self.every == 0 or step == trainer.max_steps:
             assert isinstance(pl_module, Method | Finetune)
             pl_module.raise_if_nonfinite()
+            if broken := nonfinite(pl_module.state_dict()):  # a teacher or centre that no gradient told of
+                raise NonFiniteError(step - 1, broken[0])
             trainer.save_checkpoint(self.folder / checkpoint_name(step), weights_only=False)  # the optimizer, too
         if self.stopped:
             trainer.should_stop = True

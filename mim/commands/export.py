@@ -86,8 +86,8 @@ def _from_weights(weights: str, model: str | None, data_licence: str, trust: boo
     import timm
     from timm.models.vision_transformer import VisionTransformer
 
-    from mim.checkpoint import init_backbone
-    from mim.interop import ModelCard
+    from mim.checkpoint import check_published, init_backbone
+    from mim.interop import ModelCard, check_timm_folder
 
     if model is None and Path(weights).is_file():
         raise UserError(
@@ -95,6 +95,10 @@ def _from_weights(weights: str, model: str | None, data_licence: str, trust: boo
         )
     folder = Path(weights.removeprefix("local-dir:"))
     name = model or (f"local-dir:{folder}" if folder.is_dir() else weights)
+    if (folder / "config.json").is_file():
+        check_timm_folder(folder, "--weights")
+    elif not folder.exists():
+        check_published(weights, "--weights")
     try:
         vit = timm.create_model(name, num_classes=0)
     except (OSError, RuntimeError, ValueError) as problem:  # no such model, no config.json, a damaged one

@@ -5,11 +5,8 @@ import sys
 from typing import Literal
 
 from mim.errors import UserError
-from mim.processes import process_rank
+from mim.processes import INTERRUPTED, process_rank
 from mim.subject import FinetuneRecipe, Subject
-
-INTERRUPTED = 75
-"""Exit status after a signal; the same command with ``--resume true`` continues."""
 
 
 def run(

@@ -1,7 +1,6 @@
 """Lists what there is: methods, models, configs, and what a run holds."""
 
 import ast
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -44,5 +43,7 @@ def _run(name: str | None) -> None:
     summary = Path(name or "", "summary.json")
     if name is None or not summary.is_file():
         raise UserError(f"{name}: no run there", hint="python tools/info.py run runs/001-mae-builtin")
-    for key, value in json.loads(summary.read_text()).items():
+    from mim.run import RunFolder
+
+    for key, value in RunFolder(summary.parent).read_summary().items():
         print(f"{key:<20}{value}")

@@ -23,12 +23,9 @@ from mim.data.pretrain import PretrainData
 from mim.encoder import Encoder
 from mim.errors import UserError
 from mim.methods import Method, NonFiniteError, Plan
-from mim.processes import process_rank
+from mim.processes import INTERRUPTED, process_rank
 from mim.report import write_report
-from mim.run import RunFolder, git_commit, quieten, versions
-
-INTERRUPTED = 75
-"""Exit status of a run that a signal stopped after it had saved; ``--resume`` continues it."""
+from mim.run import UNWRITABLE, RunFolder, git_commit, quieten, versions
 
 FREE_TO_CHANGE = ("trainer.", "data.num_workers", "data.max_bad", "log_every", "save_every", "eval_every", "pictures")
 """Settings that a resumed run may change without asking: they do not change what is computed."""
@@ -55,6 +52,7 @@ class Pretraining:
         self.rank = process_rank()
         quieten(self.rank)
         self.config, self.resumed, self.options = config, resumed, run_options(config)
+        self.folder = resumed or RunFolder(Path(config.out or "runs"))
         if self.options.threads:
             torch.set_num_threads(self.options.threads)
         objects = self._instantiate(self.options.seed)
@@ -71,7 +69,15 @@ class Pretraining:
         )
 
     def run(self, args: Sequence[str]) -> int:
-        """Trains to the end, to a signal or to a failure."""
+        """Trains to the end, to a signal or to a failure; a disk that takes no more is a mistake of the user."""
+        try:
+            return self._train(args)
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            raise self.folder.unwritable(error) from error
+
+    def _train(self, args: Sequence[str]) -> int:
         checkpoint = self._checkpoint()
         initialised = None
         if checkpoint is None and self.config.init:  # before there is a folder: weights that do not fit leave none
@@ -123,7 +129,7 @@ class Pretraining:
             return RunFolder(Path(self.config.out or "runs"))
         else:
             data = Path(self.data.path).name.split(".")[0] or "data"
-            name = f"{type(self.method).__name__.lower()}-{data}"
+            name = f"{self.method.name}-{data}"
             folder = RunFolder.create(self.config.out, name, self.config.overwrite)
             folder.write_origin(list(args))
             save_config(self.config, folder.config)
@@ -155,7 +161,7 @@ class Pretraining:
                 max_epochs=-1,
                 callbacks=[signals, log, evaluation, checkpoints],
                 logger=TensorBoardLogger(self.folder.path, name="tensorboard", version="") if self.rank == 0 else False,
-                plugins=[AtomicCheckpointIO()],
+                plugins=[AtomicCheckpointIO(self.method)],
                 log_every_n_steps=1 << 62,  # the log decides, not Lightning
                 enable_checkpointing=False,
                 enable_progress_bar=False,
@@ -190,7 +196,7 @@ class Pretraining:
         trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
         backbone = sum(p.numel() for p in method.backbone.parameters())
         grid, patches = encoder.grid, math.prod(encoder.grid)
-        name, model = type(method).__name__.lower(), self.config.model.init_args.encoder.model
+        name, model = method.name, self.config.model.init_args.encoder.model
         labels = f"{len(source.classes):,} labels" if source.labels else "no labels"
         if source.labels:
             labels += " -> k-NN and linear probe" if evaluation.labelled else ", too few images of each for probes"
@@ -245,7 +251,7 @@ class Pretraining:
         facts |= {"bad_files": len(self.data.bad_files.reasons)}
         if torch.cuda.is_available():
             facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-        if checkpoints.stopped and trainer.global_step < self.plan.max_steps:
+        if checkpoints.stopped:
             folder.write_summary(status="interrupted", **facts)
             self._say(
                 f"stopped by a signal after step {trainer.global_step:,}, saved\n"

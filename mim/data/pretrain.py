@@ -57,6 +57,11 @@ class PretrainData(L.LightningDataModule):
         licence: str = "unknown",
     ) -> None:
         super().__init__()
+        workers = 0 if num_workers == "auto" else num_workers
+        if not 1 <= batch_size <= 1 << 24 or not 0 <= workers <= 1024 or not 0 <= max_bad <= 1:
+            raise ValueError(f"batch_size {batch_size}, num_workers {num_workers} or max_bad {max_bad} cannot be")
+        if std and not all(value > 0 for value in std):
+            raise ValueError(f"std {std} must be above 0")
         self.path, self.batch_size, self.licence = path, batch_size, licence
         self.views = views or SingleView()
         self.num_workers = min(_cores(), 16) if num_workers == "auto" else num_workers
@@ -81,7 +86,10 @@ class PretrainData(L.LightningDataModule):
     def statistics(self, channels: int) -> tuple[list[float], list[float]]:
         """Mean and standard deviation per channel that images are normalised with."""
         mean = self._mean or (list(IMAGENET_MEAN) if channels == 3 else [0.5] * channels)
-        return mean, self._std or (list(IMAGENET_STD) if channels == 3 else [0.25] * channels)
+        std = self._std or (list(IMAGENET_STD) if channels == 3 else [0.25] * channels)
+        if not len(mean) == len(std) == channels:
+            raise UserError(f"data.mean {mean} and data.std {std} are not for {channels} channels")
+        return mean, std
 
     def check(self, sample: int = 256) -> tuple[int, tuple[int, int]]:
         """Reads some images spread over the set; returns how many, and the smallest width and height among them."""

@@ -1,7 +1,7 @@
 """From a decoded image to what a method sees: crops in the loader's workers, the batched rest on the model's device.
 
 The division is measured: a worker that crops uint8 tensors and ships uint8 is the cheapest part of the pipeline, while
-colour, blur and normalisation cost least as one batched operation beside the model.
+colour, blur and normalisation cost least as one batched operation beside the model, on a CPU, too (docs/speed.md).
 """
 
 import math

@@ -1,10 +1,13 @@
 """Checkpoint files, read without running what is in them."""
 
 import hashlib
+import json
 import re
 from pathlib import Path
 from pickle import UnpicklingError
+from zipfile import BadZipFile, ZipFile
 
+import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -13,6 +16,10 @@ from mim.errors import UserError
 from mim.interop.layouts import named_tensors
 
 CHECKSUMS = "SHA256SUMS"
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_SPREAD = 4  # weights may take so many times their file's bytes: fp8 as fp32
+_SMALL = 1 << 26  # 64 MiB, below which nobody has to account for memory
+_DEPTH = 1000  # blocks of a model that a folder may ask for
 
 
 def load_weights(path: Path, *, trust: bool = False, option: str = "--init") -> dict[str, Tensor]:
@@ -31,6 +38,8 @@ def load_weights(path: Path, *, trust: bool = False, option: str = "--init") -> 
     _check_sum(path, option)
     try:
         safe = path.suffix == ".safetensors"
+        if not safe:
+            refuse_compressed(path)
         checkpoint = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=not trust)
     except Exception as problem:  # a damaged or hostile file raises almost anything
         raise _unreadable(path, option, problem) from problem
@@ -38,6 +47,8 @@ def load_weights(path: Path, *, trust: bool = False, option: str = "--init") -> 
     if not tensors:
         found = f"it holds {', '.join(map(str, checkpoint))[:80]}" if isinstance(checkpoint, dict) else None
         raise UserError(f"{option} {path} holds no model weights", why=found or f"it is a {type(checkpoint).__name__}")
+    if reason := _beyond(tensors, path):
+        raise UserError(f"{option} {path} is not a readable checkpoint", why=reason)
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
     if broken:
         raise UserError(
@@ -52,6 +63,55 @@ def sha256(path: Path) -> str:
     """Hexadecimal digest of a file, as ``sha256sum`` prints it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_in(folder: Path) -> Path:
+    """The weight file of a timm folder."""
+    files = [folder / name for name in _WEIGHT_FILES]
+    return next(filter(Path.is_file, files), files[0])
+
+
+def check_timm_folder(folder: Path, option: str) -> None:
+    """Refuses a timm folder whose ``config.json`` is broken or asks for more than its weights are worth.
+
+    Raises:
+        UserError: before any memory is spent on the model.
+    """
+    config, weights = folder / "config.json", weights_in(folder)
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        if int(settings.get("model_args", {}).get("depth", 0)) > _DEPTH:
+            raise ValueError(f"it asks for a model of more than {_DEPTH} blocks")
+        with torch.device("meta"):
+            model = timm.create_model(f"local-dir:{folder}", num_classes=0)
+        needed = sum(value.nbytes for value in model.state_dict().values())
+        size = weights.stat().st_size
+        if needed > _SPREAD * size + _SMALL:
+            raise ValueError(f"it asks for a model of {needed >> 20} MiB, {weights.name} has {size >> 20}")
+    except Exception as problem:  # a file from anywhere may ask timm for anything
+        reason = str(problem).partition("\n")[0][:200] or "it is no JSON that can be read"
+        raise UserError(f"{option} {folder}: {config.name} is not that of a model", why=reason) from problem
+
+
+def refuse_compressed(path: Path) -> None:
+    """Raises ``ValueError`` for a compressed archive: ``torch.save`` writes none, and it may unpack to any size."""
+    try:
+        with ZipFile(path) as archive:
+            packed = [entry.filename for entry in archive.infolist() if entry.compress_size < entry.file_size]
+    except (BadZipFile, OSError, NotImplementedError):
+        return  # the old format, or damaged; torch will tell
+    if packed:
+        raise ValueError(f"{packed[0]} is compressed, which no checkpoint is")
+
+
+def _beyond(tensors: dict[str, Tensor], path: Path) -> str | None:
+    """What is wrong with tensors that are no numbers in memory, or a few numbers seen as many."""
+    if unreal := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        return f"{unreal[0]} has no values"
+    declared = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if declared > _SPREAD * path.stat().st_size + _SMALL:
+        return f"its tensors claim {declared / 2**30:.1f} GiB, the file has {path.stat().st_size / 2**30:.3f}"
+    return None
 
 
 def _check_sum(path: Path, option: str) -> None:

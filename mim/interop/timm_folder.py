@@ -13,7 +13,7 @@ from typing import Any, cast
 import timm
 import torch
 from huggingface_hub import ModelCardData
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.models.vision_transformer import Block, VisionTransformer
 
 from mim.errors import UserError
@@ -82,7 +82,7 @@ def export_backbone(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tensors = {name: tensor.contiguous() for name, tensor in named_tensors(trained.state_dict()).items()}
-    save_file(tensors, partial / _WEIGHTS, metadata={"format": "pt"})
+    (partial / _WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))  # a full disk is then an OSError
     config = _timm_config(trained, model_args or {}, mean, std)
     (partial / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (partial / _CARD).write_text(_card_text(config, folder, card), encoding="utf-8")

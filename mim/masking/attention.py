@@ -43,6 +43,13 @@ class AttentionMasking(Masking):
             raise ValueError(f"show_max {show_max} is no share of the patches")
         self.mode, self.low, self.high, self.whole, self.show_max = mode, low, high, whole, show_max
 
+    def visible_count(self, patches: int) -> int | None:
+        """Known only if every image hides by the same ratio, and no hint falls on what is visible anyway."""
+        if self.whole or self.low != self.high or (self.mode == "hint" and self.show_max > self.low):
+            return None
+        revealed = int(patches * self.show_max * self.high) if self.mode == "hint" else 0
+        return patches - int(patches * self.high) + revealed
+
     def most_hidden(self, patches: int) -> int:
         """``int(patches * high)``, truncated in floats as in the reference."""
         return int(patches * self.high)

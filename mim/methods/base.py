@@ -42,7 +42,11 @@ class OptimConfig:
     weight_decay_end: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuses a schedule that no group would follow."""
+        """Refuses rates that cannot be, and a schedule that no group would follow."""
+        if not 0 < self.blr < 1e6 or not 0 <= self.min_lr < 1e6 or not 0 <= self.weight_decay < 1e6:
+            raise ValueError(f"blr {self.blr}, min_lr {self.min_lr} or weight_decay {self.weight_decay} cannot be")
+        if not all(0 <= beta < 1 for beta in self.betas) or not self.warmup_epochs >= 0:
+            raise ValueError(f"betas {self.betas} or warmup_epochs {self.warmup_epochs} cannot be")
         if self.weight_decay_end is not None and self.weight_decay <= 0:
             raise ValueError(f"a weight decay that moves to {self.weight_decay_end} must start above 0")
 
@@ -74,14 +78,15 @@ class Plan:
 
 
 class NonFiniteError(Exception):
-    """The gradient of a step held NaN or infinity; the optimizer did not take it.
+    """Something of a step was NaN or infinite; the optimizer did not take it.
 
     Args:
         step: optimizer steps finished before the bad one.
+        what: the loss terms or the tensor that it was found in.
     """
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"the loss or its gradient is not finite at step {step + 1}")
+    def __init__(self, step: int, what: str = "the gradient") -> None:
+        super().__init__(f"not finite at step {step + 1}: {what}")
         self.step = step
 
 
@@ -95,6 +100,7 @@ class Method(L.LightningModule):
     """
 
     nonfinite_step: Tensor
+    suspect: Tensor
 
     def __init__(self, encoder: Encoder, masking: Masking, optim: OptimConfig) -> None:
         super().__init__()
@@ -104,6 +110,12 @@ class Method(L.LightningModule):
         self.plan = Plan()
         # First step with a non-finite gradient, -1 if none; on the device, so that looking for it does not wait.
         self.register_buffer("nonfinite_step", torch.tensor(-1), persistent=False)
+        self.register_buffer("suspect", torch.tensor(False), persistent=False)  # see require_finite
+
+    @property
+    def name(self) -> str:
+        """What runs, folders and reports call the method."""
+        return type(self).__name__.lower()
 
     @property
     def evaluated(self) -> Encoder:
@@ -181,24 +193,32 @@ class Method(L.LightningModule):
         first = self.first_row(len(batch[1]), batch_idx)
         torch.manual_seed(derive_seed(self.plan.seed, "layers", self.global_step, first))
 
+    def require_finite(self, values: Tensor) -> None:
+        """For what steers a step but is not part of its loss: the step is skipped unless all ``values`` are finite."""
+        self.suspect.logical_or_(~values.isfinite().all())
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Makes a fused optimizer skip a step whose gradient is not finite, without waiting for the device."""
+        """Makes a fused optimizer skip a step that is not finite, and all after it, without waiting for the device."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        bad = ~torch.nn.utils.get_total_norm(gradients).isfinite()
+        bad = ~torch.nn.utils.get_total_norm(gradients).isfinite() | self.suspect
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             flag = bad.float()
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             bad = flag > 0
-        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # read by torch's fused AdamW
         first = bad & (self.nonfinite_step < 0)
         self.nonfinite_step.copy_(torch.where(first, self.global_step, self.nonfinite_step))
+        optimizer.found_inf = (self.nonfinite_step >= 0).float()  # type: ignore[attr-defined]  # read by fused AdamW
         if self.device.type == "cpu":
             self.raise_if_nonfinite()
 
     def raise_if_nonfinite(self) -> None:
         """Raises :class:`NonFiniteError` if a step was skipped; waits for the device, so call it rarely."""
-        if (step := int(self.nonfinite_step)) >= 0:
-            raise NonFiniteError(step)
+        if (step := int(self.nonfinite_step)) < 0:
+            return
+        # On another device the newest numbers may be those of a later step.
+        logged = self._trainer.callback_metrics if self._trainer and self.device.type == "cpu" else {}
+        terms = [name for name, value in logged.items() if name.startswith("train/") and not value.isfinite()]
+        raise NonFiniteError(step, " and ".join(terms) or "the loss or its gradient")
 
     def optimizer_step(
         self,

@@ -116,7 +116,9 @@ class HPM(Method):
         """How hard the teacher expects every patch to be, looking at the whole image: ``(B, N)`` float32."""
         judge = self.teacher.module
         nothing = torch.zeros(len(images), self.patches, dtype=torch.bool, device=images.device)
-        return _averaged(judge["difficulty"](judge["fill"](judge["encoder"](images), nothing)))
+        scores = _averaged(judge["difficulty"](judge["fill"](judge["encoder"](images), nothing)))
+        self.require_finite(scores)  # the loss would not tell: masks are drawn from any scores
+        return scores
 
     def draw(self, scores: Tensor | None, batch_size: int, generator: RowGenerator) -> Tensor:
         """Masks ``(B, N)`` for this point of the run."""

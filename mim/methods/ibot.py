@@ -121,6 +121,11 @@ class IBOT(Method):
         ] = []  # (2, K) of every micro-batch; no buffer, or DDP would overwrite it with rank 0's
 
     @property
+    def name(self) -> str:
+        """``attmask`` where the teacher's attention chooses what is hidden."""
+        return "attmask" if self.masking.guided else "ibot"
+
+    @property
     def evaluated(self) -> Encoder:
         """The teacher."""
         encoder: Encoder = self.teacher.module["encoder"]
@@ -272,6 +277,8 @@ class IBOT(Method):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(mean)
             mean /= torch.distributed.get_world_size()
+        # Like the optimizer, centres do not take a step that is not finite.
+        mean = torch.where(self.nonfinite_step < 0, mean, self.centers)
         self.centers.lerp_(mean, 1 - self.teaching.center_momentum)
 
     def setup(self, stage: str) -> None:

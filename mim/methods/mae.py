@@ -7,6 +7,8 @@ Deviations, none of which changes the function computed:
     raster order instead of a shuffled one; the decoder predicts hidden patches only.
 """
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,6 +36,8 @@ class MAE(Method):
         optim: learning rate, weight decay and warm-up.
     """
 
+    guides: ClassVar[bool] = False  # whether there are scores for the policy
+
     def __init__(
         self,
         encoder: Encoder,
@@ -46,9 +50,9 @@ class MAE(Method):
     ) -> None:
         super().__init__(encoder, masking, optim)
         visible_count = masking.visible_count(encoder.grid[0] * encoder.grid[1])
-        if masking.guided or visible_count is None:
-            policy = type(masking).__name__
-            raise ValueError(f"MAE needs a policy that hides equally many patches unguided, not {policy}")
+        if masking.guided != self.guides or visible_count is None:
+            needs = "guided" if self.guides else "unguided"
+            raise ValueError(f"{self.name} needs a policy that hides equally many patches, {needs}; not {masking}")
         self.visible_count = visible_count
         self.target = PixelTarget(standardise)
         self.decoder = Decoder(
@@ -68,11 +72,16 @@ class MAE(Method):
         """Mean squared error of hidden patches."""
         (images,), _ = batch
         generator = self.row_generator(len(images), batch_idx)
-        mask = self.masking(len(images), self.encoder.grid, progress=self.progress, generator=generator)  # (B, N)
+        mask = self.draw(images, generator)  # (B, N)
         prediction, hidden = self.reconstruct(images, mask)
         loss = F.mse_loss(prediction, self.target(images, self.encoder.grid, hidden))
         self.log("train/loss", loss)
         return loss
+
+    def draw(self, images: Tensor, generator: RowGenerator) -> Tensor:
+        """Masks ``(B, N)`` for this point of the run."""
+        mask: Tensor = self.masking(len(images), self.encoder.grid, progress=self.progress, generator=generator)
+        return mask
 
     def reconstruct(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Predictions for the hidden patches, ``(B, M, p*p*C)``, and their places, ``(B, M)``."""
@@ -86,7 +95,7 @@ class MAE(Method):
         The masks depend on the row alone, so pictures of one batch compare over training.
         """
         generator = RowGenerator.for_rows(0, 0, len(images), images.device)
-        mask = self.masking(len(images), self.encoder.grid, progress=self.progress, generator=generator)
+        mask = self.draw(images, generator)
         prediction, hidden = self.reconstruct(images, mask)
         pixels = self.target.to_pixels(prediction, images, self.encoder.grid, hidden)
         size = self.encoder.patch_size

@@ -125,3 +125,16 @@ def test_settings_out_of_range_are_refused(arguments):
 def test_a_policy_prints_its_settings():
     expected = "AttentionMasking(mode=low, low=0.1, high=0.5, whole=0.5, show_max=0.1)"
     assert str(AttentionMasking("low")) == expected
+
+
+@pytest.mark.parametrize(("mode", "show_max"), [("high", 0.1), ("low", 0.1), ("hint", 0.1), ("hint", 0.3)])
+def test_one_ratio_for_all_leaves_as_many_visible_as_announced(scores, mode, show_max):
+    masking = AttentionMasking(mode, 0.75, 0.75, 0.0, show_max)
+    mask = masking(len(scores), GRID, scores=scores)
+    assert (~mask).sum(1).tolist() == [masking.visible_count(PATCHES)] * len(scores)
+
+
+@pytest.mark.parametrize("arguments", [{"low": 0.5}, {"whole": 0.1}, {"low": 0.05, "high": 0.05}])
+def test_counts_that_differ_are_not_announced(arguments):
+    settings = {"mode": "hint", "low": 0.75, "high": 0.75, "whole": 0.0} | arguments
+    assert AttentionMasking(**settings).visible_count(PATCHES) is None

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mim.masking import RandomMasking
+from mim.masking import RandomMasking, VaryingRandomMasking
 from mim.randomness import RowGenerator
 
 
@@ -68,3 +68,25 @@ def test_a_ratio_out_of_range_is_refused(ratio):
 def test_hiding_everything_is_refused():
     with pytest.raises(ValueError, match="hides all 9 patches"):
         RandomMasking(0.95)(1, (3, 3))
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (6, 6), (3, 5)])
+def test_varying_ratios_hide_whole_counts_of_the_range_or_nothing(grid):
+    patches = grid[0] * grid[1]
+    masking = VaryingRandomMasking(0.2, 0.6, 0.25)
+    counts = masking(4000, grid, generator=RowGenerator.for_rows(0, 0, 4000)).sum(1)
+    hiding = counts[counts > 0]
+    assert (hiding.min(), hiding.max()) == (int(0.2 * patches), int(0.6 * patches - 1e-9))  # 0.6 itself is never drawn
+    assert len(hiding) / 4000 == pytest.approx(0.75, abs=0.03)  # four standard errors
+
+
+def test_a_fixed_ratio_hides_exactly_its_truncated_count():
+    counts = VaryingRandomMasking(0.3, 0.3, 0.0)(64, (14, 14)).sum(1)
+    assert counts.tolist() == [58] * 64
+
+
+def test_varying_masks_depend_on_their_row_alone():
+    rows = RowGenerator.for_rows(seed=7, first=0, count=6)
+    part = RowGenerator.for_rows(seed=7, first=2, count=3)
+    masking = VaryingRandomMasking()
+    assert torch.equal(masking(6, (4, 4), generator=rows)[2:5], masking(3, (4, 4), generator=part))

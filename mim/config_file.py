@@ -1,0 +1,45 @@
+"""What a config file may be before anybody parses it: small, flat, without references."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from mim.errors import UserError
+
+MAX_BYTES = 1 << 18
+"""256 KiB; recipes have two."""
+MAX_DEPTH = 32
+"""Levels of nesting; recipes have five."""
+
+
+def check_config_files(args: Sequence[str]) -> None:
+    """Looks at every file that ``--config`` names.
+
+    A few hundred bytes of aliases can stand for gigabytes of settings, and the parser would go through all of them.
+
+    Raises:
+        UserError: for a file that is too large, too deep or refers to itself; what else is wrong, the parser tells.
+    """
+    for position, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        value = value if equals else "".join(args[position + 1 : position + 2])
+        if name == "--config" and Path(value).is_file():
+            _check(Path(value))
+
+
+def _check(path: Path) -> None:
+    hint = "a recipe like those in configs/"
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"--config {path}: {path.stat().st_size >> 10} KiB, more than {MAX_BYTES >> 10}", hint=hint)
+    depth = 0
+    try:
+        for event in yaml.parse(path.read_bytes(), Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise UserError(f"--config {path}: *{event.anchor} is an alias", hint="write the values out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise UserError(f"--config {path}: more than {MAX_DEPTH} levels", hint=hint)
+    except (yaml.YAMLError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"--config {path} is not YAML", why=why, hint=hint) from error

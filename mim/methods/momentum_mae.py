@@ -1,0 +1,74 @@
+"""MAE whose masks follow the attention of a momentum teacher: AttMask's idea (arXiv:2203.12719) without its losses.
+
+Neither paper describes it. The student is trained as in MAE; the teacher is its moving average, looks at the whole
+image, and costs as much as encoding it. Its attention means little at first, so the first masks are as good as random.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from mim.encoder import Encoder
+from mim.masking import AttentionMasking
+from mim.methods.mae import MAE
+from mim.randomness import RowGenerator
+from mim.schedules import cosine
+
+
+class MomentumMAE(MAE):
+    """Masked autoencoder with attention-guided masks.
+
+    Args:
+        encoder: the ViT to train, with a class token.
+        masking: ``AttentionMasking`` that hides by one ratio: ``low`` equal to ``high``, and ``whole: 0``.
+        momentum: share of the teacher that a step keeps, at the first step; it rises to 1 along half a cosine.
+        mae: what else :class:`MAE` takes.
+    """
+
+    guides: ClassVar[bool] = True
+    name = "momentum_mae"
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        masking: AttentionMasking,
+        momentum: float = 0.996,
+        **mae: Any,  # noqa: ANN401 - checked by MAE
+    ) -> None:
+        super().__init__(encoder, masking, **mae)
+        if not encoder.vit.has_class_token:
+            raise ValueError("masks follow the attention of the class token, and this encoder has none")
+        self.first_momentum = momentum
+        self.teacher = ModelEmaV3(encoder).requires_grad_(False)
+
+    @torch.no_grad()
+    def draw(self, images: Tensor, generator: RowGenerator) -> Tensor:
+        """Masks ``(B, N)`` by the teacher's attention to the whole image."""
+        _, scores = self.teacher.module.forward_with_attention(images)
+        mask: Tensor = self.masking(len(images), self.encoder.grid, scores=scores, generator=generator)
+        return mask
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,  # noqa: ANN401 - Lightning's signature
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Steps, then moves the teacher towards the student."""
+        self.teacher.decay = cosine(self.progress, self.first_momentum, 1.0)  # of the step that is taken now
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.teacher.update(self.encoder)
+
+    def setup(self, stage: str) -> None:
+        """The teacher starts as the student, whatever weights that was given; a checkpoint is restored after this."""
+        self.teacher.set(self.encoder)  # type: ignore[no-untyped-call]  # timm's
+
+    def train(self, mode: bool = True) -> "MomentumMAE":
+        """Changes the student alone."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
