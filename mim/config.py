@@ -30,6 +30,7 @@ set_parsing_settings(
     ],
 )
 
+_HELP = "--help_all explains every option"
 _MANY = 1e9  # more steps, epochs or images than anybody counts to
 
 TRAINER_OPTIONS = {
@@ -111,13 +112,14 @@ def instantiate(config: Namespace) -> Namespace:
     """Builds what a parsed config describes; what a constructor refuses becomes a :class:`UserError`."""
     try:
         objects: Namespace = build_parser().instantiate(config)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:  # the latter for models beyond all memory
         cause: BaseException = error
         while cause.__cause__ is not None:  # jsonargparse wraps it in a description of the types it has tried
             cause = cause.__cause__
         if isinstance(cause, UserError):
             raise cause from None
-        raise UserError(str(cause), hint="--help_all explains every option") from error
+        why = "a list stands where named settings belong" if "must be a mapping" in str(cause) else None
+        raise UserError(str(cause)[:300] if not why else "the config has a wrong shape", why=why, hint=_HELP) from error
     return objects
 
 
@@ -165,7 +167,8 @@ def changes(args: Sequence[str]) -> dict[str, tuple[Any, Any]]:
 
 def _explain(error: ArgumentError, parser: ArgumentParser) -> UserError:
     text = str(error).strip()
-    reasons, values = re.findall(_REASON, text), re.findall(r"(?:Got|Given) value: ([^\n]*)", text)
+    reasons, values = re.findall(_REASON, text), re.findall(r"Got value: ([^\n]*)", text)
+    values = values or re.findall(r"Given value: ([^\n]*)", text)
     if reasons:
         # The keys lead from the outside in; what does not fit is told last.
         key = ".".join(dict.fromkeys(re.findall(r'Parser key "([\w.]+)"', text)))
