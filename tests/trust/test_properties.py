@@ -46,7 +46,7 @@ def test_hard_masks_keep_the_count_and_hide_the_hardest(rows, columns, ratio, st
         policy = HardPatchMasking(ratio, start, end)
         mask, scores = draw(policy, rows, columns, seed, progress=progress)
         assert (~mask).sum(1).tolist() == [visible] * 3
-        hardest = scores.argsort(1, descending=True, stable=True)[:, : policy.hard_count(patches, progress)]
+        hardest = scores.argsort(dim=1, descending=True, stable=True)[:, : policy.hard_count(patches, progress)]
         assert mask.gather(1, hardest).all()
 
 
