@@ -13,6 +13,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namesp
 from lightning import Trainer
 
 from mim.config_file import check_config_files
+from mim.data.images import printable
 from mim.data.pretrain import PretrainData
 from mim.errors import UserError
 from mim.methods import Method  # and with it every method, by class_path
@@ -174,14 +175,14 @@ def _explain(error: ArgumentError, parser: ArgumentParser) -> UserError:
         key = ".".join(dict.fromkeys(re.findall(r'Parser key "([\w.]+)"', text)))
         given = re.sub(r"^NestedArg\(key='[\w.]*', val=(.*)\)$", r"\1", values[-1] if values else "that")
         why = " or ".join(dict.fromkeys(map(_plain, reasons)))[:200]
-        return UserError(f"{key} cannot be {given[:80]}", why=why, hint="--help_all lists every option")
+        return UserError(f"{key} cannot be {printable(given[:80])}", why=why, hint="--help_all lists every option")
     text = re.sub(r"\s+", " ", text)
     refusals = r"[Uu]nrecognized arguments:|does not accept (?:option|nested key)|Option(?= '[\w.]+' is not accepted)"
     unknown = re.search(rf"(?:{refusals}) [\"'-]*([\w.]+)", text)
     known = {action.dest.split(".")[-1]: action.dest for action in parser._actions}
     near = difflib.get_close_matches(unknown[1].split(".")[-1], known, 1) if unknown else []
     hint = f"did you mean --{known[near[0]]}?" if near else "--help_all lists every option"
-    return UserError(f"there is no setting {unknown[1]}" if unknown else text[:400], hint=hint)
+    return UserError(f"there is no setting {unknown[1]}" if unknown else printable(text[:400]), hint=hint)
 
 
 _REASON = re.compile(
