@@ -130,7 +130,7 @@ def translate(args: Sequence[str]) -> list[str]:
     targets = [(PRETRAIN[name].target if name in PRETRAIN else name, value) for name, value in given]
     dotted = [f"--{target}={value}" for target, value in targets if target not in ("", "print_config", "help_all")]
     dotted += [f"--{name}" for name in ("print_config", "help_all") if name in names]
-    if "config" in names or "resume" in names:
+    if "config" in names or names.get("resume", "auto") != "auto":  # auto may find nothing, and then starts
         return dotted
     return [*_recipe(names), *dotted]
 

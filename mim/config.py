@@ -13,6 +13,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namesp
 from lightning import Trainer
 
 from mim.config_file import check_config_files
+from mim.data.images import printable
 from mim.data.pretrain import PretrainData
 from mim.errors import UserError
 from mim.methods import Method  # and with it every method, by class_path
@@ -33,6 +34,7 @@ set_parsing_settings(
     ],
 )
 
+_HELP = "--help_all explains every option"
 _MANY = 1e9  # more steps, epochs or images than anybody counts to
 
 TRAINER_OPTIONS = {
@@ -114,13 +116,14 @@ def instantiate(config: Namespace) -> Namespace:
     """Builds what a parsed config describes; what a constructor refuses becomes a :class:`UserError`."""
     try:
         objects: Namespace = build_parser().instantiate(config)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:  # the latter for models beyond all memory
         cause: BaseException = error
         while cause.__cause__ is not None:  # jsonargparse wraps it in a description of the types it has tried
             cause = cause.__cause__
         if isinstance(cause, UserError):
             raise cause from None
-        raise UserError(str(cause), hint="--help_all explains every option") from error
+        why = "a list stands where named settings belong" if "must be a mapping" in str(cause) else None
+        raise UserError(str(cause)[:300] if not why else "the config has a wrong shape", why=why, hint=_HELP) from error
     return objects
 
 
@@ -196,20 +199,21 @@ def changes(args: Sequence[str]) -> dict[str, tuple[Any, Any]]:
 
 def _explain(error: ArgumentError, parser: ArgumentParser) -> UserError:
     text = str(error).strip()
-    reasons, values = re.findall(_REASON, text), re.findall(r"(?:Got|Given) value: ([^\n]*)", text)
+    reasons, values = re.findall(_REASON, text), re.findall(r"Got value: ([^\n]*)", text)
+    values = values or re.findall(r"Given value: ([^\n]*)", text)
     if reasons:
         # The keys lead from the outside in; what does not fit is told last.
         key = ".".join(dict.fromkeys(re.findall(r'Parser key "([\w.]+)"', text)))
         given = re.sub(r"^NestedArg\(key='[\w.]*', val=(.*)\)$", r"\1", values[-1] if values else "that")
         why = " or ".join(dict.fromkeys(map(_plain, reasons)))[:200]
-        return UserError(f"{key} cannot be {given[:80]}", why=why, hint="--help_all lists every option")
+        return UserError(f"{key} cannot be {printable(given[:80])}", why=why, hint="--help_all lists every option")
     text = re.sub(r"\s+", " ", text)
     refusals = r"[Uu]nrecognized arguments:|does not accept (?:option|nested key)|Option(?= '[\w.]+' is not accepted)"
     unknown = re.search(rf"(?:{refusals}) [\"'-]*([\w.]+)", text)
     known = {action.dest.split(".")[-1]: action.dest for action in parser._actions}
     near = difflib.get_close_matches(unknown[1].split(".")[-1], known, 1) if unknown else []
     hint = f"did you mean --{known[near[0]]}?" if near else "--help_all lists every option"
-    return UserError(f"there is no setting {unknown[1]}" if unknown else text[:400], hint=hint)
+    return UserError(f"there is no setting {unknown[1]}" if unknown else printable(text[:400]), hint=hint)
 
 
 _REASON = re.compile(

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"mim", "mim.devices", "mim.errors", "mim.randomness", "mim.patches", "mim.processes", "mim.schedules"}
     | {"mim.subject", "mim.segment_options"},
-    {"mim.layers", "mim.masking", "mim.reduction", "mim.config_file"},
+    {"mim.config_file", "mim.layers", "mim.masking", "mim.reduction"},
     {"mim.encoder"},
     {"mim.targets"},
     {"mim.methods", "mim.evaluation", "mim.data", "mim.interop"},

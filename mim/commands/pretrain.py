@@ -168,7 +168,7 @@ class Pretraining:
                 enable_model_summary=False,
                 use_distributed_sampler=False,
             )
-        except (ValueError, RuntimeError, MisconfigurationException) as error:
+        except (ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
             raise UserError(
                 f"these devices cannot be used: {error}", hint="--devices 1, --trainer.accelerator cpu"
             ) from error

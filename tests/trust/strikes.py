@@ -203,18 +203,20 @@ class Trial:
         args = [*self.settings, "--out", run, "--resume", "auto", "--num_workers", self.workers]
         for _ in range(kills):
             process = start(*args, env=env)
-            self.strike(process, run, chance)
+            if not self.strike(process, run, chance):
+                break
             # The number of workers is free to change.
             args = ["--resume", "auto", "--out", run, "--num_workers", chance.choice((0, self.workers))]
-        status, output = finish(*args, env=env)
-        if status != 0:
-            self.problems.append(f"ended with {status}: {output[-800:]}")
-            return
+        if not (run / "report.html").exists():
+            status, output = finish(*args, env=env)
+            if status != 0:
+                self.problems.append(f"ended with {status}: {output[-800:]}")
+                return
         self.problems += differences(whole, run)
         self.problems += [f"left behind: {path.name}" for path in leftovers(run)]
 
-    def strike(self, process: subprocess.Popen[str], run: Path, chance: random.Random) -> None:
-        """Sends the signal at its moment and takes stock."""
+    def strike(self, process: subprocess.Popen[str], run: Path, chance: random.Random) -> bool:
+        """Sends the signal at its moment and takes stock; False if the run was done before."""
         said = wait_for_steps(process, chance.randint(1, 6))
         thread, rest = drained(process)
         if self.aimed:
@@ -222,10 +224,14 @@ class Trial:
         else:
             time.sleep(chance.random() * 0.1)
         kin = family(process.pid)
+        if process.poll() == 0:
+            return False
         process.send_signal(self.number)
         status = process.wait(timeout=120)
         self.statuses.append(status)
         thread.join(timeout=10)
+        if status == 0:  # done in the moment of the strike
+            return False
         expected = -signal.SIGKILL if self.number == signal.SIGKILL else 75
         if status != expected:
             self.problems.append(f"struck, ended with {status}: {''.join(said + rest)[-800:]}")
@@ -240,6 +246,7 @@ class Trial:
         if last_row(run) - saved > allowed:
             self.problems.append(f"{last_row(run) - saved} steps to redo")
         self.redone = max(self.redone, last_row(run) - saved)
+        return True
 
     def wait_for_save(self, process: subprocess.Popen[str], run: Path, chance: random.Random) -> None:
         """Returns somewhere in the middle of a checkpoint's being written."""
