@@ -189,7 +189,10 @@ def finish_section(folder: Path) -> None:
 
 def section_name(name: str, reduction: str | None) -> str:
     """``knn-tome-8`` for an evaluation ``knn`` of a reduced encoder."""
-    return name if reduction is None else f"{name}-{Path(reduction).stem.replace(':', '-')}"
+    if reduction is None:
+        return name
+    file = Path(reduction)
+    return f"{name}-{file.stem if file.suffix in ('.yaml', '.yml') else file.name.replace(':', '-')}"
 
 
 def reduction_facts(encoder: Encoder, name: str | None) -> dict[str, Any]:

@@ -135,3 +135,11 @@ def test_early_exit_learns_from_masks_alone(weights, photos, masks, capsys):
     assert "EarlyExit(" in result("result")["protocol"]
     assert finetune(weights, photos, "--reduction", "dtop") == 2
     assert "python tools/segment.py --finetune true --reduction dtop" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("reduction", "folder"),
+    [(None, "knn"), ("tome:8", "knn-tome-8"), ("topk:0.7", "knn-topk-0.7"), ("some/where/mine.yaml", "knn-mine")],
+)
+def test_every_setting_of_a_reduction_has_a_section_of_its_own(reduction, folder):
+    assert section_name("knn", reduction) == folder
