@@ -70,12 +70,6 @@ def test_probes_learn_on_reduced_features(weights, photos, head):
     assert "ToMe(schedule=PerBlock(r=2" in result("probe")["protocol"]
 
 
-def test_an_evaluation_with_a_reduction_does_not_replace_the_one_without():
-    assert section_name("knn", None) == "knn"
-    assert section_name("knn", "tome:8") == "knn-tome-8"
-    assert section_name("knn", "recipes/mine.yaml") == "knn-mine"
-
-
 def test_fine_tuning_trains_on_fewer_tokens(weights, photos):
     assert finetune(weights, photos, "--out", "tuned", "--reduction", "tome:2", "--anneal", "[0.0,0.5]") == 0
     assert "ToMe(schedule=PerBlock(r=2" in result("tuned")["protocol"]
