@@ -142,6 +142,11 @@ def leaves(tree: object, name: str = "") -> Iterator[tuple[str, object]]:
         yield from leaves(value, f"{name}.{key}")
 
 
+def done(run: Path) -> bool:
+    """Whether the run came to its end; pictures and report are there before."""
+    return (run / "summary.json").is_file() and json.loads((run / "summary.json").read_text())["status"] == "done"
+
+
 def differences(run: Path, other: Path) -> list[str]:
     """What is not equal to the bit in two finished runs: state of the last checkpoint, metrics, exported weights."""
     first, second = (dict(leaves(torch.load(checkpoints(r)[-1], weights_only=True))) for r in (run, other))
@@ -189,7 +194,7 @@ class Trial:
     def whole(self) -> Path:
         """An undisturbed run of the same settings, made once."""
         run = self.folder / f"whole-{self.method}-{self.accumulate}"
-        if not (run / "report.html").exists():
+        if not done(run):
             status, output = finish(*self.settings, "--out", run)
             assert status == 0, output
         return run
@@ -207,7 +212,7 @@ class Trial:
                 break
             # The number of workers is free to change.
             args = ["--resume", "auto", "--out", run, "--num_workers", chance.choice((0, self.workers))]
-        if not (run / "report.html").exists():
+        if not done(run):
             status, output = finish(*args, env=env)
             if status != 0:
                 self.problems.append(f"ended with {status}: {output[-800:]}")
