@@ -227,9 +227,17 @@ class Method(L.LightningModule):
         optimizer: Any,  # noqa: ANN401 - Lightning's signature
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Sets learning rate and weight decay from the step, then steps."""
-        lr, weight_decay = self.learning_rate(self.global_step), self.weight_decay(self.global_step)
+        """Sets learning rate and weight decay from the step, then steps; teachers and centres follow."""
+        step = self.global_step
+        lr, weight_decay = self.learning_rate(step), self.weight_decay(step)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
             group["weight_decay"] = weight_decay if group["weight_decay"] else 0.0
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.follow(step)
+
+    def follow(self, step: int) -> None:
+        """Moves what follows the weights, such as a teacher, after the step that came upon ``step`` finished ones.
+
+        Part of the step: what moves later than this would be missing from the checkpoint of the step.
+        """

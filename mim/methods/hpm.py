@@ -10,9 +10,8 @@ Deviations:
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -152,16 +151,9 @@ class HPM(Method):
             values["health/error_over_random"] = error.mean() / torch.lerp(rest, chosen, hard / self.patches)
         return values
 
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Any,  # noqa: ANN401 - Lightning's signature
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        """Steps, then moves the teacher towards the student."""
-        self.teacher.decay = self.momentum(self.global_step)  # of the step that is taken now
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+    def follow(self, step: int) -> None:
+        """Moves the teacher towards the student."""
+        self.teacher.decay = self.momentum(step)
         self.teacher.update(self._judge())
 
     def momentum(self, step: int) -> float:

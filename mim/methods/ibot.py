@@ -13,9 +13,7 @@ Deviations:
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed
@@ -255,16 +253,8 @@ class IBOT(Method):
             for parameter in self.head.prototypes.parameters():
                 parameter.grad = None
 
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Any,  # noqa: ANN401 - Lightning's signature
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        """Steps, then moves centres and teacher."""
-        step = self.global_step
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+    def follow(self, step: int) -> None:
+        """Moves centres and teacher."""
         self.move_centers()
         self.teacher.decay = self.momentum(step)
         self.teacher.update(self._averaged())

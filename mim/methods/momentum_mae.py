@@ -4,7 +4,6 @@ Neither paper describes it. The student is trained as in MAE; the teacher is its
 image, and costs as much as encoding it. Its attention means little at first, so the first masks are as good as random.
 """
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -51,16 +50,9 @@ class MomentumMAE(MAE):
         mask: Tensor = self.masking(len(images), self.encoder.grid, scores=scores, generator=generator)
         return mask
 
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Any,  # noqa: ANN401 - Lightning's signature
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        """Steps, then moves the teacher towards the student."""
-        self.teacher.decay = cosine(self.progress, self.first_momentum, 1.0)  # of the step that is taken now
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+    def follow(self, step: int) -> None:
+        """Moves the teacher towards the student."""
+        self.teacher.decay = cosine(step / self.plan.max_steps, self.first_momentum, 1.0)
         self.teacher.update(self.encoder)
 
     def setup(self, stage: str) -> None:
