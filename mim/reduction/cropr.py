@@ -17,6 +17,7 @@ from mim.reduction.base import TokenReduction
 from mim.reduction.masks import mask_cross_entropy
 from mim.reduction.pruning import split
 from mim.reduction.schedule import PerBlock
+from mim.reduction.similarity import product
 from mim.reduction.tokens import Tokens
 
 
@@ -59,7 +60,7 @@ class Cropr(TokenReduction):
         patches = tokens.patches.detach()
         if self.training:
             tokens = replace(tokens, auxiliary=(*tokens.auxiliary, router(patches)))
-        return tokens.keep(*split((patches @ router.scorer).float(), count))  # type: ignore[operator]
+        return tokens.keep(*split(product(patches, router.scorer), count))  # type: ignore[arg-type]
 
     def auxiliary_loss(self, tokens: Tokens, labels: Tensor) -> Tensor:
         """Cross-entropy of every router, summed."""

@@ -10,6 +10,7 @@ the length of a batch; here only live patches are asked. Prefix tokens are neith
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mim.reduction.attention import Attending
@@ -52,10 +53,8 @@ class LearnedThresholds(TokenReduction):
         threshold = self.thresholds[layer].clamp(min=1e-5)
         if self.training and not self.hard:
             stays = ((scores - threshold) / self.temperature).sigmoid()
-            x = torch.cat(
-                [tokens.x[:, : tokens.num_prefix], tokens.patches * stays[..., None].to(tokens.x.dtype)], dim=1
-            )
-            return replace(tokens, x=x, auxiliary=(*tokens.auxiliary, stays.mean(dim=1)))
+            mask = F.pad(stays, (tokens.num_prefix, 0), value=1.0)[..., None].to(tokens.x.dtype)
+            return replace(tokens, x=tokens.x * mask, auxiliary=(*tokens.auxiliary, stays.mean(dim=1)))
         best = scores == scores.amax(dim=1, keepdim=True)  # one stays whatever the threshold
         return tokens.hiding((scores >= threshold) | best)
 

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mim.reduction.base import TokenReduction
-from mim.reduction.tokens import Tokens
+from mim.reduction.tokens import Tokens, weighted_mean
 
 
 class TokenReducedViT(nn.Module):
@@ -78,6 +78,7 @@ class TokenReducedViT(nn.Module):
         patches = vit.patch_embed(images)
         embedded = vit._pos_embed(patches)
         x, rope = embedded if isinstance(embedded, tuple) else (embedded, None)
+        x = vit.patch_drop(x) if isinstance(vit, VisionTransformer) else x  # others do so while they embed
         grid = vit.patch_embed.dynamic_feat_size(images.shape[-2:])
         if x.shape[1] - vit.num_prefix_tokens != grid[0] * grid[1]:
             raise ValueError("this model drops patches by itself in training; set its patch_drop_rate to 0")
@@ -97,11 +98,11 @@ def pool(vit: Any, tokens: Tokens) -> Tensor:  # noqa: ANN401 - a timm model
     everything = _pools(vit) if isinstance(vit, Eva) else vit.pool_include_prefix
     prefix = tokens.num_prefix if everything else 0
     x = tokens.x[:, tokens.num_prefix - prefix :]
-    sizes = F.pad(tokens.sizes, (prefix, 0), value=1.0).to(x.dtype)  # (B, prefix + K)
+    sizes = F.pad(tokens.sizes, (prefix, 0), value=1.0)  # (B, prefix + K)
     if _pools(vit):
-        pooled: Tensor = vit.attn_pool(x, attn_mask=sizes.log()[:, None, None])
+        pooled: Tensor = vit.attn_pool(x, attn_mask=sizes.log()[:, None, None].to(x.dtype))
         return pooled
-    mean = (sizes[..., None] * x).sum(dim=1) / sizes.sum(dim=1, keepdim=True)
+    mean = weighted_mean(x, sizes)
     if vit.global_pool == "avg":
         return mean
     largest = x.masked_fill(sizes[..., None] == 0, -torch.inf).amax(dim=1)
