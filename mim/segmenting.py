@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor, nn
 
 from mim.checkpoint import LoadedEncoder, load_encoder, untrained_encoder
-from mim.config import build_reduction
 from mim.data.masks import IGNORE
 from mim.data.segmentation import SegmentationData
 from mim.encoder import Encoder
@@ -25,6 +24,7 @@ from mim.overlays import save_overlay
 from mim.processes import process_rank
 from mim.randomness import derive_seed, keyed_generator
 from mim.reduction import Labels, TokenReduction
+from mim.reduction_io import build_reduction
 from mim.report.tables import spread, text_table
 from mim.run import evaluation_folder, quieten
 from mim.segment_options import HeadRecipe, MaskedSubject, Scoring

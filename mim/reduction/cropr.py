@@ -42,7 +42,8 @@ class Cropr(TokenReduction):
         self, dim: int, depth: int, num_classes: int, r: int = 8, queries: int = 1, masks: bool = False
     ) -> None:
         super().__init__(PerBlock(r, stop=2), place="after", rejoin=True)
-        self.masks = masks
+        self.dim, self.depth, self.num_classes, self.r = dim, depth, num_classes, r
+        self.queries, self.masks = queries, masks
         self.routers = nn.ModuleList(_Router(dim, num_classes, queries) for _ in range(depth - 2))
 
     def left(self, patches: int, layer: int, depth: int, grid: tuple[int, int] | None) -> int:

@@ -64,15 +64,9 @@ class LearnedThresholds(TokenReduction):
         return self.weight * torch.stack(shares).sum() if shares else super().auxiliary_loss(tokens, labels)
 
     @torch.no_grad()
-    def static(self, blocks: nn.Sequential, x: Tensor, num_prefix: int) -> TopKPruning:
-        """The same score with fixed numbers: those that stay on average over a batch.
-
-        Args:
-            blocks: of the model that the thresholds were learnt with.
-            x: ``(B, P + N, D)``, as it enters the first block.
-            num_prefix: prefix tokens ``P``.
-        """
-        states = self.eval().after_blocks(range(len(blocks)), blocks, x, num_prefix)
+    def static(self, blocks: nn.Sequential, x: Tensor, num_prefix: int, rope: Tensor | None = None) -> TokenReduction:
+        """The same score with fixed numbers: those that stay on average over a batch."""
+        states = self.eval().after_blocks(range(len(blocks)), blocks, x, num_prefix, rope=rope)
         shares = [state.alive.float().mean().item() for state in states if state.alive is not None]
         return TopKPruning(
             Counts([max(1, round(share * states[0].count)) for share in shares]), ReceivedAttention(None)

@@ -73,7 +73,13 @@ class TokenReducedViT(nn.Module):
         """What a trained reduction adds to the loss, from the tokens of ``forward_tokens`` in training mode."""
         return self.reduction.auxiliary_loss(tokens, labels)
 
-    def _reduced(self, images: Tensor) -> Tokens:
+    def static(self, images: Tensor) -> TokenReduction:
+        """The reduction with numbers that are known beforehand, those of a batch where each image has its own."""
+        x, _, rope = self._embedded(images)
+        return self.reduction.static(self.vit.blocks, x, self.vit.num_prefix_tokens, rope)
+
+    def _embedded(self, images: Tensor) -> tuple[Tensor, tuple[int, int], Tensor | None]:
+        """What enters the first block, its grid, and rotary positions."""
         vit = self.vit
         patches = vit.patch_embed(images)
         embedded = vit._pos_embed(patches)
@@ -82,8 +88,12 @@ class TokenReducedViT(nn.Module):
         grid = vit.patch_embed.dynamic_feat_size(images.shape[-2:])
         if x.shape[1] - vit.num_prefix_tokens != grid[0] * grid[1]:
             raise ValueError("this model drops patches by itself in training; set its patch_drop_rate to 0")
+        return vit.norm_pre(x), grid, rope
+
+    def _reduced(self, images: Tensor) -> Tokens:
+        vit, (x, grid, rope) = self.vit, self._embedded(images)
         reduced: Tokens = self.reduction(
-            vit.blocks, vit.norm_pre(x), vit.num_prefix_tokens, grid, rope, vit.grad_checkpointing and self.training
+            vit.blocks, x, vit.num_prefix_tokens, grid, rope, vit.grad_checkpointing and self.training
         )
         return reduced
 
