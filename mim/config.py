@@ -17,9 +17,6 @@ from mim.data.images import printable
 from mim.data.pretrain import PretrainData
 from mim.errors import UserError
 from mim.methods import Method  # and with it every method, by class_path
-from mim.reduction import TokenReduction
-from mim.reduction.recipes import Labels, named_reduction
-from mim.reduction.storage import load_reduction
 
 # What a value may name as a class: our own building blocks. Everything else, importable or not, is refused.
 set_parsing_settings(
@@ -125,34 +122,6 @@ def instantiate(config: Namespace) -> Namespace:
         why = "a list stands where named settings belong" if "must be a mapping" in str(cause) else None
         raise UserError(str(cause)[:300] if not why else "the config has a wrong shape", why=why, hint=_HELP) from error
     return objects
-
-
-def build_reduction(text: str, vit: Any, labels: Labels | None = None) -> TokenReduction:  # noqa: ANN401 - a timm ViT
-    """What ``--reduction`` of an evaluation means for a model.
-
-    Args:
-        text: as :func:`mim.reduction.recipes.named_reduction` takes it; a folder into which fine-tuning has exported a
-            trained one; or a YAML file with ``reduction:`` in it, a class path with its arguments as in the configs of
-            a run.
-        vit: a timm ViT.
-        labels: what a trained reduction will learn from; None if nothing is going to be trained.
-
-    Raises:
-        UserError: if this cannot be done.
-    """
-    if Path(text).is_dir():
-        return load_reduction(Path(text), vit)
-    if not text.endswith((".yaml", ".yml")):
-        return named_reduction(text, vit, labels)
-    parser = ArgumentParser(exit_on_error=False, add_help=False)
-    parser.add_subclass_arguments(TokenReduction, "reduction", required=True)
-    try:
-        reduction: TokenReduction = parser.instantiate(parser.parse_path(text)).reduction
-        reduction.check(vit)
-    except (ArgumentError, ValueError, TypeError, OSError) as error:
-        reason = re.sub(r"\s+", " ", str(error))[:400]
-        raise UserError(f"--reduction {text}: {reason}", hint="docs/reduction.md shows such a file") from error
-    return reduction
 
 
 def run_options(config: Namespace) -> RunOptions:

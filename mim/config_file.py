@@ -25,21 +25,22 @@ def check_config_files(args: Sequence[str]) -> None:
         name, equals, value = arg.partition("=")
         value = value if equals else "".join(args[position + 1 : position + 2])
         if name == "--config" and Path(value).is_file():
-            _check(Path(value))
+            check_config_file(Path(value))
 
 
-def _check(path: Path) -> None:
+def check_config_file(path: Path, option: str = "--config") -> None:
+    """Looks at one file; ``option`` is what named it. Raises as :func:`check_config_files`."""
     hint = "a recipe like those in configs/"
     if path.stat().st_size > MAX_BYTES:
-        raise UserError(f"--config {path}: {path.stat().st_size >> 10} KiB, more than {MAX_BYTES >> 10}", hint=hint)
+        raise UserError(f"{option} {path}: {path.stat().st_size >> 10} KiB, more than {MAX_BYTES >> 10}", hint=hint)
     depth = 0
     try:
         for event in yaml.parse(path.read_bytes(), Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
-                raise UserError(f"--config {path}: *{event.anchor} is an alias", hint="write the values out")
+                raise UserError(f"{option} {path}: *{event.anchor} is an alias", hint="write the values out")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
-                raise UserError(f"--config {path}: more than {MAX_DEPTH} levels", hint=hint)
+                raise UserError(f"{option} {path}: more than {MAX_DEPTH} levels", hint=hint)
     except (yaml.YAMLError, ValueError) as error:
         why = " ".join(str(error).split())[:200]
-        raise UserError(f"--config {path} is not YAML", why=why, hint=hint) from error
+        raise UserError(f"{option} {path} is not YAML", why=why, hint=hint) from error

@@ -6,14 +6,17 @@ from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from mim.checkpoint import ModelCard, export_backbone
 from mim.data.augment import Augmented
 from mim.data.finetune import FinetuneData
+from mim.data.labelled import Framed, framed_batches
 from mim.encoder import Encoder
 from mim.evaluation.finetune import Finetune, classifier
-from mim.measure import Measurement
-from mim.reduction import Labels, TokenReducedViT, save_reduction
+from mim.measure import Measurement, section_name
+from mim.reduction import TokenReducedViT
+from mim.reduction_io import save_reduction, save_settings
 from mim.subject import FinetuneRecipe
 from mim.supervised import fit, keep_result, open_trainer
 
@@ -114,16 +117,30 @@ def export(module: Finetune, measurement: Measurement, folder: Path, command: st
     statistics = measurement.loaded
     extra = {"fc_norm": module.recipe.pool == "mean"}
     difference = export_backbone(vit, folder, mean=statistics.mean, std=statistics.std, card=card, model_args=extra)
-    if isinstance(model, TokenReducedViT) and measurement.subject.reduction:
-        save_reduction(model.reduction, measurement.subject.reduction, Labels(len(measurement.classes)), folder)
+    if isinstance(model, TokenReducedViT):
+        save_reduction(model.reduction, folder)
+        static = model.static(_some_images(measurement))
+        if static is not model.reduction:
+            save_settings(static, folder / f"{section_name('static', measurement.subject.reduction)}.yaml")
     return difference
+
+
+def _some_images(measurement: Measurement, count: int = 64) -> Tensor:
+    """Normalised images to learn from, ``(B, C, H, W)``, spread over all of them."""
+    step = max(1, len(measurement.train) // count)
+    framed = Framed(measurement.train, measurement.frames, range(0, len(measurement.train), step)[:count])
+    images, _, _ = next(framed_batches(framed, count, num_workers=0))
+    return images
 
 
 def settings_of(measurement: Measurement, recipe: FinetuneRecipe) -> dict[str, Any]:
     """What the result is a function of."""
     subject = asdict(measurement.subject)
-    names = ("weights", "data", "model", "img_size", "crop_pct", "val_fraction", "classes", "reduction")
-    return {name: subject[name] for name in names} | asdict(recipe)
+    names = ("weights", "data", "model", "img_size", "crop_pct", "val_fraction", "classes")
+    settings = {name: subject[name] for name in names} | asdict(recipe)
+    if (reduction := measurement.loaded.encoder.reduction) is not None:
+        settings["reduction"] = reduction.describe()  # a file may say something else by the time it is looked at again
+    return settings
 
 
 def best_precision(device: torch.device) -> str:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mim.checkpoint import LoadedEncoder, load_encoder, untrained_encoder
-from mim.config import build_reduction
 from mim.data.labelled import Framed, Frames, LabelledImages, Part, fingerprint, framed_batches, open_labelled
 from mim.data.pretrain import BadFiles
 from mim.data.sources import Source
@@ -25,6 +24,7 @@ from mim.evaluation.splits import stratified_split
 from mim.randomness import derive_seed
 from mim.reduction import Labels
 from mim.reduction.macs import count_macs
+from mim.reduction_io import build_reduction
 from mim.report import write_report
 from mim.report.tables import spread, text_table
 from mim.run import evaluation_folder

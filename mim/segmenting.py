@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mim.checkpoint import LoadedEncoder, ModelCard, export_backbone, load_encoder, untrained_encoder
-from mim.config import build_reduction
 from mim.data.masks import IGNORE
 from mim.data.segmentation import SegmentationData
 from mim.encoder import Encoder
@@ -24,6 +23,7 @@ from mim.overlays import save_overlay
 from mim.processes import process_rank
 from mim.randomness import derive_seed, keyed_generator
 from mim.reduction import Labels, TokenReduction
+from mim.reduction_io import build_reduction, save_reduction
 from mim.report.tables import spread, text_table
 from mim.run import evaluation_folder, quieten
 from mim.segment_options import HeadRecipe, MaskedSubject, Scoring
@@ -278,6 +278,8 @@ class Segmentation:
         )
         model = model.cpu()
         export_backbone(model.encoder.vit, folder, mean=loaded.mean, std=loaded.std, card=card, model_args={})
+        if model.encoder.reduction is not None:
+            save_reduction(model.encoder.reduction, folder)
         save_file({name: value.contiguous() for name, value in model.head.state_dict().items()}, folder / HEAD_FILE)
         print(f'  model   {folder}   (timm.create_model("local-dir:{folder}", pretrained=True); head in {HEAD_FILE})')
 

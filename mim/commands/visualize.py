@@ -97,7 +97,7 @@ def _images(data: str, loaded: "LoadedEncoder", count: int) -> "Tensor":
 
 
 def _reductions(names: str, loaded: "LoadedEncoder", batch: "Tensor", columns: int) -> "Image.Image":
-    from mim.config import build_reduction
+    from mim.reduction_io import build_reduction
     from mim.token_pictures import reduction_strip, states_of
 
     encoder, chosen = loaded.encoder, [name.strip() for name in names.split(",")]

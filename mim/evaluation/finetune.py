@@ -76,6 +76,7 @@ class Finetune(L.LightningModule):
     ) -> None:
         super().__init__()
         self.model = vit if reduction is None else TokenReducedViT(vit, reduction)
+        self.model.train()  # what was loaded to be measured comes in evaluation mode, which Lightning leaves as it is
         self.recipe, self.seed = recipe, seed
         self.ema = ModelEmaV3(self.model, decay=recipe.ema).requires_grad_(False) if recipe.ema else None
         self.steps_per_epoch = images / recipe.batch_size

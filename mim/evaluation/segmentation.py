@@ -107,6 +107,7 @@ class SemanticSegmentation(L.LightningModule):
         # Values were checked where masks are read; looking again would wait for the device.
         self.confusion = MulticlassConfusionMatrix(classes, ignore_index=IGNORE, validate_args=False)
         self.scores: SegmentationScores | None = None
+        self.train()  # an encoder that was loaded to be measured is in evaluation mode, which Lightning leaves as it is
 
     def train(self, mode: bool = True) -> "SemanticSegmentation":
         """A frozen encoder stays as it is scored: without drop path."""

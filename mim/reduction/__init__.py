@@ -12,7 +12,6 @@ from mim.reduction.pruning import TopKPruning
 from mim.reduction.recipes import Labels
 from mim.reduction.schedule import Counts, KeepRate, PerBlock, Schedule
 from mim.reduction.scores import ClassAttention, Duplication, RandomScore, ReceivedAttention, Score
-from mim.reduction.storage import load_reduction, save_reduction
 from mim.reduction.thresholds import LearnedThresholds
 from mim.reduction.tokens import Tokens
 from mim.reduction.wrapper import TokenReducedViT
@@ -41,6 +40,4 @@ __all__ = [
     "TokenReduction",
     "Tokens",
     "TopKPruning",
-    "load_reduction",
-    "save_reduction",
 ]

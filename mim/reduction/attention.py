@@ -12,6 +12,8 @@ from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from mim.reduction.similarity import product
+
 HALVED = (Block, EvaBlock)
 """Blocks that are attention, then an MLP, each behind its own norm and added to its input."""
 READ = (Attention, AttentionRope, EvaAttention)
@@ -108,7 +110,7 @@ class Attending:
             queries = queries if patches is None else self._turn(queries, rope[..., patches, :])
         if (groups := queries.shape[1] // keys.shape[1]) > 1:
             keys = keys.repeat_interleave(groups, dim=1)
-        logits: Tensor = (queries * self.scale).float() @ keys.float().transpose(-2, -1)
+        logits = product(queries * self.scale, keys.transpose(-2, -1))
         if (bias := self.inputs.get("attn_mask")) is not None:
             logits = logits + bias.float()
         return logits.softmax(dim=-1)[..., self.num_prefix :]

@@ -75,12 +75,27 @@ class TokenReduction(nn.Module):
         """The call that builds it: all that a result depends on, beside what was trained."""
         return call_of(self)
 
+    def static(self, blocks: nn.Sequential, x: Tensor, num_prefix: int, rope: Tensor | None = None) -> "TokenReduction":
+        """The same with numbers that are known beforehand; itself, unless they are up to each image.
+
+        Args:
+            blocks: of the model that it was trained with.
+            x: ``(B, P + N, D)``, images as they enter the first block, to take the numbers from.
+            num_prefix: prefix tokens ``P``.
+            rope: rotary positions.
+        """
+        return self
+
     def check(self, vit: nn.Module) -> None:
         """Refuses a model that this reduction cannot shorten.
 
         Raises:
-            TypeError: if its blocks are of an unknown kind, or there is no class token to ask.
+            TypeError: if its blocks are of an unknown kind, there is no class token to ask, or what has been or will be
+                learnt is for models of another size.
         """
+        for name, size in (("dim", vit.embed_dim), ("depth", len(cast(nn.Sequential, vit.blocks)))):
+            if (own := getattr(self, name, size)) != size:
+                raise TypeError(f"this reduction is for models of {name} {own}; this one has {size}")
         if self.needs_class_token and getattr(vit, "cls_token", None) is None:
             raise TypeError(
                 "this reduction asks what the class token looks at, and the model has none; score by others"

@@ -9,6 +9,7 @@ from torch import Tensor
 from mim.reduction.attention import Attending
 from mim.reduction.base import TokenReduction
 from mim.reduction.schedule import Schedule
+from mim.reduction.similarity import product, squared_distances
 from mim.reduction.tokens import Tokens
 
 
@@ -52,7 +53,7 @@ class GridClustering(TokenReduction):
         return math.prod(cells(grid, wanted))
 
     def cost(self, before: int, after: int, dim: int, head_dim: int) -> int:
-        """Distances and means of every iteration, the last distances, and the blend at the end."""
+        """Means and distances at the start and of every iteration; the blend of dense features is not counted."""
         return (2 * self.iterations + 2) * before * after * dim
 
     def reduce(self, tokens: Tokens, attending: Attending | None, count: int, layer: int) -> Tokens:
@@ -61,12 +62,13 @@ class GridClustering(TokenReduction):
         shape = cells(tokens.grid, count)
         patches = tokens.patches.float()
         near = neighbourhood(tokens.grid, shape, self.window, patches.device)  # (N, K) bool
-        clusters = pooling(tokens.grid, shape, patches.device) @ patches  # (B, K, D)
-        tau = self._tau(squared_distances(patches, clusters), near)
-        for _ in range(self.iterations):
-            member = (-tau * squared_distances(patches, clusters)).masked_fill(~near, -math.inf).softmax(dim=2)
-            clusters = member.transpose(1, 2) @ patches / member.sum(dim=1)[..., None].clamp(min=1e-12)
+        clusters = product(pooling(tokens.grid, shape, patches.device), patches)  # (B, K, D)
         distances = squared_distances(patches, clusters)
+        tau = self._tau(distances, near)
+        for _ in range(self.iterations):
+            member = (-tau * distances).masked_fill(~near, -math.inf).softmax(dim=2)
+            clusters = product(member.transpose(1, 2), patches) / member.sum(dim=1)[..., None].clamp(min=1e-12)
+            distances = squared_distances(patches, clusters)
         nearest = distances.topk(min(self.neighbours, count), largest=False)
         weights = torch.zeros_like(distances).scatter(2, nearest.indices, (-tau * nearest.values).softmax(dim=2))
         x = torch.cat([tokens.x[:, : tokens.num_prefix], clusters.to(tokens.x.dtype)], dim=1)
@@ -92,7 +94,7 @@ def cells(grid: tuple[int, int], count: int) -> tuple[int, int]:
 def pooling(grid: tuple[int, int], shape: tuple[int, int], device: torch.device) -> Tensor:
     """The mean of every cell as a matrix ``(K, N)``: adaptive average pooling, in a form that any size exports in."""
     rows, columns = (_line(side, parts, device) for side, parts in zip(grid, shape, strict=True))
-    return torch.einsum("ih,jw->ijhw", rows, columns).flatten(2).flatten(0, 1)
+    return (rows[:, None, :, None] * columns[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
 def _line(side: int, parts: int, device: torch.device) -> Tensor:
@@ -109,9 +111,3 @@ def neighbourhood(grid: tuple[int, int], shape: tuple[int, int], window: int, de
         near.append((own - torch.arange(parts, device=device)).abs() <= window // 2)  # (side, parts)
     rows, columns = near
     return (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1)
-
-
-def squared_distances(points: Tensor, centres: Tensor) -> Tensor:
-    """``(B, N, D)`` and ``(B, K, D)`` to ``(B, N, K)``, as products: torch's own distance has no ONNX form."""
-    squares = points.square().sum(dim=2)[..., None] + centres.square().sum(dim=2)[:, None]
-    return (squares - 2 * points @ centres.transpose(1, 2)).clamp(min=0)

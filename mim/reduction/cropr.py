@@ -17,6 +17,7 @@ from mim.reduction.base import TokenReduction
 from mim.reduction.masks import mask_cross_entropy
 from mim.reduction.pruning import split
 from mim.reduction.schedule import PerBlock
+from mim.reduction.similarity import product
 from mim.reduction.tokens import Tokens
 
 
@@ -41,7 +42,8 @@ class Cropr(TokenReduction):
         self, dim: int, depth: int, num_classes: int, r: int = 8, queries: int = 1, masks: bool = False
     ) -> None:
         super().__init__(PerBlock(r, stop=2), place="after", rejoin=True)
-        self.masks = masks
+        self.dim, self.depth, self.num_classes, self.r = dim, depth, num_classes, r
+        self.queries, self.masks = queries, masks
         self.routers = nn.ModuleList(_Router(dim, num_classes, queries) for _ in range(depth - 2))
 
     def left(self, patches: int, layer: int, depth: int, grid: tuple[int, int] | None) -> int:
@@ -59,7 +61,7 @@ class Cropr(TokenReduction):
         patches = tokens.patches.detach()
         if self.training:
             tokens = replace(tokens, auxiliary=(*tokens.auxiliary, router(patches)))
-        return tokens.keep(*split((patches @ router.scorer).float(), count))  # type: ignore[operator]
+        return tokens.keep(*split(product(patches, router.scorer), count))  # type: ignore[arg-type]
 
     def auxiliary_loss(self, tokens: Tokens, labels: Tensor) -> Tensor:
         """Cross-entropy of every router, summed."""

@@ -11,10 +11,10 @@ from torch import Tensor
 from mim.patches import gather_tokens
 from mim.reduction.attention import Attending
 from mim.reduction.base import TokenReduction
-from mim.reduction.clustering import squared_distances
 from mim.reduction.merging import best_pairs
 from mim.reduction.pruning import split
 from mim.reduction.schedule import Schedule
+from mim.reduction.similarity import squared_distances
 from mim.reduction.tokens import Tokens
 
 

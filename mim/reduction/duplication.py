@@ -9,6 +9,7 @@ from mim.reduction.attention import Attending
 from mim.reduction.base import TokenReduction
 from mim.reduction.pruning import split
 from mim.reduction.schedule import Schedule
+from mim.reduction.similarity import product
 from mim.reduction.tokens import Tokens
 
 
@@ -39,7 +40,8 @@ class GreedyDuplication(TokenReduction):
         pivots = min(self.pivots, count)
         chosen = attending.key_norms().topk(pivots).indices  # (B, pivots)
         unit = F.normalize(tokens.patches.detach().float(), dim=-1)
-        cosines = unit @ unit.gather(1, chosen[..., None].expand(-1, -1, unit.shape[2])).transpose(1, 2)
+        of_pivots = unit.gather(1, chosen[..., None].expand(-1, -1, unit.shape[2]))
+        cosines = product(unit, of_pivots.transpose(1, 2))  # (B, K, pivots)
         taken = torch.zeros_like(cosines[..., 0]).scatter(1, chosen, 1.0)  # (B, K)
         for number, share in enumerate(equal_parts(count - pivots, pivots)):
             free = cosines[..., number].masked_fill(taken > 0, math.inf)

@@ -35,7 +35,7 @@ class DynamicViT(TokenReduction):
 
     def __init__(self, dim: int, keep: float, at: Sequence[int], weight: float = 2.0) -> None:
         super().__init__(KeepRate(keep, at), place="after")
-        self.keep, self.at, self.weight = keep, tuple(at), weight
+        self.dim, self.keep, self.at, self.weight = dim, keep, tuple(at), weight
         self.predictors = nn.ModuleList(Predictor(dim) for _ in self.at)
 
     def cost(self, before: int, after: int, dim: int, head_dim: int) -> int:

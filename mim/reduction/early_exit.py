@@ -49,7 +49,8 @@ class EarlyExit(TokenReduction):
         weight: float = 1.0,
     ) -> None:
         super().__init__(KeepRate(1.0 if threshold else keep, at), place="after")
-        self.keep, self.threshold, self.at, self.context, self.weight = keep, threshold, tuple(at), context, weight
+        self.dim, self.num_classes, self.at, self.keep = dim, num_classes, tuple(at), keep
+        self.threshold, self.context, self.weight = threshold, context, weight
         self.heads = nn.ModuleList(nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_classes)) for _ in self.at)
 
     def cost(self, before: int, after: int, dim: int, head_dim: int) -> int:

@@ -17,7 +17,7 @@ class Macs(NamedTuple):
     Args:
         blocks: of the transformer blocks.
         reduction: of the reduction itself.
-        rest: of patch embedding and head.
+        rest: of patch embedding, pooling and head.
     """
 
     blocks: int
@@ -52,8 +52,8 @@ def count_macs(vit: Any, reduction: TokenReduction | None = None, patches: int |
         late = reduction is not None and reduction.place == "after"
         total += _block(block, prefix + before, prefix + (before if late else left))
         before = left
-    embedding = vit.patch_embed.proj.weight.numel() * whole
-    return Macs(total, own, embedding + _linears(vit.head))
+    rest = vit.patch_embed.proj.weight.numel() * whole + _linears(vit.head) + _linears(getattr(vit, "head_dist", None))
+    return Macs(total, own, rest + _pooling(getattr(vit, "attn_pool", None), before))
 
 
 def _block(block: Any, attended: int, transformed: int) -> int:  # noqa: ANN401 - a timm block
@@ -62,5 +62,15 @@ def _block(block: Any, attended: int, transformed: int) -> int:  # noqa: ANN401 
     return attended * _linears(block.attn) + products + transformed * _linears(block.mlp)
 
 
-def _linears(module: nn.Module) -> int:
+def _pooling(pool: Any, tokens: int) -> int:  # noqa: ANN401 - attention pooling, or None
+    """Learned queries attend to all tokens; everything but their keys and values is computed per query."""
+    if pool is None:
+        return 0
+    own = _linears(pool) - _linears(pool.kv)
+    return tokens * _linears(pool.kv) + int(pool.latent_len * (own + 2 * tokens * pool.kv.in_features))
+
+
+def _linears(module: nn.Module | None) -> int:
+    if module is None:
+        return 0
     return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))

@@ -9,6 +9,7 @@ from mim.reduction.attention import Attending
 from mim.reduction.base import TokenReduction
 from mim.reduction.pruning import split
 from mim.reduction.schedule import Schedule
+from mim.reduction.similarity import product
 from mim.reduction.tokens import Tokens
 
 
@@ -70,7 +71,7 @@ def best_pairs(features: Tensor, pairs: int, first: int = 0) -> tuple[Tensor, Te
     if not pairs:  # nor need there be any two tokens
         everything = torch.arange(features.shape[1], device=features.device).expand(features.shape[0], -1)
         return everything, everything[:, :0], everything[:, :0]
-    best, partner = (features[:, first::2] @ features[:, 1 - first :: 2].transpose(1, 2)).max(dim=2)
+    best, partner = product(features[:, first::2], features[:, 1 - first :: 2].transpose(1, 2)).max(dim=2)
     order = best.topk(best.shape[1]).indices
     merged, alone = order[:, :pairs], order[:, pairs:].sort().values  # places among those that propose
     others = torch.arange(1 - first, features.shape[1], 2, device=order.device).expand(order.shape[0], -1)
@@ -115,6 +116,6 @@ class DominantContextual(TokenReduction):
         spread = [place for place in range(rest.shape[1]) if place % stride or place >= targets * stride]
         source = rest[:, spread]
         keys = F.normalize(attending.mean_keys().detach(), dim=-1)
-        similarity = gather_tokens(keys, source) @ gather_tokens(keys, chosen).transpose(1, 2)
+        similarity = product(gather_tokens(keys, source), gather_tokens(keys, chosen).transpose(1, 2))
         target = dominant.shape[1] + similarity.argmax(dim=2)
         return tokens.merge(torch.cat([dominant, chosen], dim=1), source, target)

@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
+from mim.patches import gather_tokens
 from mim.reduction.attention import Attending
 from mim.reduction.base import TokenReduction
 from mim.reduction.schedule import Schedule
@@ -18,8 +18,9 @@ class TopKPruning(TokenReduction):
     Args:
         schedule: how many each block keeps.
         score: what makes a token worth keeping.
-        fuse: the others become one extra token, their sum weighted by the score, as in EViT (arXiv:2202.07800); it
-            counts as an ordinary token at the next reduction.
+        fuse: the others also become one extra token, their sum weighted by the score, as in EViT (arXiv:2202.07800). It
+            counts as an ordinary token at the next reduction, but stands for no patch: it has no rotary position, and
+            means and dense features go by the patches themselves.
         normalise: the extra token is a mean, not the sum, whose weights add to less than 1.
         place: reduce in the ``middle`` of a block or ``after`` it.
         rejoin: all patches come back before the last block.
@@ -52,17 +53,17 @@ class TopKPruning(TokenReduction):
 
     def reduce(self, tokens: Tokens, attending: Attending | None, count: int, layer: int) -> Tokens:
         """See :meth:`TokenReduction.reduce`."""
-        scores = self.score(tokens, attending, layer)  # (B, K)
+        scores = self.score(tokens, attending, layer).detach()  # (B, K)
         kept, dropped = split(scores, count - self.fuse)
-        return self._fused(tokens, scores, kept, dropped) if self.fuse else tokens.keep(kept, dropped)
+        shorter = tokens.keep(kept, dropped)
+        return shorter.extended(self._fused(tokens, scores, dropped)) if self.fuse else shorter
 
-    def _fused(self, tokens: Tokens, scores: Tensor, kept: Tensor, dropped: Tensor) -> Tokens:
-        centre, source = torch.cat([kept, dropped[:, :1]], dim=1), dropped[:, 1:]
-        fused = tokens.merge(centre, source, torch.full_like(source, kept.shape[1]), scores)
-        if self.normalise:
-            return fused
-        weight = scores.gather(1, dropped).sum(dim=1)[:, None, None].to(fused.x.dtype)
-        return fused.with_x(torch.cat([fused.x[:, :-1], weight * fused.x[:, -1:]], dim=1))
+    def _fused(self, tokens: Tokens, scores: Tensor, dropped: Tensor) -> Tensor:
+        """The tokens ``dropped (B, R)`` as one, ``(B, 1, D)``."""
+        weight = scores.gather(1, dropped)
+        weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1e-12) if self.normalise else weight
+        lost = gather_tokens(tokens.patches, dropped)
+        return (weight[..., None].to(lost.dtype) * lost).sum(dim=1, keepdim=True)
 
 
 def split(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 
 class Schedule:
@@ -90,6 +91,25 @@ class Counts(Schedule):
 
 
 def call_of(part: object) -> str:
-    """The call that builds a part of a reduction, as far as the part still knows its settings."""
-    names = [name for name in inspect.signature(type(part)).parameters if hasattr(part, name)]
-    return f"{type(part).__name__}({', '.join(f'{name}={getattr(part, name)!r}' for name in names)})"
+    """The call that builds a part of a reduction."""
+    return f"{type(part).__name__}({', '.join(f'{name}={value!r}' for name, value in _settings(part).items())})"
+
+
+def config_of(part: object) -> dict[str, Any]:
+    """The same as data, a class path with its arguments as in the configs of a run."""
+    return {
+        "class_path": f"mim.reduction.{type(part).__name__}",
+        "init_args": {name: _plain(value) for name, value in _settings(part).items()},
+    }
+
+
+def _settings(part: object) -> dict[str, Any]:
+    """Every part of a reduction keeps the arguments of its constructor under their names."""
+    known = inspect.signature(type(part)).parameters.values()
+    return {each.name: getattr(part, each.name) for each in known if each.kind is each.POSITIONAL_OR_KEYWORD}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple):
+        return list(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else config_of(value)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mim.randomness import RowGenerator, derive_seed
 from mim.reduction.attention import Attending
 from mim.reduction.schedule import call_of
+from mim.reduction.similarity import product
 from mim.reduction.tokens import Tokens
 
 
@@ -121,7 +122,7 @@ class Duplication(Score):
         pivots = attending.key_norms().topk(min(self.pivots, tokens.count)).indices  # (B, pivots)
         unit = F.normalize(tokens.patches.float(), dim=-1)
         chosen = unit.gather(1, pivots[..., None].expand(-1, -1, unit.shape[2]))
-        redundancy = (unit @ chosen.transpose(1, 2)).amax(dim=2)  # (B, K)
+        redundancy = product(unit, chosen.transpose(1, 2)).amax(dim=2)  # (B, K)
         return (-redundancy).scatter(1, pivots, 2.0)
 
     def cost(self, patches: int, dim: int, head_dim: int) -> int:

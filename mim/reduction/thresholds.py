@@ -10,6 +10,7 @@ the length of a batch; here only live patches are asked. Prefix tokens are neith
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mim.reduction.attention import Attending
@@ -52,10 +53,8 @@ class LearnedThresholds(TokenReduction):
         threshold = self.thresholds[layer].clamp(min=1e-5)
         if self.training and not self.hard:
             stays = ((scores - threshold) / self.temperature).sigmoid()
-            x = torch.cat(
-                [tokens.x[:, : tokens.num_prefix], tokens.patches * stays[..., None].to(tokens.x.dtype)], dim=1
-            )
-            return replace(tokens, x=x, auxiliary=(*tokens.auxiliary, stays.mean(dim=1)))
+            mask = F.pad(stays, (tokens.num_prefix, 0), value=1.0)[..., None].to(tokens.x.dtype)
+            return replace(tokens, x=tokens.x * mask, auxiliary=(*tokens.auxiliary, stays.mean(dim=1)))
         best = scores == scores.amax(dim=1, keepdim=True)  # one stays whatever the threshold
         return tokens.hiding((scores >= threshold) | best)
 
@@ -65,15 +64,9 @@ class LearnedThresholds(TokenReduction):
         return self.weight * torch.stack(shares).sum() if shares else super().auxiliary_loss(tokens, labels)
 
     @torch.no_grad()
-    def static(self, blocks: nn.Sequential, x: Tensor, num_prefix: int) -> TopKPruning:
-        """The same score with fixed numbers: those that stay on average over a batch.
-
-        Args:
-            blocks: of the model that the thresholds were learnt with.
-            x: ``(B, P + N, D)``, as it enters the first block.
-            num_prefix: prefix tokens ``P``.
-        """
-        states = self.eval().after_blocks(range(len(blocks)), blocks, x, num_prefix)
+    def static(self, blocks: nn.Sequential, x: Tensor, num_prefix: int, rope: Tensor | None = None) -> TokenReduction:
+        """The same score with fixed numbers: those that stay on average over a batch."""
+        states = self.eval().after_blocks(range(len(blocks)), blocks, x, num_prefix, rope=rope)
         shares = [state.alive.float().mean().item() for state in states if state.alive is not None]
         return TopKPruning(
             Counts([max(1, round(share * states[0].count)) for share in shares]), ReceivedAttention(None)

@@ -21,10 +21,11 @@ class Tokens:
             others; ``s < 0`` was dropped, and ``~s`` counts its row in ``parked``. Everything else derives from this
             map.
         parked: ``(B, R, D)`` each: dropped tokens as they were when they were dropped.
-        merged: some token stands for several patches.
+        merged: some token stands for several patches, or for none.
         blend: ``(B, N, K)``, rows summing to 1, where patches are better rebuilt from several tokens than copied from
             one.
-        places: ``(B, K)``, the patch whose rotary position a token has; a merged one has that of the token it began as.
+        places: ``(B, K)``, the patch whose rotary position a token has; a merged one has that of the token it began as,
+            and ``N`` means none.
         rope: timm's table of rotary positions, ``(N, 2d)`` or ``(depth, heads, N, 2d)``; None for most models.
         auxiliary: what trained reductions learn from, one tensor per reducing block; empty in evaluation.
         alive: ``(B, K)`` for reductions that take no token out of the sequence but hide it from the others: bool, False
@@ -91,7 +92,7 @@ class Tokens:
         """
         inputs: dict[str, Any] = {}
         if proportional and self.merged:
-            bias = torch.nn.functional.pad(self.sizes.log(), (self.num_prefix, 0))
+            bias = torch.nn.functional.pad(self.sizes.clamp(min=1).log(), (self.num_prefix, 0))
             inputs["attn_mask"] = bias[:, None, None].to(self.x.dtype)  # (B, 1, 1, P + K)
         if self.alive is not None:
             inputs["attn_mask"] = self._hiding(self.alive).to(self.x.dtype)
@@ -112,6 +113,9 @@ class Tokens:
         table = table[layer] if table.ndim == 4 else table  # (N, 2d), or (heads, N, 2d) of this block
         if self.places is self.assign:  # nothing was reduced yet: timm's own table, to the bit
             return table
+        sine, cosine = table[..., :1, :].chunk(2, dim=-1)
+        still = torch.cat([torch.zeros_like(sine), torch.ones_like(cosine)], dim=-1)  # for what stands nowhere
+        table = torch.cat([table, still], dim=-2)
         # A head dimension is a must: without it timm takes the batch for heads wherever both numbers agree.
         rows = table[:, self.places].transpose(0, 1) if table.ndim == 3 else table[self.places][:, None]
         return rows  # (B, heads or 1, K, 2d)
@@ -160,6 +164,12 @@ class Tokens:
         label = torch.zeros_like(self.places).scatter(1, centre, _numbers(centre)).scatter(1, source, target)
         return replace(self._relabel(x, centre, label), merged=True)
 
+    def extended(self, token: Tensor) -> "Tokens":
+        """One more token ``(B, 1, D)``, which stands for no patch."""
+        nowhere = torch.full_like(self.places[:, :1], self.assign.shape[1])
+        x, places = torch.cat([self.x, token], dim=1), torch.cat([self.places, nowhere], dim=1)
+        return replace(self, x=x, places=places, merged=True)
+
     def _relabel(self, patches: Tensor, centre: Tensor, label: Tensor) -> "Tokens":
         """``patches (B, K', D)`` in place of the old ones; ``label (B, K)`` says what each of those became."""
         moved = label.gather(1, self.assign.clamp(min=0))
@@ -174,8 +184,7 @@ class Tokens:
         """Mean over the patches that are left, ``(B, D)``; a merged token counts as often as it has patches."""
         if not self.uneven:
             return self.patches.mean(dim=1)
-        sizes = self.sizes[..., None].to(self.x.dtype)
-        return (sizes * self.patches).sum(dim=1) / sizes.sum(dim=1).clamp(min=1e-6)
+        return weighted_mean(self.patches, self.sizes)
 
     def answered(self, answer: Tensor) -> Tensor:
         """Answers ``(B, classes, h', w')``, and those of the canvas where patches gave theirs before they left."""
@@ -202,9 +211,18 @@ class Tokens:
 
     def rejoined(self) -> "Tokens":
         """All patches again, each its own token, as :meth:`dense` gives them."""
+        if self.places is self.assign:
+            return self
         x = torch.cat([self.x[:, : self.num_prefix], self.dense()], dim=1)
         start = Tokens.start(x, self.num_prefix, self.grid, self.rope)
         return replace(start, auxiliary=self.auxiliary, canvas=self.canvas)
+
+
+def weighted_mean(x: Tensor, weight: Tensor) -> Tensor:
+    """``(B, K, D)`` and ``(B, K)`` to ``(B, D)``; in float32, as half precision cannot count beyond 256."""
+    weight = weight[..., None].float()
+    mean = (weight * x.float()).sum(dim=1) / weight.sum(dim=1).clamp(min=1e-6)
+    return mean.to(x.dtype)
 
 
 def _numbers(rows: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mim.reduction.base import TokenReduction
-from mim.reduction.tokens import Tokens
+from mim.reduction.tokens import Tokens, weighted_mean
 
 
 class TokenReducedViT(nn.Module):
@@ -73,16 +73,27 @@ class TokenReducedViT(nn.Module):
         """What a trained reduction adds to the loss, from the tokens of ``forward_tokens`` in training mode."""
         return self.reduction.auxiliary_loss(tokens, labels)
 
-    def _reduced(self, images: Tensor) -> Tokens:
+    def static(self, images: Tensor) -> TokenReduction:
+        """The reduction with numbers that are known beforehand, those of a batch where each image has its own."""
+        x, _, rope = self._embedded(images)
+        return self.reduction.static(self.vit.blocks, x, self.vit.num_prefix_tokens, rope)
+
+    def _embedded(self, images: Tensor) -> tuple[Tensor, tuple[int, int], Tensor | None]:
+        """What enters the first block, its grid, and rotary positions."""
         vit = self.vit
         patches = vit.patch_embed(images)
         embedded = vit._pos_embed(patches)
         x, rope = embedded if isinstance(embedded, tuple) else (embedded, None)
+        x = vit.patch_drop(x) if isinstance(vit, VisionTransformer) else x  # others do so while they embed
         grid = vit.patch_embed.dynamic_feat_size(images.shape[-2:])
         if x.shape[1] - vit.num_prefix_tokens != grid[0] * grid[1]:
             raise ValueError("this model drops patches by itself in training; set its patch_drop_rate to 0")
+        return vit.norm_pre(x), grid, rope
+
+    def _reduced(self, images: Tensor) -> Tokens:
+        vit, (x, grid, rope) = self.vit, self._embedded(images)
         reduced: Tokens = self.reduction(
-            vit.blocks, vit.norm_pre(x), vit.num_prefix_tokens, grid, rope, vit.grad_checkpointing and self.training
+            vit.blocks, x, vit.num_prefix_tokens, grid, rope, vit.grad_checkpointing and self.training
         )
         return reduced
 
@@ -97,11 +108,11 @@ def pool(vit: Any, tokens: Tokens) -> Tensor:  # noqa: ANN401 - a timm model
     everything = _pools(vit) if isinstance(vit, Eva) else vit.pool_include_prefix
     prefix = tokens.num_prefix if everything else 0
     x = tokens.x[:, tokens.num_prefix - prefix :]
-    sizes = F.pad(tokens.sizes, (prefix, 0), value=1.0).to(x.dtype)  # (B, prefix + K)
+    sizes = F.pad(tokens.sizes, (prefix, 0), value=1.0)  # (B, prefix + K)
     if _pools(vit):
-        pooled: Tensor = vit.attn_pool(x, attn_mask=sizes.log()[:, None, None])
+        pooled: Tensor = vit.attn_pool(x, attn_mask=sizes.log()[:, None, None].to(x.dtype))
         return pooled
-    mean = (sizes[..., None] * x).sum(dim=1) / sizes.sum(dim=1, keepdim=True)
+    mean = weighted_mean(x, sizes)
     if vit.global_pool == "avg":
         return mean
     largest = x.masked_fill(sizes[..., None] == 0, -torch.inf).amax(dim=1)

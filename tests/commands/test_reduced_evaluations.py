@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
 from mim.cli import main
 from mim.commands import make_shapes
 from mim.measure import section_name
-from mim.reduction import TokenReducedViT, load_reduction
+from mim.reduction import TokenReducedViT
+from mim.reduction_io import load_reduction
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +76,9 @@ def test_fine_tuning_trains_on_fewer_tokens(weights, photos):
     assert finetune(weights, photos, "--out", "tuned", "--reduction", "tome:2", "--anneal", "[0.0,0.5]") == 0
     assert "ToMe(schedule=PerBlock(r=2" in result("tuned")["protocol"]
     assert "annealed over 0 to 0.5 of it" in result("tuned")["protocol"]
-    assert not Path("tuned/export/reduction.safetensors").exists()
+    assert not Path("tuned/export/reduction.safetensors").exists()  # nothing was learnt
+    assert knn("tuned/export", photos, "--out", "scored", "--pool", "mean", "--reduction", "tuned/export") == 0
+    assert "ToMe(schedule=PerBlock(r=2" in result("scored")["protocol"]
     model = timm.create_model("local-dir:tuned/export", pretrained=True).eval()
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
 
@@ -108,7 +112,7 @@ def test_segmentation_reads_features_that_were_put_back(weights, masks, options)
     [
         (knn, ["--reduction", "cropr"], "python tools/finetune.py --reduction cropr"),
         (knn, ["--reduction", "nonsense"], "--reduction nonsense: there is no such reduction"),
-        (knn, ["--reduction", "."], "holds no trained reduction"),
+        (knn, ["--reduction", "."], "holds no reduction"),
         (finetune, ["--reduction", "tome", "--anneal", "[0.5,0.1]"], "--anneal [0.5, 0.1]"),
         (segment, ["--reduction", "cropr"], "random until they are trained"),
     ],
@@ -137,3 +141,38 @@ def test_early_exit_learns_from_masks_alone(weights, photos, masks, capsys):
 )
 def test_every_setting_of_a_reduction_has_a_section_of_its_own(reduction, folder):
     assert section_name("knn", reduction) == folder
+
+
+def test_a_trained_reduction_outlives_the_file_that_described_it(weights, photos):
+    """What was exported is all that is needed to score with it, or to train on from it."""
+    Path("mine.yaml").write_text(
+        "reduction: {class_path: mim.reduction.Cropr, init_args: {dim: 64, depth: 6, num_classes: 3, r: 2}}"
+    )
+    assert finetune(weights, photos, "--out", "tuned", "--reduction", "mine.yaml") == 0
+    Path("mine.yaml").unlink()
+    assert knn("tuned/export", photos, "--out", "scored", "--reduction", "tuned/export") == 0
+    assert "Cropr(dim=64" in result("scored")["protocol"]
+    assert finetune("tuned/export", photos, "--out", "again", "--reduction", "tuned/export", "--epochs", 1) == 0
+    states = [load_file(Path(folder, "export/reduction.safetensors")) for folder in ("tuned", "again")]
+    assert states[0].keys() == states[1].keys()
+    assert not torch.equal(states[0]["routers.0.queries"], states[1]["routers.0.queries"])
+
+
+def test_learnt_thresholds_become_a_file_of_fixed_numbers(weights, photos):
+    assert finetune(weights, photos, "--out", "tuned", "--reduction", "ltp:0.2") == 0
+    fixed = "tuned/export/static-ltp-0.2.yaml"
+    assert finetune(weights, photos, "--out", "fixed", "--reduction", fixed, "--epochs", 1) == 0
+    assert "TopKPruning(schedule=Counts(counts=" in result("fixed")["protocol"]
+    assert section_name("knn", fixed) == "knn-static-ltp-0.2"
+
+
+def test_a_resumed_training_is_not_that_of_an_edited_file(weights, photos, capsys):
+    schedule = "{class_path: mim.reduction.PerBlock, init_args: {r: %d}}"
+    text = f"reduction: {{class_path: mim.reduction.ToMe, init_args: {{schedule: {schedule}}}}}"
+    Path("mine.yaml").write_text(text % 2)
+    assert finetune(weights, photos, "--out", "tuned", "--reduction", "mine.yaml", "--epochs", 1) == 0
+    Path("mine.yaml").write_text(text % 3)
+    assert (
+        finetune(weights, photos, "--out", "tuned", "--reduction", "mine.yaml", "--epochs", 1, "--resume", "true") == 2
+    )
+    assert "r=2" in capsys.readouterr().err

@@ -58,6 +58,15 @@ def test_stochastic_depth_rises_to_the_last_block():
     assert rates[-1] == pytest.approx(0.3)
 
 
+def test_a_model_that_was_loaded_to_be_measured_is_trained_in_training_mode():
+    """Lightning leaves modes as they are: in evaluation mode there would be no stochastic depth."""
+    recipe = FinetuneRecipe(ema=0.9)
+    vit = classifier(Encoder("test_vit", img_size=32, patch_size=8).eval(), 5, recipe, seed=0)
+    trained = Finetune(vit, recipe, 5, images=80, seed=0)
+    assert all(part.training for part in trained.model.modules())
+    assert not trained.evaluated.training
+
+
 def test_the_learning_rate_warms_up_and_falls_to_its_minimum():
     trained = module(blr=0.32, warmup_epochs=2, min_lr=1e-6)
     assert trained.max_steps == 100

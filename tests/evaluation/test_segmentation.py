@@ -127,6 +127,12 @@ def test_a_frozen_encoder_gets_no_gradient_and_stays_in_evaluation_mode():
     assert all(parameter.grad is None for parameter in model.encoder.parameters())
 
 
+def test_an_encoder_that_was_loaded_to_be_measured_is_fine_tuned_in_training_mode():
+    encoder = Encoder("test_vit", img_size=32, patch_size=8).eval()
+    assert segmenter(encoder, finetune=True).encoder.training
+    assert not segmenter(encoder).encoder.training
+
+
 def test_layers_learn_slower_the_deeper_they_lie():
     model = segmenter(Encoder("test_vit", img_size=32, patch_size=8), finetune=True)
     scales = {id(p): g.get("lr_scale", 1.0) for g in model.configure_optimizers().param_groups for p in g["params"]}

@@ -1,4 +1,4 @@
-"""Small models of every kind that can be reduced, and every reduction that needs no training."""
+"""Small models of every kind that can be reduced, and every reduction."""
 
 import timm
 import torch
@@ -6,6 +6,7 @@ from torch import nn
 
 from mim.reduction import (
     ClassAttention,
+    Counts,
     Cropr,
     DecoupleAndMerge,
     DominantContextual,
@@ -14,6 +15,8 @@ from mim.reduction import (
     EarlyExit,
     GreedyDuplication,
     GridClustering,
+    KeepRate,
+    LearnedThresholds,
     RandomScore,
     ReceivedAttention,
     ToMe,
@@ -49,12 +52,33 @@ REDUCTIONS = {
     "decoupled": DecoupleAndMerge,
     "clusters": GridClustering,
 }
-MERGING = ("fused mean", "ToMe", "contextual", "decoupled")
+MERGING = ("ToMe", "contextual", "decoupled", "clusters")
 TRAINED = {
     "Cropr": lambda: Cropr(dim=16, depth=4, num_classes=5, r=4),
     "DynamicViT": lambda: DynamicViT(dim=16, keep=0.6, at=[0, 2]),
     "EarlyExit": lambda: EarlyExit(dim=16, num_classes=5, at=[0, 2], keep=0.6, context=1),
 }
+HIDING = {
+    "thresholds": lambda: thresholds_of(0.038),
+    "sure exit": lambda: EarlyExit(dim=16, num_classes=5, at=[0, 2], threshold=0.5, context=1),
+}
+EVERY = {name: lambda make=make: make(KeepRate(0.6)) for name, make in REDUCTIONS.items()} | TRAINED | HIDING
+"""All reductions at work."""
+IDLE = {name: lambda make=make: make(KeepRate(1.0)) for name, make in REDUCTIONS.items()} | {
+    "Cropr": lambda: Cropr(dim=16, depth=4, num_classes=5, r=0),
+    "DynamicViT": lambda: DynamicViT(dim=16, keep=1.0, at=[0, 2]),
+    "EarlyExit": lambda: EarlyExit(dim=16, num_classes=5, at=[0, 2], keep=1.0),
+    "sure exit": lambda: EarlyExit(dim=16, num_classes=5, at=[0, 2], threshold=1.0),
+    "thresholds": lambda: thresholds_of(-1.0),
+    "fixed thresholds": lambda: TopKPruning(Counts([25] * 4), ReceivedAttention(rows=None)),
+}
+"""All reductions with nothing to do."""
+
+
+def thresholds_of(value):
+    reduction = LearnedThresholds(depth=4)
+    nn.init.constant_(reduction.thresholds, value)
+    return reduction
 
 
 def build(name, **changes):

@@ -5,7 +5,7 @@ from small_models import build
 
 from mim.encoder import Encoder
 from mim.reduction import GridClustering, KeepRate, TokenReducedViT
-from mim.reduction.clustering import cells, neighbourhood, pooling, squared_distances
+from mim.reduction.clustering import cells, neighbourhood, pooling
 
 
 @pytest.mark.parametrize(("grid", "shape"), [((6, 6), (3, 3)), ((5, 7), (2, 3)), ((5, 5), (4, 1))])
@@ -20,11 +20,6 @@ def test_a_patch_may_join_the_cells_around_its_own():
     assert near.sum(dim=(2, 3)).eq(1).all()
     assert near[3, 0].tolist() == [[False, False], [True, False]]
     assert neighbourhood((4, 4), (2, 2), 3, torch.device("cpu")).all()
-
-
-def test_distances_are_those_of_torch():
-    a, b = torch.randn(2, 5, 3), torch.randn(2, 4, 3)
-    torch.testing.assert_close(squared_distances(a, b), torch.cdist(a, b).square())
 
 
 def test_cells_keep_the_proportions_of_the_grid():

@@ -5,19 +5,22 @@ import copy
 import pytest
 import timm
 import torch
-from small_models import MERGING, MODELS, REDUCTIONS, ROTARY, SMALL, build, fits
+from small_models import EVERY, HIDING, IDLE, MERGING, MODELS, REDUCTIONS, ROTARY, SMALL, TRAINED, build, fits
 from timm.models.vision_transformer import ParallelScalingBlock
 
 from mim.reduction import ClassAttention, Counts, KeepRate, PerBlock, RandomScore, TokenReducedViT, ToMe, TopKPruning
 
 PAIRS = [(model, reduction) for model in MODELS for reduction in REDUCTIONS if fits(model, reduction)]
+ALL_PAIRS = [(model, reduction) for model in MODELS for reduction in IDLE if fits(model, reduction)]
 
 
-@pytest.mark.parametrize(("model", "reduction"), PAIRS)
+@pytest.mark.parametrize(("model", "reduction"), ALL_PAIRS)
 def test_with_nothing_to_reduce_it_is_timm_to_the_bit(models, images, model, reduction):
     vit = models[model]
-    wrapper = TokenReducedViT(vit, REDUCTIONS[reduction](KeepRate(1.0)))
-    assert torch.equal(wrapper(images), vit(images))
+    wrapper = TokenReducedViT(vit, IDLE[reduction]())
+    for training in (True, False):
+        wrapper.train(training)
+        assert torch.equal(wrapper(images), vit(images))
     assert torch.equal(wrapper.forward_features(images), vit.forward_features(images))
 
 
@@ -29,29 +32,40 @@ def test_counts_follow_the_schedule_and_every_patch_is_accounted_for(models, ima
     assert tokens.x.shape == (3, models[model].num_prefix_tokens + count, models[model].embed_dim)
     for row, sizes in zip(tokens.assign, tokens.sizes, strict=True):
         assert sizes.tolist() == row[row >= 0].bincount(minlength=count).tolist()
-    lost = sum(parked.shape[1] for parked in tokens.parked)
-    assert tokens.sizes.sum(1).tolist() == [25 - lost] * 3
+    if reduction in MERGING:
+        assert tokens.sizes.sum(1).tolist() == [25] * 3
+    else:  # each stands for itself, a fused one for none
+        assert set(tokens.sizes.unique().tolist()) == ({0, 1} if reduction in ("fused", "fused mean") else {1})
+        assert torch.equal(tokens.sizes.sum(1), 25.0 - tokens.gone.sum(1))
     assert tokens.x.isfinite().all()
     assert wrapper.forward_dense(images).shape == (3, models[model].embed_dim, 5, 5)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("reduction", EVERY)
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("model", ["registers", "DINOv3", "distilled"])
-def test_prefix_tokens_never_move(models, images, model, reduction):
+def test_prefix_tokens_never_move(models, model, reduction, training):
     vit = models[model]
-    blocks = torch.nn.Sequential(copy.deepcopy(vit.blocks[0]))
-    for parameter in blocks[0].attn.proj.parameters():  # the block then adds nothing to anything
-        torch.nn.init.zeros_(parameter)
-    for parameter in list(blocks[0].mlp.parameters()):
-        torch.nn.init.zeros_(parameter)
+    blocks = doing_nothing(vit.blocks)
     x = torch.randn(2, vit.num_prefix_tokens + 25, 16)
-    tokens = REDUCTIONS[reduction](KeepRate(0.4, at=[0]))(blocks, x, vit.num_prefix_tokens, (5, 5))
+    tokens = EVERY[reduction]().train(training)(blocks, x, vit.num_prefix_tokens, (5, 5))
     assert torch.equal(tokens.x[:, : vit.num_prefix_tokens], x[:, : vit.num_prefix_tokens])
+    assert tokens.x.shape != x.shape or reduction in ("rejoined", "Cropr", *HIDING) or training
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_an_image_does_not_depend_on_its_batch(models, images, reduction):
-    wrapper = TokenReducedViT(models["plain"], REDUCTIONS[reduction](KeepRate(0.6)))
+def doing_nothing(blocks):
+    """Copies whose attention and MLP add nothing to the sequence."""
+    blocks = copy.deepcopy(blocks)
+    for block in blocks:
+        for parameter in [*block.attn.proj.parameters(), *block.mlp.parameters()]:
+            torch.nn.init.zeros_(parameter)
+    return blocks
+
+
+@pytest.mark.parametrize("reduction", EVERY)
+@pytest.mark.parametrize("model", ["registers", "DINOv3"])
+def test_an_image_does_not_depend_on_its_batch(models, images, model, reduction):
+    wrapper = TokenReducedViT(models[model], EVERY[reduction]()).eval()
     single = torch.cat([wrapper(image[None]) for image in images])
     torch.testing.assert_close(wrapper(images), single, rtol=1e-4, atol=1e-4)
 
@@ -60,13 +74,26 @@ def test_an_image_does_not_depend_on_its_batch(models, images, reduction):
 def test_an_image_of_one_colour_and_absurd_schedules_give_numbers(models, reduction):
     for schedule in (KeepRate(0.01), PerBlock(24), PerBlock(7)):
         wrapper = TokenReducedViT(models["plain"], REDUCTIONS[reduction](schedule))
-        assert wrapper(torch.full((2, 3, 40, 40), 0.5)).isfinite().all()
+        counts = wrapper.reduction.counts(25, 4, (5, 5))
+        assert min(counts) >= 1
+        tokens = wrapper.forward_tokens(torch.full((2, 3, 40, 40), 0.5))
+        assert tokens.count == (25 if wrapper.reduction.rejoin else counts[-1])
+        assert tokens.x.isfinite().all()
         assert wrapper.forward_dense(torch.zeros(2, 3, 40, 40)).isfinite().all()
 
 
+@pytest.mark.parametrize("reduction", [*TRAINED, *HIDING])
+@pytest.mark.parametrize("training", [False, True])
+def test_an_image_of_one_colour_gives_numbers_where_scores_are_learnt(models, reduction, training):
+    wrapper = TokenReducedViT(models["plain"], EVERY[reduction]()).train(training)
+    assert wrapper(torch.full((2, 3, 40, 40), 0.5)).isfinite().all()
+    assert wrapper.eval().forward_dense(torch.zeros(2, 3, 40, 40)).isfinite().all()
+
+
+@pytest.mark.parametrize("batch", [2, 3])  # rotary tables are ambiguous where a batch is as large as there are heads
 @pytest.mark.parametrize("model", ["plain", "normalised keys", "registers", *ROTARY])
-def test_pruning_equals_hiding_the_dropped_keys(models, images, model):
-    vit = models[model]
+def test_pruning_equals_hiding_the_dropped_keys(models, images, model, batch):
+    vit, images = models[model], images[:batch]
     wrapper = TokenReducedViT(vit, TopKPruning(Counts([25, 10, 10, 10]), ClassAttention(), place="after"))
     tokens = wrapper.forward_tokens(images)
     embedded = vit._pos_embed(vit.patch_embed(images))
@@ -95,22 +122,21 @@ def test_duplicates_merged_with_proportional_attention_change_nothing():
     assert (without.x[:, 0] - expected[:, 0]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("reduction", MERGING)
+@pytest.mark.parametrize("reduction", ["fused mean", *MERGING])
 def test_merged_tokens_stay_inside_what_they_are_made_of(reduction):
-    blocks = build("plain").blocks[:1]
-    for parameter in [*blocks[0].attn.proj.parameters(), *blocks[0].mlp.parameters()]:
-        torch.nn.init.zeros_(parameter)
+    blocks = doing_nothing(build("plain").blocks[:1])
     x = torch.randn(2, 26, 16)
     patches = REDUCTIONS[reduction](KeepRate(0.6, at=[0]))(blocks, x, 1, (5, 5)).patches
     assert (patches <= x[:, 1:].amax(1, keepdim=True) + 1e-6).all()
     assert (patches >= x[:, 1:].amin(1, keepdim=True) - 1e-6).all()
 
 
-def test_pruning_does_not_depend_on_the_order_of_the_tokens(models):
+@pytest.mark.parametrize("reduction", ["top-k", "fused", "duplication", "greedy duplication", *TRAINED])
+def test_choosing_does_not_depend_on_the_order_of_the_tokens(models, reduction):
     blocks = models["plain"].blocks
     x, order = torch.randn(2, 26, 16), torch.randperm(25)
     shuffled = torch.cat([x[:, :1], x[:, 1:][:, order]], dim=1)
-    reduction = TopKPruning(KeepRate(0.5), ClassAttention())
+    reduction = EVERY[reduction]().eval()
     expected, ours = reduction(blocks, x, 1), reduction(blocks, shuffled, 1)
     torch.testing.assert_close(ours.x[:, 0], expected.x[:, 0])
     torch.testing.assert_close(ours.dense(), expected.dense()[:, order])
@@ -125,22 +151,35 @@ def test_gradients_reach_everything_that_is_left(reduction):
     assert silent == []
 
 
-@pytest.mark.parametrize("reduction", ["top-k", "ToMe", "random"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_gradient_flows_through_scores(reduction):
+    """With an attention that adds nothing, queries and keys matter to nothing but the choice."""
+    blocks = build("plain").blocks[:1]
+    for parameter in blocks[0].attn.proj.parameters():
+        torch.nn.init.zeros_(parameter)
+    tokens = REDUCTIONS[reduction](KeepRate(0.6, at=[0]))(blocks, torch.randn(2, 26, 16), 1, (5, 5))
+    tokens.x.square().sum().backward()
+    assert blocks[0].mlp.fc1.weight.grad.abs().sum() > 0
+    assert not blocks[0].attn.qkv.weight.grad.any()
+
+
+@pytest.mark.parametrize("reduction", ["top-k", "ToMe", "random", *TRAINED, *HIDING])
 def test_checkpointing_changes_no_gradient(reduction):
     gradients = []
     for checkpointing in (False, True):
         vit = build("plain", drop_path_rate=0.3)
         vit.set_grad_checkpointing(checkpointing)
-        wrapper = TokenReducedViT(vit, REDUCTIONS[reduction](KeepRate(0.6))).train()
         torch.manual_seed(2)
+        wrapper = TokenReducedViT(vit, EVERY[reduction]()).train()
         wrapper(torch.randn(4, 3, 40, 40)).square().sum().backward()
         gradients.append(vit.blocks[0].mlp.fc1.weight.grad)
     assert torch.equal(*gradients)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_half_precision_runs(models, images, reduction):
-    wrapper = TokenReducedViT(models["plain"], REDUCTIONS[reduction](KeepRate(0.6)))
+@pytest.mark.parametrize("reduction", EVERY)
+@pytest.mark.parametrize("model", ["plain", "DINOv3"])
+def test_half_precision_runs(models, images, model, reduction):
+    wrapper = TokenReducedViT(models[model], EVERY[reduction]()).eval()
     with torch.autocast("cpu", torch.bfloat16):
         assert wrapper(images).isfinite().all()
         assert wrapper.forward_dense(images).isfinite().all()
@@ -160,7 +199,8 @@ def test_the_model_is_left_as_it_was(images):
     vit = build("plain")
     expected, keys = vit(images), set(vit.state_dict())
     wrapper = TokenReducedViT(vit, ToMe(PerBlock(3)))
-    wrapper(images)
+    TokenReducedViT(vit, TopKPruning(KeepRate(0.5), ClassAttention()))(images)  # nor is it in the way of another one
+    torch.testing.assert_close(wrapper(images), TokenReducedViT(build("plain"), ToMe(PerBlock(3)))(images))
     assert torch.equal(wrapper.vit(images), expected)
     assert {key.removeprefix("vit.") for key in wrapper.state_dict()} == keys
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in vit.modules())
@@ -168,8 +208,9 @@ def test_the_model_is_left_as_it_was(images):
 
 
 @pytest.mark.parametrize("size", [(40, 64), (24, 40)])
-def test_other_image_sizes(size):
-    vit = build("plain", dynamic_img_size=True)
+@pytest.mark.parametrize("model", ["plain", "DINOv3"])
+def test_other_image_sizes(size, model):
+    vit = build(model, dynamic_img_size=True)
     for make in REDUCTIONS.values():
         assert TokenReducedViT(vit, make(KeepRate(0.6))).forward_dense(torch.randn(1, 3, *size)).shape == (
             *(1, 16),

@@ -2,17 +2,19 @@
 
 import pytest
 import torch
-from small_models import REDUCTIONS, TRAINED, build
+from small_models import EVERY, REDUCTIONS, build
 
 from mim.reduction import KeepRate, TokenReducedViT
 
+CASES = [("registers", name) for name in EVERY]
+CASES += [("DINOv3", "ToMe"), ("DINOv3", "fused"), ("rotary per head", "rejoined")]
 
-@pytest.fixture(params=[*REDUCTIONS, *TRAINED])
+
+@pytest.fixture(params=CASES, ids=" ".join)
 def wrapper(request):
     torch._dynamo.reset()
-    name = request.param
-    reduction = TRAINED[name]() if name in TRAINED else REDUCTIONS[name](KeepRate(0.6))
-    return TokenReducedViT(build("registers"), reduction).eval().requires_grad_(False)
+    model, name = request.param
+    return TokenReducedViT(build(model), EVERY[name]()).eval().requires_grad_(False)
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 import pytest
 import timm
 import torch
-from small_models import REDUCTIONS, build
+from small_models import EVERY, MODELS, REDUCTIONS, TRAINED, build
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,21 +18,22 @@ def base():
 
 
 def counted(model, images):
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(images)
     return counter.get_total_flops() / 2 / len(images)
 
 
-@pytest.mark.parametrize("model", ["plain", "registers", "no class token"])
+@pytest.mark.parametrize("model", MODELS)
 def test_a_whole_model_costs_what_a_counter_counts(models, images, model):
     vit = models[model]
     assert count_macs(vit).total == counted(vit, images)
 
 
-@pytest.mark.parametrize("reduction", [name for name in REDUCTIONS if name not in ("duplication", "clusters")])
-def test_a_reduced_model_costs_what_a_counter_counts(images, reduction):
-    vit = build("plain", embed_dim=64)
-    wrapper = TokenReducedViT(vit, REDUCTIONS[reduction](KeepRate(0.6)))
+@pytest.mark.parametrize("reduction", [*REDUCTIONS, *TRAINED])
+@pytest.mark.parametrize("model", ["plain", "EVA-02"])
+def test_a_reduced_model_costs_what_a_counter_counts(images, model, reduction):
+    vit = build(model)
+    wrapper = TokenReducedViT(vit, EVERY[reduction]()).eval()
     assert count_macs(vit, wrapper.reduction).total == pytest.approx(counted(wrapper, images), rel=2e-3)
 
 

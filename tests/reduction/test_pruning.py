@@ -3,7 +3,16 @@ import torch
 from small_models import build
 from timm.layers.attention import Attention
 
-from mim.reduction import ClassAttention, Counts, Duplication, KeepRate, RandomScore, ReceivedAttention, TopKPruning
+from mim.reduction import (
+    ClassAttention,
+    Counts,
+    Duplication,
+    KeepRate,
+    RandomScore,
+    ReceivedAttention,
+    Tokens,
+    TopKPruning,
+)
 from mim.reduction.attention import Attending
 
 
@@ -12,31 +21,6 @@ def attention_matrix(attn: Attention, x: torch.Tensor) -> torch.Tensor:
     batch, length, width = x.shape
     q, k, _ = attn.qkv(x).view(batch, length, 3, attn.num_heads, width // attn.num_heads).permute(2, 0, 3, 1, 4)
     return (attn.q_norm(q) @ attn.k_norm(k).transpose(2, 3) * attn.scale).softmax(-1)
-
-
-@pytest.fixture(params=["plain", "normalised keys", "registers", "layer scale"])
-def block(request):
-    vit = build(request.param)
-    return vit.blocks[0], vit.num_prefix_tokens
-
-
-def test_class_attention_is_that_of_the_unfused_path(block):
-    block, prefix = block
-    x = torch.randn(2, prefix + 9, 16)
-    attending = Attending(block, prefix)
-    attending.half(x)
-    expected = attention_matrix(block.attn, block.norm1(x))
-    torch.testing.assert_close(attending.class_attention(), expected[:, :, 0, prefix:].mean(1))
-    rows = expected[:, :, [prefix, prefix + 4], prefix:].mean((1, 2))
-    torch.testing.assert_close(attending.received_attention(2), rows)
-
-
-def test_the_two_halves_are_the_block_to_the_bit(block):
-    from mim.reduction.attention import mlp_half
-
-    block, prefix = block
-    x = torch.randn(2, prefix + 9, 16)
-    assert torch.equal(mlp_half(block, Attending(block, prefix).half(x)), block(x))
 
 
 @pytest.mark.parametrize("normalise", [False, True])
@@ -55,7 +39,20 @@ def test_the_fused_token_is_the_sum_weighted_by_class_attention(normalise):
         fused = fused / sum(attention[row, patch] for patch in lost) if normalise else fused
         left = torch.stack([middle[row, 0], *(middle[row, 1 + patch] for patch in kept), fused])
         torch.testing.assert_close(tokens.x[row], left + block.mlp(block.norm2(left)), rtol=1e-5, atol=1e-5)
-        assert tokens.assign[row].tolist() == [kept.index(n) if n in kept else 4 for n in range(6)]
+        assert tokens.assign[row].tolist() == [kept.index(n) if n in kept else ~lost.index(n) for n in range(6)]
+
+
+def test_the_fused_token_stands_for_no_patch():
+    """Means and dense features go by the patches: what was fused comes back as it was."""
+    block, x = build("plain").blocks[0], torch.randn(2, 1 + 6, 16)
+    attending = Attending(block, 1)
+    middle = attending.half(x)
+    reduction = TopKPruning(Counts([3]), ClassAttention(), fuse=True)
+    tokens = reduction.reduce(Tokens.start(middle, 1), attending, 4, 0)
+    assert tokens.sizes.tolist() == [[1, 1, 1, 0]] * 2
+    assert torch.equal(tokens.dense(), middle[:, 1:])
+    torch.testing.assert_close(tokens.patch_mean(), tokens.patches[:, :3].mean(1))
+    assert torch.equal(tokens.rejoined().x, middle)
 
 
 def test_the_fused_token_is_an_ordinary_one_at_the_next_stage():

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from mim.reduction import Tokens
@@ -70,3 +71,22 @@ def test_bias_is_the_logarithm_of_the_size_and_zero_for_the_prefix():
     assert tokens.inputs(0, proportional=True) == {}
     bias = tokens.merge(rows(0, 2), rows(1), rows(0)).inputs(0, proportional=True)["attn_mask"]
     torch.testing.assert_close(bias, torch.tensor([0, 0, 2, 1]).clamp(min=1).log()[None, None, None])
+
+
+def test_sizes_are_counted_in_full_precision():
+    """Half precision cannot count to 257: its mean of 257 patches of 0 and one of 258 would not be 1."""
+    x = torch.zeros(1, 258, 1)
+    x[:, 257] = 258.0
+    tokens = Tokens.start(x.bfloat16(), 0)
+    folded = torch.arange(1, 257)[None]
+    tokens = tokens.merge(rows(0, 257), folded, torch.zeros_like(folded))
+    assert tokens.sizes.tolist() == [[257, 1]]
+    assert tokens.patch_mean().item() == 1
+
+
+def test_a_token_for_no_patch_is_attended_to_once_and_counts_for_nothing():
+    tokens = sequence([1.0, 1.0, 5.0]).merge(rows(0, 2), rows(1), rows(0)).extended(torch.full((1, 1, 1), 100.0))
+    assert tokens.sizes.tolist() == [[2, 1, 0]]
+    assert tokens.inputs(0, proportional=True)["attn_mask"].exp().flatten().tolist() == [1, 2, 1, 1]
+    assert tokens.dense().flatten().tolist() == [1, 1, 5]
+    assert tokens.patch_mean().item() == pytest.approx(7 / 3)

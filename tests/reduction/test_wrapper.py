@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,15 @@ def test_pooling_of_merged_twins_is_that_of_the_whole_image(pool, include_prefix
     tokens = wrapper.forward_tokens(images)
     assert tokens.sizes.tolist() == [[2.0] * 3] * 2
     torch.testing.assert_close(wrapper(images), vit(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pool", ["avg", "avgmax", "max", "map"])
+def test_no_pooling_sees_a_token_that_stands_for_no_patch(images, pool):
+    vit = build("plain", global_pool=pool)
+    wrapper = TokenReducedViT(vit, TopKPruning(KeepRate(0.5, at=[3]), ClassAttention(), fuse=True))
+    tokens = wrapper.forward_tokens(images)
+    others = replace(tokens, x=tokens.x[:, :-1], places=tokens.places[:, :-1], merged=False)
+    torch.testing.assert_close(wrapper.forward_head(tokens), wrapper.forward_head(others))
 
 
 def test_attention_pooling_of_the_eva_family_counts_sizes():
@@ -45,8 +55,9 @@ def test_a_pool_that_needs_the_whole_grid_is_refused():
         TokenReducedViT(vit, ToMe(PerBlock(2)))
 
 
-def test_patches_that_timm_drops_by_itself_are_refused():
-    vit = build("EVA-02", patch_drop_rate=0.5).train()
+@pytest.mark.parametrize("model", ["plain", "EVA-02"])
+def test_patches_that_timm_drops_by_itself_are_refused(model):
+    vit = build(model, patch_drop_rate=0.5).train()
     with pytest.raises(ValueError, match="patch_drop_rate"):
         TokenReducedViT(vit, ToMe(PerBlock(2)))(torch.randn(1, 3, 40, 40))
 
