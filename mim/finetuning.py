@@ -1,30 +1,24 @@
 """One fine-tuning after another, pretrained and from scratch, each resumable where it was stopped."""
 
-import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from mim.callbacks import Checkpoints, Signals
 from mim.checkpoint import ModelCard, export_backbone
-from mim.checkpoint_io import AtomicCheckpointIO, checkpoint_step, newest_good
 from mim.data.augment import Augmented
 from mim.data.finetune import FinetuneData
 from mim.data.labelled import Framed, framed_batches
 from mim.encoder import Encoder
-from mim.errors import UserError
 from mim.evaluation.finetune import Finetune, classifier
 from mim.measure import Measurement, section_name
 from mim.reduction import TokenReducedViT
 from mim.reduction_io import save_reduction, save_settings
 from mim.subject import FinetuneRecipe
+from mim.supervised import fit, keep_result, open_trainer
 
 
 @dataclass(frozen=True)
@@ -44,14 +38,16 @@ class Machine:
     eval_every: float
 
 
-class StoppedError(Exception):
-    """A signal came; the step that was running is saved."""
-
-
 def train(
-    measurement: Measurement, encoder: Encoder, recipe: FinetuneRecipe, machine: Machine, seed: int, folder: Path
+    measurement: Measurement,
+    encoder: Encoder,
+    recipe: FinetuneRecipe,
+    machine: Machine,
+    seed: int,
+    folder: Path,
+    resume: bool,
 ) -> Finetune:
-    """Trains to the end, from the newest checkpoint in ``folder`` if there is one, and scores the result.
+    """Trains to the end and scores the result.
 
     Args:
         measurement: images and where to compute.
@@ -60,6 +56,7 @@ def train(
         machine: on what.
         seed: of everything random.
         folder: for checkpoints.
+        resume: go on from the newest of them.
 
     Returns:
         The trained module, whose ``history`` ends with the final scores.
@@ -82,24 +79,25 @@ def train(
     reduction = measurement.reduce(encoder, seed).reduction
     vit = classifier(encoder, classes, recipe, seed)
     module = Finetune(vit, recipe, classes, len(measurement.train), seed, reduction)
-    checkpoint, _ = newest_good(folder / "checkpoints")
-    data.first_step = checkpoint_step(checkpoint) if checkpoint else 0
     every = max(1, round(machine.eval_every * module.steps_per_epoch))
-    signals = Signals()
-    saving = Checkpoints(folder / "checkpoints", every, signals)
-    trainer = _trainer(measurement, machine, module.max_steps, every, [signals, saving])
-    trainer.fit(module, data, ckpt_path=checkpoint and str(checkpoint), weights_only=True)
-    if saving.stopped and trainer.global_step < module.max_steps:
-        raise StoppedError
+    trainer = open_trainer(
+        folder,
+        module.max_steps,
+        every,
+        accelerator="cpu" if measurement.device.type == "cpu" else "gpu",
+        devices=machine.devices,
+        precision=machine.precision,
+        accumulate=machine.accumulate,
+        validate_every=every,
+    )
+    fit(trainer, module, data, folder, resume, "a lower --blr   or   --warmup_epochs 20")
     trainer.validate(module, data, verbose=False)
     return module
 
 
-def finish(module: Finetune, measurement: Measurement, folder: Path) -> None:
+def finish(module: Finetune, folder: Path) -> None:
     """Keeps the scores in place of the checkpoints."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "history.json").write_text(json.dumps(module.history, indent=1) + "\n")
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    keep_result(folder, "history.json", module.history)
 
 
 def export(module: Finetune, measurement: Measurement, folder: Path, command: str) -> float:
@@ -135,62 +133,14 @@ def _some_images(measurement: Measurement, count: int = 64) -> Tensor:
     return images
 
 
-def remember(folder: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Writes down what is being trained; a resumed training must be the same one.
-
-    Raises:
-        UserError: if it is another one.
-    """
-    file = folder / "settings.json"
-    text = json.dumps(settings, indent=1, default=str)
-    if resume and file.is_file():
-        before, now = json.loads(file.read_text()), json.loads(text)
-        changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
-        if changed:
-            raise UserError(
-                f"--resume true: settings differ from those in {file}",
-                why="; ".join(changed),
-                hint="the same command again, or --resume false to start over",
-            )
-        return
-    for old in folder.glob("*seed-*"):
-        shutil.rmtree(old, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(text + "\n")
-
-
 def settings_of(measurement: Measurement, recipe: FinetuneRecipe) -> dict[str, Any]:
     """What the result is a function of."""
     subject = asdict(measurement.subject)
     names = ("weights", "data", "model", "img_size", "crop_pct", "val_fraction", "classes")
     settings = {name: subject[name] for name in names} | asdict(recipe)
     if (reduction := measurement.loaded.encoder.reduction) is not None:
-        settings["reduction"] = reduction.describe()  # a file may say something else by the time it is looked at again
+        settings["reduction"] = reduction.describe()  # a file may say something else by the time training goes on
     return settings
-
-
-def _trainer(measurement: Measurement, machine: Machine, max_steps: int, every: int, callbacks: list[Any]) -> Trainer:
-    try:
-        return Trainer(
-            accelerator=measurement.device.type if measurement.device.type == "cpu" else "gpu",
-            devices=machine.devices,
-            precision=machine.precision,  # type: ignore[arg-type]  # one of Lightning's literals, checked by it
-            accumulate_grad_batches=machine.accumulate,
-            max_steps=max_steps,
-            max_epochs=-1,
-            val_check_interval=every * machine.accumulate,
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            callbacks=callbacks,
-            plugins=[AtomicCheckpointIO()],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
-    except (ValueError, RuntimeError, MisconfigurationException) as error:
-        raise UserError(f"these devices cannot be used: {error}", hint="--devices 1, --device cpu") from error
 
 
 def best_precision(device: torch.device) -> str:

@@ -2,11 +2,11 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,9 @@ from mim.run import evaluation_folder
 from mim.subject import Subject
 
 TRAINED, UNTRAINED = "pretrained", "untrained"
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 Scores = dict[str, dict[str, list[float]]]
 """Shares of 1 by what was measured, then by encoder (:data:`TRAINED`, :data:`UNTRAINED`), one value per seed."""
@@ -126,10 +129,9 @@ class Measurement:
         return f"{size} px, centre crop {self.subject.crop_pct:g}; {self.split}{in_words(self.loaded.encoder)}"
 
     def write(
-        self, name: str, title: str, protocol: str, scores: Scores, details: dict[str, Any] | None = None
-    ) -> Path:
-        """Prints and writes the results; returns the folder, in which pictures may be put before :meth:`finish`."""
-        folder = self.folder(name)
+        self, folder: Path, title: str, protocol: str, scores: Scores, details: dict[str, Any] | None = None
+    ) -> None:
+        """Prints the results and writes them into the folder; pictures may be put there before :meth:`finish`."""
         metrics = {
             what if who == TRAINED else f"{what}, {who}": values
             for what, groups in scores.items()
@@ -142,7 +144,6 @@ class Measurement:
         content |= {"weights": self.subject.weights, "data": self.subject.data, "note": self.loaded.note}
         content |= reduction_facts(self.loaded.encoder, self.subject.reduction)
         (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
-        return folder
 
     def folder(self, name: str) -> Path:
         """Where results go: an evaluation with a reduction does not replace the one without."""
@@ -177,6 +178,16 @@ class Measurement:
         """Loader processes."""
         given = self.subject.num_workers
         return min(16, len(os.sched_getaffinity(0))) if given is None else given
+
+
+def share_out(jobs: Sequence[Job], work: Callable[[Job], Result]) -> list[Result]:
+    """The results of all jobs in their order, on every process; each process does its share of them, alone."""
+    if not dist.is_initialized():
+        return [work(job) for job in jobs]
+    rank, world = dist.get_rank(), dist.get_world_size()
+    shares: list[list[Result]] = [[] for _ in range(world)]
+    dist.all_gather_object(shares, [work(job) for job in jobs[rank::world]])
+    return [shares[number % world][number // world] for number in range(len(jobs))]
 
 
 def finish_section(folder: Path) -> None:

@@ -74,7 +74,7 @@ def sweep(
         point.scores[KNN] = _knn(measurement, point.reduction)
         if segmentation is not None:
             segmentation.reduction = point.reduction
-            point.scores[MIOU] = segmentation.score(TRAINED, 0)[0].miou
+            point.scores[MIOU] = segmentation.score(TRAINED, 0, Path())[0].miou
         print(f"  {point.name:<12}{_setting(point):<40}{_numbers(point)}", flush=True)
     return points
 

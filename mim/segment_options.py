@@ -17,7 +17,8 @@ class MaskedSubject:
         num_classes: scored classes; as many as are named or found unless given.
         ignore: values in the masks of pixels that are not scored, as 255 or 255,0.
         reduce_zero_label: 0 is not scored and classes begin at 1; only in ADE20K's layout unless given.
-        classes: file of class names, one per line, or a number and a name.
+        classes: file of class names, one per line, or a number and a name, or a colour and a name (128 64 128 road)
+            for masks in colours.
         split: part that is scored; the first of val, valid, validation and test unless given.
         num_workers: loader processes.
         out: folder for the results; inside the run that the weights belong to unless given.

@@ -1,17 +1,16 @@
 """The frame of a segmentation evaluation: opens weights and masks, trains heads, scores, draws, writes into the run."""
 
 import json
-import os
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import TQDMProgressBar
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mim.checkpoint import LoadedEncoder, load_encoder, untrained_encoder
+from mim.checkpoint import LoadedEncoder, ModelCard, export_backbone, load_encoder, untrained_encoder
 from mim.data.masks import IGNORE
 from mim.data.segmentation import SegmentationData
 from mim.encoder import Encoder
@@ -19,17 +18,19 @@ from mim.errors import UserError
 from mim.evaluation.segmentation import SegmentationOptim, SegmentationScores, SemanticSegmentation
 from mim.evaluation.segmentation_heads import KNNHead, LinearHead, UPerHead, patch_labels
 from mim.evaluation.windows import Inference
-from mim.measure import finish_section, in_words, reduction_facts, section_name
+from mim.measure import TRAINED, UNTRAINED, finish_section, in_words, reduction_facts, section_name
 from mim.overlays import save_overlay
 from mim.processes import process_rank
 from mim.randomness import derive_seed, keyed_generator
 from mim.reduction import Labels, TokenReduction
-from mim.reduction_io import build_reduction
+from mim.reduction_io import build_reduction, save_reduction
 from mim.report.tables import spread, text_table
 from mim.run import evaluation_folder, quieten
 from mim.segment_options import HeadRecipe, MaskedSubject, Scoring
+from mim.supervised import fit, keep_result, open_trainer, pictures_of_first, remember, training_folder
 
-TRAINED, UNTRAINED = "pretrained", "untrained"
+HEAD_FILE = "head.safetensors"
+_SCORES = "scores.json"
 _PATCHES_PER_IMAGE = 64  # most patches that one image gives to a k-NN bank
 
 
@@ -133,33 +134,59 @@ class Segmentation:
             f"scored with {shown} at the masks' full size, {ignored} ignored{in_words(self.loaded.encoder)}."
         )
 
-    def measure(self) -> None:
-        """Trains and scores every seed, trained and untrained encoder in turn, and writes the result."""
+    def measure(self, resume: bool = False, save_every: int = 1000) -> None:
+        """Trains and scores every seed, trained and untrained encoder in turn, and writes the result.
+
+        Args:
+            resume: go on where the same measurement was stopped.
+            save_every: steps between two checkpoints.
+
+        Raises:
+            StoppedError: after a signal; the step that was running is saved.
+        """
+        root, first = self._folder(), process_rank() == 0
+        if first:
+            remember(root, self._settings(), resume)
         results: dict[str, list[SegmentationScores]] = {TRAINED: [], UNTRAINED: []}
-        folder, first = Path(), True
         for seed in range(self.recipe.seeds):
             for who in (UNTRAINED, TRAINED):
-                scores, model, trainer = self.score(who, seed)
+                folder = training_folder(root, who, seed)
+                if resume and (folder / _SCORES).is_file():
+                    scores = SegmentationScores(*json.loads((folder / _SCORES).read_text()))
+                else:
+                    scores, model = self.score(who, seed, folder, resume, save_every)
+                    if first:
+                        keep_result(folder, _SCORES, scores)
+                    if first and seed == 0 and who == TRAINED:
+                        self._draw(model, folder)
+                        self._export(model, root / "export")
                 results[who].append(scores)
-                if trainer.is_global_zero:
+                if first:
                     print(
                         f"  seed {seed}  {who:<11} mIoU {scores.miou:.1%}   pixels {scores.pixel_accuracy:.1%}",
                         flush=True,
                     )
-                first = trainer.is_global_zero
-                if first and seed == 0 and who == TRAINED:
-                    folder = self._folder()
-                    self._draw(model, folder)
         if first:
-            self._write(results, folder)
+            pictures_of_first(root)
+            self._write(results, root)
 
-    def score(self, who: str, seed: int) -> tuple[SegmentationScores, SemanticSegmentation, Trainer]:
-        """Scores of one encoder, trained or not, with one seed; what gave them; and on what it ran."""
+    def score(
+        self, who: str, seed: int, folder: Path, resume: bool = False, save_every: int = 1000
+    ) -> tuple[SegmentationScores, SemanticSegmentation]:
+        """Scores of one encoder, trained or not, with one seed, and what gave them; ``folder`` is for checkpoints."""
         torch.manual_seed(derive_seed(seed, "segment head"))
         encoder = self._encoder(who, seed)
         data = self.data
         data.seed = seed
-        trainer = self._trainer()
+        scoring = self.scoring
+        trainer = open_trainer(
+            folder,
+            max(1, self.steps),
+            save_every,
+            accelerator=scoring.accelerator,
+            devices=scoring.devices,
+            precision=scoring.precision,
+        )
         if self.recipe.batch_size % trainer.world_size:
             near = max(1, self.recipe.batch_size // trainer.world_size) * trainer.world_size
             raise UserError(
@@ -172,10 +199,18 @@ class Segmentation:
             encoder, head, self.taps, data.numbers.count, self.optim, self.inference, finetune, drop_path, seed
         )
         if self.steps:
-            trainer.fit(model, train_dataloaders=None, datamodule=data)
+            fit(trainer, model, data, folder, resume, "a lower --lr   or   more --warmup_steps")
         trainer.validate(model, datamodule=data, verbose=False)
         assert model.scores is not None
-        return model.scores, model.to(trainer.strategy.root_device).eval(), trainer
+        return model.scores, model.to(trainer.strategy.root_device).eval()
+
+    def _settings(self) -> dict[str, Any]:
+        """What the result is a function of."""
+        neither = ("num_workers", "out", "trust", "pictures", "accelerator", "devices", "threads")
+        given = asdict(self.subject) | asdict(self.recipe) | asdict(self.scoring)
+        if (reduction := self.loaded.encoder.reduction) is not None:
+            given["reduction"] = reduction.describe()  # a file may say something else by the time training goes on
+        return {name: value for name, value in given.items() if name not in neither}
 
     def _encoder(self, who: str, seed: int) -> Encoder:
         """A fresh one: fine-tuning changes it."""
@@ -217,29 +252,6 @@ class Segmentation:
         features, labels = (torch.cat(part)[: self.recipe.bank] for part in zip(*bank, strict=True))
         return features, labels
 
-    def _trainer(self) -> Trainer:
-        try:
-            return Trainer(
-                accelerator=self.scoring.accelerator,
-                devices=self.scoring.devices,
-                precision=self.scoring.precision,
-                max_steps=max(1, self.steps),
-                max_epochs=-1,
-                limit_val_batches=1.0,
-                num_sanity_val_steps=0,
-                check_val_every_n_epoch=None,
-                val_check_interval=1 << 30,
-                sync_batchnorm=torch.cuda.is_available() and self.scoring.accelerator != "cpu",
-                logger=False,
-                callbacks=[TQDMProgressBar(refresh_rate=10, leave=False)] if os.isatty(1) else None,
-                enable_progress_bar=os.isatty(1),
-                enable_checkpointing=False,
-                enable_model_summary=False,
-                use_distributed_sampler=False,
-            )
-        except (ValueError, RuntimeError, MisconfigurationException) as error:
-            raise UserError(f"these devices cannot be used: {error}", hint="--devices 1 --accelerator cpu") from error
-
     def _folder(self) -> Path:
         name = section_name(f"segment-{self.recipe.head}", self.subject.reduction)
         return evaluation_folder(self.subject.weights, self.subject.out, name)
@@ -252,6 +264,27 @@ class Segmentation:
             image, classes = data.scored(data.test, number * len(data.test) // count)
             answer = model.answer(data.normalize(image.to(model.device)), classes.shape[1:])[0].cpu()
             save_overlay(folder / f"overlay_{number}.png", image[0], classes[0], answer, data.names)
+
+    def _export(self, model: SemanticSegmentation, folder: Path) -> None:
+        """A fine-tuned encoder as a timm folder, the weights of its head beside it."""
+        if not self.recipe.finetune:
+            return
+        data, loaded = self.subject.data, self.loaded
+        card = ModelCard(
+            method="segmentation",
+            data=data,
+            data_licence="unknown",
+            images=len(self.data.train),
+            steps=self.steps,
+            command=" ".join(["python", *sys.argv]),
+            notes=(self.protocol(), f"Classes, in order: {', '.join(self.data.names)}"),
+        )
+        model = model.cpu()
+        export_backbone(model.encoder.vit, folder, mean=loaded.mean, std=loaded.std, card=card, model_args={})
+        save_file({name: value.contiguous() for name, value in model.head.state_dict().items()}, folder / HEAD_FILE)
+        if model.encoder.reduction is not None:
+            save_reduction(model.encoder.reduction, folder)
+        print(f'  model   {folder}   (timm.create_model("local-dir:{folder}", pretrained=True); head in {HEAD_FILE})')
 
     def _write(self, results: dict[str, list[SegmentationScores]], folder: Path) -> None:
         """Prints the table, writes ``metrics.json`` and puts the section into the run's report."""

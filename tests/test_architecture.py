@@ -17,6 +17,7 @@ LEVELS = [
     {"mim.config", "mim.checkpoint_io", "mim.pictures", "mim.overlays", "mim.plain", "mim.run"},
     {"mim.checkpoint", "mim.reduction_io", "mim.report", "mim.benchmark", "mim.token_pictures"},
     {"mim.callbacks", "mim.measure", "mim.compare", "mim.benchmark_reduction"},
+    {"mim.supervised"},
     {"mim.finetuning", "mim.segmenting"},
     {"mim.pareto"},
     {"mim.commands"},

@@ -7,7 +7,6 @@ from types import FrameType
 from lightning import Callback, LightningModule, Trainer
 
 from mim.checkpoint_io import checkpoint_name, nonfinite, sweep
-from mim.evaluation.finetune import Finetune
 from mim.methods import Method, NonFiniteError
 from mim.processes import STOP_SIGNALS
 
@@ -63,9 +62,9 @@ class Checkpoints(Callback):
         self._seen = step
         self.stopped = trainer.strategy.reduce_boolean_decision(self.signals.received is not None, all=False)
         if self.stopped or step % self.every == 0 or step == trainer.max_steps:
-            assert isinstance(pl_module, Method | Finetune)
-            pl_module.raise_if_nonfinite()
-            if broken := nonfinite(pl_module.state_dict()):  # a teacher or centre that no gradient told of
+            if isinstance(pl_module, Method):
+                pl_module.raise_if_nonfinite()
+            if broken := nonfinite(pl_module.state_dict()):  # what no gradient told of, as a teacher
                 raise NonFiniteError(step - 1, broken[0])
             trainer.save_checkpoint(self.folder / checkpoint_name(step), weights_only=False)  # the optimizer, too
         if self.stopped:

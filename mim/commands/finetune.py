@@ -31,13 +31,15 @@ def run(
         devices: to train on together.
         accumulate: micro-batches per step: same result, less memory.
         precision: auto is bf16-mixed on a GPU that has it.
-        resume: go on where the same command was stopped.
+        resume: go on where the same command was stopped, in the run that the weights belong to or in --out.
     """
     _check(recipe, seeds, devices * accumulate)
     # torch is imported when there is something to train: --help must not wait for it.
-    from mim.finetuning import Machine, StoppedError, best_precision, export, finish, remember, settings_of, train
+    from mim.finetuning import Machine, best_precision, export, finish, settings_of, train
     from mim.measure import TRAINED, UNTRAINED, Measurement, Scores
+    from mim.report.confusion import save_confusion
     from mim.run import quieten
+    from mim.supervised import StoppedError, pictures_of_first, remember, training_folder
 
     rank = process_rank()
     quieten(rank)
@@ -51,18 +53,19 @@ def run(
     exported = None
     for who in (TRAINED, UNTRAINED)[: 2 if from_scratch else 1]:
         for seed in range(seeds):
-            folder = root / f"{'' if who == TRAINED else 'scratch-'}seed-{seed}"
+            folder = training_folder(root, who, seed)
             history = folder / "history.json"
-            if not history.is_file():
+            if not (resume and history.is_file()):
                 encoder = measurement.reloaded() if who == TRAINED else measurement.untrained(seed)
                 try:
-                    module = train(measurement, encoder, recipe, machine, seed, folder)
+                    module = train(measurement, encoder, recipe, machine, seed, folder, resume)
                 except StoppedError:
                     print("stopped by a signal, saved; go on with  --resume true")
                     raise SystemExit(INTERRUPTED) from None
                 if rank == 0:
-                    finish(module, measurement, folder)
+                    finish(module, folder)
                     if who == TRAINED and seed == 0:
+                        save_confusion(module.taken_for.numpy(), measurement.classes, folder / "confusion.png")
                         exported = root / "export"
                         export(module, measurement, exported, " ".join(["python", *sys.argv]))
             if rank == 0:
@@ -71,7 +74,9 @@ def run(
                 scores["top-5"].setdefault(who, []).append(last["top5"])
     if rank == 0:
         protocol = f"{_protocol(recipe)}; {measurement.protocol()}; after the last epoch."
-        measurement.finish(measurement.write("finetune", "Fine-tuning", protocol, scores))
+        pictures_of_first(root)
+        measurement.write(root, "Fine-tuning", protocol, scores)
+        measurement.finish(root)
         if exported is not None:
             print(f'  model   {exported}   (timm.create_model("local-dir:{exported}", pretrained=True))')
 

@@ -27,23 +27,29 @@ def run(
     if not k or min(k) < 1 or temperature <= 0:
         raise UserError(f"--k {list(k)} --temperature {temperature}: both must be positive", hint="--k [10,20]")
     # torch is imported when there is something to measure: --help must not wait for it.
+    from mim.evaluation.bank import Bank
     from mim.evaluation.features import Features
     from mim.evaluation.knn import knn_accuracies
-    from mim.measure import TRAINED, UNTRAINED, Measurement, Scores
+    from mim.measure import TRAINED, UNTRAINED, Measurement, Scores, share_out
 
     measurement, features = Measurement.open(subject), Features(layers, pool)
     encoders = [(TRAINED, measurement.loaded.encoder)]
     encoders += [(UNTRAINED, measurement.untrained(seed)) for seed in range(seeds)]
-    scores: Scores = {}
-    for who, encoder in encoders:
-        (bank,), queries = measurement.banks(encoder, features)
-        if not measurement.first:
-            continue
+    banks = [measurement.banks(encoder, features) for _, encoder in encoders]
+
+    def vote(features: tuple[list[Bank], Bank]) -> dict[int, dict[int, float]]:
+        (bank,), queries = features
         asked, truth = (tensor.to(measurement.device) for tensor in queries)
-        for neighbours, tops in knn_accuracies(*bank, asked, truth, k, temperature).items():
+        return knn_accuracies(*bank, asked, truth, k, temperature)
+
+    scores: Scores = {}
+    for (who, _), answer in zip(encoders, share_out(banks, vote), strict=True):
+        for neighbours, tops in answer.items():
             for top, value in tops.items():
                 scores.setdefault(f"{neighbours}-NN top-{top}", {}).setdefault(who, []).append(value)
     if measurement.first:
         votes = f"votes exp(cosine / {temperature:g})"
         protocol = f"frozen encoder, {features.describe()}, {measurement.protocol()}; {votes}."
-        measurement.finish(measurement.write("knn", "k-NN classification", protocol, scores))
+        folder = measurement.folder("knn")
+        measurement.write(folder, "k-NN classification", protocol, scores)
+        measurement.finish(folder)

@@ -32,9 +32,10 @@ def run(
             "--lrs, --epochs, --batch_size and --seeds must be positive", hint="--lrs [0.01,0.1] --epochs 90"
         )
     # torch is imported when there is something to measure: --help must not wait for it.
+    from mim.evaluation.bank import Bank
     from mim.evaluation.features import Features
-    from mim.evaluation.heads import confusion, probe_head
-    from mim.measure import TRAINED, UNTRAINED, Measurement, Scores
+    from mim.evaluation.heads import Outcome, confusion, probe_head
+    from mim.measure import TRAINED, UNTRAINED, Measurement, Scores, share_out
     from mim.report.confusion import save_confusion
 
     measurement = Measurement.open(subject)
@@ -48,25 +49,29 @@ def run(
         )
     classes = len(measurement.classes)
     trained = measurement.banks(measurement.loaded.encoder, features, crops)
-    scores: Scores = {"top-1": {}, "top-5": {}}
-    rates: dict[str, list[float]] = {TRAINED: [], UNTRAINED: []}
-    matrix = None
+    trainings = []
     for seed in range(seeds):
         untrained = measurement.banks(measurement.untrained(seed), features, crops)
-        if not measurement.first:
-            continue
-        for who, (banks, queries) in ((TRAINED, trained), (UNTRAINED, untrained)):
-            outcome = probe_head(banks, queries, recipe, classes, seed, measurement.device)
-            scores["top-1"].setdefault(who, []).append(outcome.top1)
-            scores["top-5"].setdefault(who, []).append(outcome.top5)
-            rates[who].append(outcome.lr)
-            if matrix is None:
-                matrix = confusion(outcome.answers, queries.labels, classes)
-    if not measurement.first or matrix is None:
+        trainings += [(TRAINED, seed, *trained), (UNTRAINED, seed, *untrained)]
+
+    def train(job: tuple[str, int, list[Bank], Bank]) -> Outcome:
+        _, seed, banks, queries = job
+        return probe_head(banks, queries, recipe, classes, seed, measurement.device)
+
+    outcomes = share_out(trainings, train)
+    if not measurement.first:
         return
+    scores: Scores = {"top-1": {}, "top-5": {}}
+    rates: dict[str, list[float]] = {TRAINED: [], UNTRAINED: []}
+    for (who, *_), outcome in zip(trainings, outcomes, strict=True):
+        scores["top-1"].setdefault(who, []).append(outcome.top1)
+        scores["top-5"].setdefault(who, []).append(outcome.top5)
+        rates[who].append(outcome.lr)
+    matrix = confusion(outcomes[0].answers, trained[1].labels, classes)
     protocol = f"frozen encoder, {features.describe()}, {measurement.protocol()}; {_protocol(recipe, crops)}"
     details = {f"learning rate, {who}": ", ".join(f"{lr:g}" for lr in used) for who, used in rates.items()}
-    folder = measurement.write(recipe.head, _NAMES[recipe.head], protocol, scores, details)
+    folder = measurement.folder(recipe.head)
+    measurement.write(folder, _NAMES[recipe.head], protocol, scores, details)
     save_confusion(matrix.numpy(), measurement.classes, folder / "confusion.png")
     measurement.finish(folder)
 

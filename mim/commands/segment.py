@@ -1,21 +1,33 @@
 """Semantic segmentation: ``python tools/segment.py --weights runs/001-mae-photos --data my_masks``."""
 
-from mim.processes import process_rank
+from mim.errors import UserError
+from mim.processes import INTERRUPTED, process_rank
 from mim.segment_options import HeadRecipe, MaskedSubject, Scoring
 
 
-def run(subject: MaskedSubject, recipe: HeadRecipe, scoring: Scoring) -> None:
+def run(
+    subject: MaskedSubject, recipe: HeadRecipe, scoring: Scoring, resume: bool = False, save_every: int = 1000
+) -> None:
     """Trains a segmentation head, or the whole encoder, and scores it beside an encoder that was never trained.
 
     Args:
         subject: weights and images.
         recipe: how the head learns.
         scoring: how images are scored.
+        resume: go on where the same command was stopped, in the run that the weights belong to or in --out.
+        save_every: steps between two checkpoints, of which two are kept while a head trains.
     """
+    if save_every < 1:
+        raise UserError("--save_every must be positive", hint="--save_every 1000")
     # torch is imported when there is something to measure: --help must not wait for it.
     from mim.segmenting import Segmentation
+    from mim.supervised import StoppedError
 
     segmentation = Segmentation(subject, recipe, scoring)
     if process_rank() == 0:
         segmentation.introduce()
-    segmentation.measure()
+    try:
+        segmentation.measure(resume, save_every)
+    except StoppedError:
+        print("stopped by a signal, saved; go on with  --resume true")
+        raise SystemExit(INTERRUPTED) from None

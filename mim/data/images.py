@@ -149,12 +149,7 @@ def read_numbers(path: Path) -> NDArray[Any]:
             numbers = _read_array(data, 1)
             numbers = numbers[..., 0] if numbers.shape[-1] == 1 else numbers
         else:
-            with _open(data) as image:
-                if image.format == "JPEG":
-                    raise ValueError("a JPEG changes numbers; write masks as PNG")
-                image.load()
-                _refuse_missing_rows(image, data)
-                numbers = np.asarray(image)
+            numbers = _exact_pixels(data)
         if numbers.ndim == 3 and (numbers[..., :3] == numbers[..., :1]).all() and numbers.shape[-1] == 3:
             numbers = numbers[..., 0]  # one number, written three times
         if numbers.ndim != 2 or numbers.dtype.kind not in "bui":
@@ -166,9 +161,33 @@ def read_numbers(path: Path) -> NDArray[Any]:
         raise ImageError(_printable(path), _reason(error)) from None
 
 
+def read_colours(path: Path) -> NDArray[np.uint8]:
+    """The colour that a mask has for each pixel, exactly; a palette's index becomes its colour.
+
+    Returns:
+        ``(H, W, 3)``: red, green, blue.
+
+    Raises:
+        ImageError: if the file cannot be read, or holds approximate colours.
+    """
+    try:
+        return _exact_pixels(_read_file(path), mode="RGB")
+    except Exception as error:  # as in read_image
+        raise ImageError(_printable(path), _reason(error)) from None
+
+
 def printable(path: str) -> str:
     """The path with line breaks, terminal escapes and undecodable bytes spelled out, for messages."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in path)
+
+
+def _exact_pixels(data: bytes, mode: str | None = None) -> NDArray[Any]:
+    with _open(data) as image:
+        if image.format == "JPEG":
+            raise ValueError("a JPEG changes numbers; write masks as PNG")
+        image.load()
+        _refuse_missing_rows(image, data)
+        return np.asarray(image.convert(mode) if mode else image)
 
 
 def _read_file(path: Path) -> bytes:

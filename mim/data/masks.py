@@ -7,6 +7,8 @@ Four layouts are read, the first that fits:
 - ``{train,val}/{images,masks}``; instead of ``val`` also ``valid``, ``validation`` or ``test``.
 - the built-in sets: ``builtin`` (mosaics of the photos' textures) and ``shapes`` (generated).
 
+Where the classes file gives each class a colour, masks are pictures in these colours.
+
 A mask belongs to the image of the same name, whatever its suffix and in the same subfolder.
 """
 
@@ -14,22 +16,26 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mim.data.builtin import MosaicSource
-from mim.data.images import ImageError, read_image, read_numbers
+from mim.data.images import ImageError, read_colours, read_image, read_numbers
 from mim.data.shapes import ShapeSource
 from mim.data.sources import HELD_OUT, FolderSource
 from mim.errors import UserError
 
+Colour = tuple[int, int, int]
+_PACKED = np.array([1 << 16, 1 << 8, 1], dtype=np.int64)  # red, green and blue as one number
+
 IGNORE = -1
 """Class of the pixels that are neither learnt nor scored."""
 
-CLASS_FILES = ("mask_classes.txt", "classes.txt", "objectInfo150.txt")
+CLASS_FILES = ("mask_classes.txt", "classes.txt", "objectInfo150.txt", "class_dict.csv", "label_colors.txt")
 """Files in the data's folder that name the classes, if none is given."""
 
 
@@ -55,10 +61,13 @@ class PairedFiles:
     Args:
         pairs: image and mask of each index.
         channels: of the images.
+        colours: of the classes, if masks show them in colours.
     """
 
-    def __init__(self, pairs: Sequence[tuple[Path, Path]], channels: int = 3) -> None:
-        self.pairs, self.channels = pairs, channels
+    def __init__(
+        self, pairs: Sequence[tuple[Path, Path]], channels: int = 3, colours: Sequence[Colour] | None = None
+    ) -> None:
+        self.pairs, self.channels, self.colours = pairs, channels, colours
 
     def __len__(self) -> int:
         """Number of images."""
@@ -72,11 +81,14 @@ class PairedFiles:
         """See :class:`PairSource`; raises a :class:`UserError` if either cannot be read or their sizes differ."""
         image_path, mask_path = self.pairs[index]
         try:
-            image, numbers = read_image(image_path, self.channels), read_numbers(mask_path)
+            image = read_image(image_path, self.channels)
+            numbers = read_numbers(mask_path) if self.colours is None else self._by_colour(mask_path)
         except ImageError as error:
-            hint = (
-                "class numbers as an 8-bit grey or palette PNG" if error.path == str(mask_path) else "remove the pair"
-            )
+            hint = "remove the pair"
+            if error.path == str(mask_path):
+                hint = (
+                    "class numbers as an 8-bit grey or palette PNG   or   --classes FILE   with lines  128 64 128 road"
+                )
             raise UserError(f"{error.path} cannot be used", why=error.reason, hint=hint) from error
         if image.shape[1:] != numbers.shape:
             (height, width), (rows, columns) = image.shape[1:], numbers.shape
@@ -86,6 +98,24 @@ class PairedFiles:
                 hint=f"resize the mask without interpolation (nearest), or remove {image_path} and its mask",
             )
         return image, torch.from_numpy(numbers.astype(np.int64))
+
+    def _by_colour(self, path: Path) -> NDArray[Any]:
+        """Class numbers ``(H, W)`` of a mask in colours."""
+        assert self.colours is not None
+        known = np.array(self.colours) @ _PACKED
+        order = known.argsort()
+        pixels = read_colours(path) @ _PACKED
+        nearest: NDArray[Any] = order[np.searchsorted(known, pixels, sorter=order).clip(max=len(known) - 1)]
+        strange = known[nearest] != pixels
+        if strange.any():
+            row, column = np.argwhere(strange)[0]
+            colour = " ".join(str(int(pixels[row, column]) >> shift & 255) for shift in (16, 8, 0))
+            raise UserError(
+                f"{path} has the colour {colour} at column {column}, row {row}: no class",
+                why=f"{strange.sum():,} of its {strange.size:,} pixels have none of the {len(known)} colours named",
+                hint=f"a line  {colour} name  in the classes file; --ignore leaves a class out by its number",
+            )
+        return nearest
 
 
 class MaskedImages(NamedTuple):
@@ -105,7 +135,7 @@ def open_masks(data: str, channels: int = 3, split: str | None = None, classes: 
         data: a folder in one of the layouts above, or a built-in set.
         channels: of the images.
         split: part that is scored; the first held-out part of the layout if not given.
-        classes: file that names the classes, see :func:`read_names`.
+        classes: file that names the classes, see :func:`read_classes`.
 
     Returns:
         The images, names by number in the mask (empty if unknown), and whether 0 is ADE20K's "other".
@@ -120,7 +150,7 @@ def open_masks(data: str, channels: int = 3, split: str | None = None, classes: 
         raise UserError(
             f"--data {data}: no such folder", hint="--data builtin   or   --data shapes   for built-in masks"
         )
-    names = read_names(classes or next((root / name for name in CLASS_FILES if (root / name).is_file()), None))
+    names, colours = read_classes(classes or next((root / n for n in CLASS_FILES if (root / n).is_file()), None))
     if (root / "annotations").is_dir() and (root / "images").is_dir():
         parts, held = ("training", split or "validation"), True
         pairs = [_pairs(root / "images" / part, root / "annotations" / part) for part in parts]
@@ -130,28 +160,52 @@ def open_masks(data: str, channels: int = 3, split: str | None = None, classes: 
     else:
         parts, held = ("train", split or _held_out(root)), False
         pairs = [_pairs(root / part / "images", root / part / "masks") for part in parts]
-    train, test = (PairedFiles(part, channels) for part in pairs)
+    train, test = (PairedFiles(part, channels, colours) for part in pairs)
     return MaskedImages(train, test, names, held, parts[1])
 
 
-def read_names(file: Path | None) -> dict[int, str]:
-    """Class names by number in the mask.
+def read_classes(file: Path | None) -> tuple[dict[int, str], list[Colour] | None]:
+    """Class names by number in the mask and, if the file has them, the classes' colours, the first for 0.
 
     Args:
-        file: a name in each line, the first for 0; or lines of a number and a name; or ADE20K's ``objectInfo150.txt``.
+        file: a name in each line, the first for 0; lines of a number and a name; ADE20K's ``objectInfo150.txt``; or
+            lines with a colour before or behind the name, as ``128 64 128 road`` or ``road,128,64,128``.
     """
     if file is None:
-        return {}
+        return {}, None
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"--classes {file} cannot be read", why=str(error), hint="a text file, a name per line"
         ) from error
+    coloured = [match for line in lines if (match := _COLOURED.fullmatch(line))]
+    if coloured and len(coloured) >= len(lines) - 1:  # a table may have a heading
+        return _names_and_colours(coloured, file)
     numbered = [re.match(r"(\d+)\s+(?:.*\t)?(.+)", line) for line in lines]
     if any(numbered):  # a heading has no number
-        return {int(match[1]): match[2].strip() for match in numbered if match}
-    return dict(enumerate(lines))
+        return {int(match[1]): match[2].strip() for match in numbered if match}, None
+    return dict(enumerate(lines)), None
+
+
+_RGB = r"(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})"
+_COLOURED = re.compile(rf"{_RGB}[\s,]+(\S.*)|(\S.*?)[\s,]+{_RGB}")
+
+
+def _names_and_colours(lines: Sequence[re.Match[str]], file: Path) -> tuple[dict[int, str], list[Colour]]:
+    names, colours = {}, []
+    for number, line in enumerate(lines):
+        *before, first, last, r, g, b = line.groups()
+        red, green, blue = (int(value) for value in (before if first else (r, g, b)))
+        names[number] = first or last
+        colours.append((red, green, blue))
+        if max(colours[-1]) > 255 or colours.index(colours[-1]) < number:
+            raise UserError(
+                f"--classes {file}: {names[number]} has the colour {red} {green} {blue}",
+                why="values go from 0 to 255, and each class has a colour of its own",
+                hint="lines such as  128 64 128 road   or   road,128,64,128",
+            )
+    return names, colours
 
 
 @dataclass(frozen=True)

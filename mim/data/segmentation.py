@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from mim.data.masks import IGNORE, ClassNumbers, MaskedImages, PairSource, count_classes, open_masks
+from mim.data.pretrain import STALL, EndlessLoader, leave_signals_to_the_run
 from mim.data.sampler import Key, Shard, StepSampler
 from mim.errors import UserError
 from mim.randomness import derive_seed
@@ -116,6 +117,7 @@ class SegmentationData(L.LightningDataModule):
         self.path, self.crop, self.batch_size, self.scale = path, crop, batch_size, scale
         self.given_classes, self.ignore, self.zero_is_other = num_classes, tuple(ignore), reduce_zero_label
         self.file, self.split, self.num_workers, self.seed = classes, split, num_workers, seed
+        self.first_step = 0
 
     def open(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Finds the images, looks at masks and settles the classes; ``train``, ``test`` and ``names`` stand ready.
@@ -169,18 +171,24 @@ class SegmentationData(L.LightningDataModule):
         return cut[0].as_subclass(Tensor), cut[1].as_subclass(Tensor)[0]
 
     def train_dataloader(self) -> "DataLoader[Any]":
-        """Crops of this process, step after step."""
+        """Crops of this process from ``first_step`` to the trainer's last."""
         trainer = self.trainer
         assert trainer is not None
         shard = Shard(trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches)
-        order = StepSampler(len(self.train), self.batch_size, range(trainer.max_steps), self.seed, shard)
-        return DataLoader(_Crops(self), batch_sampler=order, num_workers=self.num_workers, collate_fn=_stack)
+        steps = range(self.first_step, trainer.max_steps)
+        order = StepSampler(len(self.train), self.batch_size, steps, self.seed, shard)
+        return EndlessLoader(_Crops(self), batch_sampler=order, collate_fn=_stack, **self._loading())
 
     def val_dataloader(self) -> "DataLoader[Any]":
         """Every scored image once, over all processes: none is repeated to make the shares equal."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         share = range(rank, len(self.test), world)
-        return DataLoader(_Whole(self), sampler=share, batch_size=None, num_workers=self.num_workers)
+        return DataLoader(_Whole(self), sampler=share, batch_size=None, **self._loading())
+
+    def _loading(self) -> dict[str, Any]:
+        workers = self.num_workers
+        timeout = STALL if workers else 0
+        return {"num_workers": workers, "timeout": timeout, "worker_init_fn": leave_signals_to_the_run}
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401 - Lightning's signature
         """A mistake that a loader process has found ends the run here, in the user's words."""

@@ -17,7 +17,7 @@ from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from mim.encoder import Encoder
 from mim.errors import UserError
@@ -88,6 +88,7 @@ class Finetune(L.LightningModule):
             self.mixup = mixup
         self.top1 = MulticlassAccuracy(classes, average="micro")
         self.top5 = MulticlassAccuracy(classes, top_k=min(5, classes), average="micro")
+        self.confusion = MulticlassConfusionMatrix(classes, validate_args=False)
         self.history: list[dict[str, float]] = []
 
     @property
@@ -122,9 +123,9 @@ class Finetune(L.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Counts right answers; images that could not be read, of label -1, do not count."""
         images, labels = batch
-        logits = self.evaluated(images)[labels >= 0]
-        self.top1.update(logits, labels[labels >= 0])
-        self.top5.update(logits, labels[labels >= 0])
+        logits, truth = self.evaluated(images)[labels >= 0], labels[labels >= 0]
+        for metric in (self.top1, self.top5, self.confusion):
+            metric.update(logits, truth)
 
     def on_validation_epoch_start(self) -> None:
         """Scores with as many tokens as the next step would train with."""
@@ -140,8 +141,9 @@ class Finetune(L.LightningModule):
         """Adds the counts of all processes."""
         loss = self.trainer.callback_metrics.get("train/loss", torch.tensor(torch.nan))
         values = {"top1": float(self.top1.compute()), "top5": float(self.top5.compute()), "loss": float(loss)}
-        self.top1.reset()
-        self.top5.reset()
+        self.taken_for = self.confusion.compute().cpu()  # (classes, classes) images, truth by answer
+        for metric in (self.top1, self.top5, self.confusion):
+            metric.reset()
         self.history.append({"epoch": self.global_step / self.steps_per_epoch, **values})
 
     def learning_rate(self, step: int) -> float:
@@ -187,13 +189,6 @@ class Finetune(L.LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.ema is not None:
             self.ema.update(self.model)
-
-    def raise_if_nonfinite(self) -> None:
-        """Refuses to go on with weights that hold NaN or infinity; waits for the device, so call it rarely."""
-        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
-            raise UserError(
-                f"the weights are no longer finite at step {self.global_step}", hint="a lower --blr, --warmup_epochs 20"
-            )
 
     def _logged(self, loss: Tensor) -> Tensor:
         self.log("train/loss", loss)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from mim.cli import main
@@ -53,6 +54,8 @@ def test_scores_stand_beside_training_from_scratch_and_timm_loads_the_classifier
     history = json.loads(Path("result/seed-0/history.json").read_text())
     assert history[-1]["epoch"] == 4
     assert not Path("result/seed-0/checkpoints").exists()
+    with Image.open("result/confusion.png") as picture:
+        assert picture.width > 100
     model = timm.create_model("local-dir:result/export", pretrained=True).eval()
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
 

@@ -1,12 +1,18 @@
 """``tools/linear_probe.py``, driven as a user drives it."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from mim.cli import main
+
+ROOT = Path(__file__).parents[2]
+SHORT = ["--num_workers", "0", "--seeds", "2", "--epochs", "3", "--warmup_epochs", "1", "--batch_size", "16"]
 
 
 @pytest.fixture(autouse=True)
@@ -15,8 +21,7 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
 
 
 def probe(weights, photos, *args):
-    short = ["--num_workers", "0", "--seeds", "2", "--epochs", "3", "--warmup_epochs", "1", "--batch_size", "16"]
-    return main("linear_probe", ["--weights", weights, "--data", str(photos), *short, *map(str, args)])
+    return main("linear_probe", ["--weights", weights, "--data", str(photos), *SHORT, *map(str, args)])
 
 
 @pytest.mark.parametrize(
@@ -63,3 +68,15 @@ def test_a_config_sets_options(weights, photos, tmp_path):
 def test_mistakes_end_in_a_message(weights, photos, args, expected, capsys):
     assert probe(weights, photos, *args) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_two_processes_share_the_trainings_and_get_the_numbers_of_one(weights, photos):
+    """The features lie in the cache: what remains is equal to the bit."""
+    options = ["--head", "multi_query", "--queries", "4"]
+    assert probe(weights, photos, *options, "--out", "one") == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "tools" / "linear_probe.py"), "--weights", weights, "--data", str(photos), *SHORT, *options]
+    command += ["--out", "two"]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path("one/metrics.json").read_text() == Path("two/metrics.json").read_text()

@@ -2,13 +2,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from mim.cli import main
 from mim.commands import make_shapes
@@ -82,6 +86,43 @@ def test_two_processes_score_like_one(weights, masks):
     assert one["images"] == two["images"] == 5
     for name in ("mIoU", "pixel accuracy", "mIoU, untrained"):
         assert one[name] == pytest.approx(two[name], abs=1e-3)  # sums in another order may turn a pixel on a border
+
+
+def test_a_stopped_training_goes_on_to_the_same_weights(weights, masks):
+    long = ["--steps", "60", "--save_every", "1", "--head", "upernet", "--finetune", "true"]
+    assert segment(weights, masks, *long, "--out", "whole") == 0
+    command = [sys.executable, str(ROOT / "tools" / "segment.py"), "--weights", weights, "--data", str(masks), *TINY]
+    command += ["--devices", "1", *long, "--out", "stopped"]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipe)
+    while not list(Path("stopped").glob("seed-0/checkpoints/step-*.ckpt")):  # the untrained encoder comes first
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert not Path("stopped/metrics.json").exists()
+    assert segment(weights, masks, *long, "--out", "stopped", "--resume", "true") == 0
+    for file in ("model.safetensors", "head.safetensors"):
+        whole, resumed = (load_file(Path(name, "export", file)) for name in ("whole", "stopped"))
+        assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    whole, resumed = (json.loads(Path(name, "metrics.json").read_text())["metrics"] for name in ("whole", "stopped"))
+    assert whole == resumed
+    assert Path("stopped/overlay_0.png").exists()
+    assert not list(Path("stopped").rglob("*.ckpt"))
+
+
+def test_resuming_something_else_is_refused(weights, masks, capsys):
+    assert segment(weights, masks, "--out", "result") == 0
+    assert segment(weights, masks, "--lr", "0.5", "--out", "result", "--resume", "true") == 2
+    assert "lr None -> 0.5" in capsys.readouterr().err
+
+
+def test_a_training_that_breaks_down_says_what_to_try(weights, masks, capsys):
+    assert segment(weights, masks, "--lr", "1e30", "--finetune", "true", "--out", "result") == 2
+    text = capsys.readouterr().err
+    assert "not finite at step" in text
+    assert "a lower --lr" in text
 
 
 def test_a_wrong_value_ends_in_three_lines(weights, masks, capsys):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mim.data.masks import IGNORE, ClassNumbers, open_masks, ranges, read_names
+from mim.data.masks import IGNORE, ClassNumbers, open_masks, ranges, read_classes
 from mim.data.segmentation import JointCrop, SegmentationData
 from mim.errors import UserError
 
@@ -94,11 +94,63 @@ def test_built_in_sets_name_their_classes(name):
     assert set(torch.unique(mask).tolist()) <= set(found.names)
 
 
-def test_names_come_from_lines_or_numbered_lines(tmp_path):
-    (tmp_path / "a.txt").write_text("sky\nroad\n")
-    (tmp_path / "b.txt").write_text("0 sky\n3 wet road\n")
-    assert read_names(tmp_path / "a.txt") == {0: "sky", 1: "road"}
-    assert read_names(tmp_path / "b.txt") == {0: "sky", 3: "wet road"}
+@pytest.mark.parametrize(
+    ("lines", "names"),
+    [
+        ("sky\nroad\n", {0: "sky", 1: "road"}),
+        ("0 sky\n3 wet road\n", {0: "sky", 3: "wet road"}),
+    ],
+)
+def test_names_come_from_lines_or_numbered_lines(tmp_path, lines, names):
+    (tmp_path / "classes.txt").write_text(lines)
+    assert read_classes(tmp_path / "classes.txt") == (names, None)
+
+
+COLOURS = "\n".join(["0 0 0 void", "128 64 128 wet road", "0 0 255\tsky"])
+
+
+@pytest.mark.parametrize("lines", [COLOURS, "name,r,g,b\nvoid,0,0,0\nwet road,128,64,128\nsky, 0, 0, 255"])
+def test_colours_stand_before_or_behind_names(tmp_path, lines):
+    (tmp_path / "classes.txt").write_text(lines)
+    names, colours = read_classes(tmp_path / "classes.txt")
+    assert names == {0: "void", 1: "wet road", 2: "sky"}
+    assert colours == [(0, 0, 0), (128, 64, 128), (0, 0, 255)]
+
+
+@pytest.mark.parametrize("line", ["0 0 300 sky", "128 64 128 sky"])
+def test_a_colour_is_a_colour_and_belongs_to_one_class(tmp_path, line):
+    (tmp_path / "classes.txt").write_text(f"128 64 128 road\n{line}\n")
+    with pytest.raises(UserError, match="sky has the colour"):
+        read_classes(tmp_path / "classes.txt")
+
+
+def coloured(root):
+    """Masks of the three colours, as RGB and as palette PNG."""
+    (root / "classes.txt").write_text(COLOURS)
+    table = np.array([[0, 0, 0], [128, 64, 128], [0, 0, 255]], dtype=np.uint8)
+    plain(root, values=VALUES % 3)
+    for number, mask in enumerate(sorted(root.rglob("masks/*.png"))):
+        picture = Image.fromarray(table[np.asarray(Image.open(mask))])
+        (picture.quantize() if number % 2 else picture).save(mask)
+    return root
+
+
+def test_masks_in_colours_are_read_by_the_classes_file(tmp_path):
+    data = opened(coloured(tmp_path), ignore=(0, 255))
+    assert data.names == ["void", "wet road", "sky"]
+    for index in range(2):
+        assert data.pair(data.train, index)[1][::8, ::8].tolist() == [[IGNORE, 1, 2], [2, 1, IGNORE]]
+
+
+def test_a_colour_without_a_class_is_named(tmp_path):
+    mask = coloured(tmp_path) / "val" / "masks" / "1.png"
+    picture = Image.open(mask).convert("RGB")
+    picture.putpixel((5, 7), (1, 2, 3))
+    picture.save(mask)
+    with pytest.raises(UserError, match="has the colour 1 2 3 at column 5, row 7: no class") as caught:
+        opened(tmp_path)
+    assert "1 of its 384 pixels" in caught.value.why
+    assert "a line  1 2 3 name" in caught.value.hint
 
 
 def test_a_value_beyond_the_classes_says_what_is_allowed(tmp_path):
@@ -136,6 +188,7 @@ def test_colour_masks_are_refused(tmp_path):
     with pytest.raises(UserError) as caught:
         opened(tmp_path)
     assert "holds colours" in str(caught.value)
+    assert "--classes FILE   with lines  128 64 128 road" in str(caught.value)
 
 
 def test_jpeg_masks_are_refused(tmp_path):

@@ -107,6 +107,7 @@ def test_images_that_could_not_be_read_are_not_scored():
     trained = module()
     trained.validation_step((torch.randn(3, 3, 32, 32), torch.tensor([0, -1, 1])), 0)
     assert int(trained.top1.tp + trained.top1.fn) == 2
+    assert trained.confusion.compute().sum(1).tolist() == [1, 1, 0, 0, 0]
 
 
 def reduced(**settings):
