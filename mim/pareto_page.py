@@ -79,7 +79,7 @@ def write(points: Sequence[Point], folder: Path, words: str, facts: dict[str, An
     ]
     print(f"\n{words}\n\n{text_table(head, rows)}")
     title = "Token reductions: accuracy over speed"
-    metrics = {f"{point.name} {point.setting}{_task(point, scored)}".strip(): _facts(point) for point in points}
+    metrics = {f"{point.name} {point.setting}".strip() + _task(point, scored): _facts(point) for point in points}
     content = {"title": title, "protocol": words, "metrics": metrics} | facts
     (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
     (folder / "pareto.md").write_text(markdown_table(head, rows), encoding="utf-8")

@@ -158,6 +158,20 @@ def test_a_trained_reduction_outlives_the_file_that_described_it(weights, photos
     assert not torch.equal(states[0]["routers.0.queries"], states[1]["routers.0.queries"])
 
 
+def test_a_reduced_model_learns_from_the_whole_one(weights, photos, capsys):
+    assert finetune(weights, photos, "--out", "whole", "--epochs", 1) == 0
+    options = ["--out", "tuned", "--reduction", "dynamicvit:0.6", "--teacher", "whole/export", "--ema", 0.9]
+    assert finetune(weights, photos, *options, "--epochs", 1) == 0
+    assert "agreeing with a teacher" in result("tuned")["protocol"]
+    timm.create_model("local-dir:tuned/export", pretrained=True)
+    assert finetune(weights, photos, "--out", "tuned", "--teacher", "whole/export") == 2
+    assert "nothing is reduced" in capsys.readouterr().err
+    assert finetune(weights, photos, "--out", "tuned", "--reduction", "tome:1", "--teacher", "whole") == 2
+    assert "is no exported model" in capsys.readouterr().err
+    assert finetune(weights, photos, "--out", "tuned", "--reduction", "tome:1", "--teacher", weights) == 2
+    assert "another kind of model" in capsys.readouterr().err
+
+
 def test_learnt_thresholds_become_a_file_of_fixed_numbers(weights, photos):
     assert finetune(weights, photos, "--out", "tuned", "--reduction", "ltp:0.2") == 0
     fixed = "tuned/export/static-ltp-0.2.yaml"
