@@ -180,6 +180,16 @@ def test_learnt_thresholds_become_a_file_of_fixed_numbers(weights, photos):
     assert section_name("knn", fixed) == "knn-static-ltp-0.2"
 
 
+def test_thresholds_rest_in_a_second_stage_with_hard_masks(weights, photos):
+    assert finetune(weights, photos, "--out", "tuned", "--reduction", "ltp:0.2", "--epochs", 1) == 0
+    settings = Path("tuned/export/reduction.yaml")
+    settings.write_text(settings.read_text().replace("hard: false", "hard: true"))
+    assert finetune("tuned/export", photos, "--out", "again", "--reduction", "tuned/export", "--epochs", 1) == 0
+    assert "hard=True" in result("again")["protocol"]
+    states = [load_file(Path(folder, "export/reduction.safetensors")) for folder in ("tuned", "again")]
+    assert torch.equal(states[0]["thresholds"], states[1]["thresholds"])
+
+
 def test_a_resumed_training_is_not_that_of_an_edited_file(weights, photos, capsys):
     schedule = "{class_path: mim.reduction.PerBlock, init_args: {r: %d}}"
     text = f"reduction: {{class_path: mim.reduction.ToMe, init_args: {{schedule: {schedule}}}}}"
