@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mim.errors import UserError
+
 
 @dataclass(frozen=True)
 class MaskedSubject:
@@ -41,6 +43,16 @@ class MaskedSubject:
     out: str | None = None
     trust: bool = False
     reduction: str | None = None
+
+    @property
+    def ignored(self) -> tuple[int, ...]:
+        """The values that are not scored."""
+        try:
+            return tuple(int(number) for number in str(self.ignore).split(",") if number.strip())
+        except ValueError:
+            raise UserError(
+                f"--ignore {self.ignore} is not a list of numbers", hint="--ignore 255   or   --ignore 255,0"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,16 @@ class HeadRecipe:
     bank: int = 50000
     seeds: int = 1
 
+    def blocks(self, depth: int) -> list[int]:
+        """Numbers of the blocks that the head reads, of an encoder with ``depth`` of them."""
+        given = self.taps or (4 if self.head == "upernet" else 1)
+        blocks = [depth * (i + 1) // given - 1 for i in range(given)] if isinstance(given, int) else given
+        if min(blocks) < 0 or max(blocks) >= depth or sorted(set(blocks)) != blocks:
+            raise UserError(f"--taps {given}: the encoder has blocks 0 to {depth - 1}", hint=f"--taps {min(4, depth)}")
+        if self.head == "upernet" and len(blocks) != 4:
+            raise UserError(f"--taps {given}: UPerNet reads four blocks", hint="--taps 4")
+        return blocks
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -111,3 +133,19 @@ class Scoring:
     devices: int | Literal["auto"] = "auto"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     threads: int | None = None
+
+
+def check(subject: MaskedSubject, recipe: HeadRecipe, scoring: Scoring) -> None:
+    """Refuses what could not work before anything heavy is imported."""
+    if recipe.head == "knn" and recipe.finetune:
+        raise UserError("--finetune: a k-NN head trains nothing", hint="--head linear --finetune true")
+    if recipe.head == "upernet" and recipe.batch_size < 2:
+        raise UserError("--batch_size 1: UPerNet normalises over a batch", hint="--batch_size 2")
+    if recipe.seeds < 1 or (recipe.steps is not None and recipe.steps < 1):
+        raise UserError("--seeds and --steps are at least 1", hint="--seeds 3 --steps 4000")
+    if not scoring.scales or min(scoring.scales) <= 0:
+        raise UserError(f"--scales {list(scoring.scales)}: sizes are positive", hint="--scales [0.75,1.0,1.25]")
+    if scoring.stride is not None and (scoring.stride < 1 or (subject.crop and scoring.stride > subject.crop)):
+        raise UserError(f"--stride {scoring.stride} leaves pixels out", hint="a stride from 1 to the crop")
+    if subject.num_classes is not None and subject.num_classes < 2:
+        raise UserError(f"--num_classes {subject.num_classes}: two or more are needed", hint="--num_classes 2")

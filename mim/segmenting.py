@@ -51,13 +51,12 @@ class Segmentation:
         if scoring.threads:
             torch.set_num_threads(scoring.threads)
         self.subject, self.recipe, self.scoring = subject, recipe, scoring
-        _check(subject, recipe, scoring)
         self.loaded: LoadedEncoder = load_encoder(subject.weights, **self._opening)
         encoder = self.loaded.encoder
         if encoder.img_size[0] != encoder.img_size[1]:
             raise UserError(f"--weights {subject.weights} sees {encoder.img_size}, not squares", hint="--crop 224")
         self.crop = encoder.img_size[0]
-        self.taps = _taps(recipe, len(encoder.vit.blocks))
+        self.taps = recipe.blocks(len(encoder.vit.blocks))
         built_in = subject.data in ("builtin", "shapes")
         self.steps = 0 if recipe.head == "knn" else recipe.steps or (300 if built_in else 4000)
         warmup = min(1500, self.steps // 10) if recipe.warmup_steps is None else recipe.warmup_steps
@@ -93,7 +92,7 @@ class Segmentation:
             self.recipe.batch_size,
             self.recipe.scale,
             subject.num_classes,
-            _numbers(subject.ignore),
+            subject.ignored,
             subject.reduce_zero_label,
             subject.classes,
             subject.split,
@@ -309,38 +308,3 @@ class Segmentation:
         content |= reduction_facts(self.loaded.encoder, self.subject.reduction)
         (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
         finish_section(folder)
-
-
-def _check(subject: MaskedSubject, recipe: HeadRecipe, scoring: Scoring) -> None:
-    if recipe.head == "knn" and recipe.finetune:
-        raise UserError("--finetune: a k-NN head trains nothing", hint="--head linear --finetune true")
-    if recipe.head == "upernet" and recipe.batch_size < 2:
-        raise UserError("--batch_size 1: UPerNet normalises over a batch", hint="--batch_size 2")
-    if recipe.seeds < 1 or (recipe.steps is not None and recipe.steps < 1):
-        raise UserError("--seeds and --steps are at least 1", hint="--seeds 3 --steps 4000")
-    if not scoring.scales or min(scoring.scales) <= 0:
-        raise UserError(f"--scales {list(scoring.scales)}: sizes are positive", hint="--scales [0.75,1.0,1.25]")
-    if scoring.stride is not None and (scoring.stride < 1 or (subject.crop and scoring.stride > subject.crop)):
-        raise UserError(f"--stride {scoring.stride} leaves pixels out", hint="a stride from 1 to the crop")
-    if subject.num_classes is not None and subject.num_classes < 2:
-        raise UserError(f"--num_classes {subject.num_classes}: two or more are needed", hint="--num_classes 2")
-
-
-def _taps(recipe: HeadRecipe, depth: int) -> list[int]:
-    """Numbers of the blocks that the head reads."""
-    given = recipe.taps or (4 if recipe.head == "upernet" else 1)
-    taps = [depth * (i + 1) // given - 1 for i in range(given)] if isinstance(given, int) else given
-    if min(taps) < 0 or max(taps) >= depth or sorted(set(taps)) != taps:
-        raise UserError(f"--taps {given}: the encoder has blocks 0 to {depth - 1}", hint=f"--taps {min(4, depth)}")
-    if recipe.head == "upernet" and len(taps) != 4:
-        raise UserError(f"--taps {given}: UPerNet reads four blocks", hint="--taps 4")
-    return taps
-
-
-def _numbers(ignore: int | str) -> tuple[int, ...]:
-    try:
-        return tuple(int(number) for number in str(ignore).split(",") if number.strip())
-    except ValueError:
-        raise UserError(
-            f"--ignore {ignore} is not a list of numbers", hint="--ignore 255   or   --ignore 255,0"
-        ) from None

@@ -2,7 +2,7 @@
 
 from mim.errors import UserError
 from mim.processes import INTERRUPTED, process_rank
-from mim.segment_options import HeadRecipe, MaskedSubject, Scoring
+from mim.segment_options import HeadRecipe, MaskedSubject, Scoring, check
 
 
 def run(
@@ -19,6 +19,7 @@ def run(
     """
     if save_every < 1:
         raise UserError("--save_every must be positive", hint="--save_every 1000")
+    check(subject, recipe, scoring)
     # torch is imported when there is something to measure: --help must not wait for it.
     from mim.segmenting import Segmentation
     from mim.supervised import StoppedError
