@@ -3,13 +3,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types install clean
+.PHONY: demo test test-slow test-versions audit lint types install clean
 
 demo: install
 	$(BIN)/python tools/pretrain.py
 
 test: install lint types
 	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+# Lowest stated and newest versions of all dependencies, in environments of their own.
+test-versions:
+	PYTHON=$(PYTHON) .ci/versions
+
+# Known holes in what is installed; asks an advisory service on the network.
+audit: install
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/python -m pip_audit --skip-editable --strict
 
 lint: install
 	$(BIN)/ruff format --check .
@@ -28,4 +40,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest .mypy_cache .ruff_cache .pytest_cache

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mim import __version__
 from mim.errors import UserError
 from mim.interop import refuse_compressed
+from mim.sharding import local
 
 KEEP = 2
 """Checkpoints kept in a folder: the newest, and the one before in case that is damaged."""
@@ -164,8 +165,8 @@ def misfit(checkpoint: object, model: nn.Module) -> str | None:
 
 
 def nonfinite(tree: object) -> list[str]:
-    """Names of the tensors in a nested state that hold NaN or infinity; one wait for the device in all."""
-    tensors = [(name, value) for name, value in _tensors(tree) if value.is_floating_point()]
+    """Names of the tensors in a nested state that hold NaN or infinity here; one wait for the device in all."""
+    tensors = [(name, local(value)) for name, value in _tensors(tree) if value.is_floating_point()]
     if not tensors:
         return []
     finite = torch.stack([value.isfinite().all() for _, value in tensors])

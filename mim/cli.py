@@ -60,6 +60,7 @@ PRETRAIN: dict[str, Option] = {
     "seed": Option("seed", "N", "of everything random   [0]"),
     "accumulate": Option("trainer.accumulate_grad_batches", "N", "micro-batches per step: same result, less memory"),
     "devices": Option("trainer.devices", "N", "devices to train on   [all]"),
+    "strategy": Option("trainer.strategy", "S", "ddp, or fsdp: every device holds a share of the optimizer   [ddp]"),
     "precision": Option("trainer.precision", "P", "32-true or bf16-mixed   [bf16-mixed where the GPU has it]"),
     "compile": Option("compile", "", "compile the transformer blocks"),
     "threads": Option("threads", "N", "CPU threads of the training process   [torch's choice]"),

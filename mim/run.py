@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -206,6 +207,13 @@ def quieten(rank: int) -> None:
     if rank != 0:
         warnings.filterwarnings("ignore", category=BadFileWarning)  # the first process names them
     warnings.showwarning = _show_warning
+    threading.excepthook = _show_thread_error
+
+
+def _show_thread_error(error: threading.ExceptHookArgs) -> None:
+    """Says nothing of a full disk that stopped TensorBoard's thread: the run notices at the next file of its own."""
+    if not (isinstance(error.exc_value, OSError) and error.exc_value.errno in UNWRITABLE):
+        threading.__excepthook__(error)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: object, **more: object) -> None:

@@ -280,6 +280,8 @@ class Segmentation:
         )
         model = model.cpu()
         export_backbone(model.encoder.vit, folder, mean=loaded.mean, std=loaded.std, card=card, model_args={})
+        if model.encoder.reduction is not None:
+            save_reduction(model.encoder.reduction, folder)
         save_file({name: value.contiguous() for name, value in model.head.state_dict().items()}, folder / HEAD_FILE)
         if model.encoder.reduction is not None:
             save_reduction(model.encoder.reduction, folder)

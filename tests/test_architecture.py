@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A module may import from lower levels; within a level only from its own folder.
 LEVELS = [
-    {"mim", "mim.devices", "mim.errors", "mim.randomness", "mim.patches", "mim.processes", "mim.schedules"},
+    {"mim", "mim.devices", "mim.errors", "mim.randomness", "mim.patches", "mim.processes", "mim.schedules"}
+    | {"mim.sharding"},
     {"mim.config_file", "mim.layers", "mim.masking", "mim.reduction", "mim.subject", "mim.segment_options"},
     {"mim.encoder"},
     {"mim.targets"},
@@ -90,6 +91,22 @@ def test_nothing_runs_code_from_files(path):
         assert keywords.get("weights_only") != "False" or function.endswith("save_checkpoint"), f"{path}: {function}"
         if function == "torch.load":
             assert "weights_only" in keywords, f"{path}: torch.load without weights_only"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_nothing_reaches_for_the_network(path):
+    """Only timm does, by the name of weights: no hub of torch, no client, no socket."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            names.add(ast.unparse(node))
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    assert not [name for name in names if name.startswith("torch.hub")]
+    roots = {name.split(".")[0] for name in names}
+    assert not roots & {"socket", "urllib", "http", "ftplib", "requests", "httpx", "aiohttp", "fsspec"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

@@ -14,17 +14,24 @@ from mim.processes import STOP_SIGNALS
 class Signals(Callback):
     """Notes the signals that ask a run to stop and does nothing else; :class:`Checkpoints` looks at it after each step.
 
-    Comes first among the callbacks: it takes over from Lightning, whose handlers act in the middle of a step. Lightning
-    gives all signals back in the end, also after a failure.
+    Lightning's own handlers act at once, in the middle of a step or of a collective, and then wait for ever. In the end
+    it gives all signals back, also after a failure.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes the signals over."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the signals over in the moment in which Lightning does, between set-up and loaders."""
+        connector = trainer._signal_connector
+        register = connector.register_signal_handlers  # which notes whom to give them back to
+
+        def take_over() -> None:
+            register()
+            for number in STOP_SIGNALS:
+                signal.signal(number, self._note)
+
+        connector.register_signal_handlers = take_over  # type: ignore[method-assign]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
@@ -64,8 +71,9 @@ class Checkpoints(Callback):
         if self.stopped or step % self.every == 0 or step == trainer.max_steps:
             if isinstance(pl_module, Method):
                 pl_module.raise_if_nonfinite()
-            if broken := nonfinite(pl_module.state_dict()):  # what no gradient told of, as a teacher
-                raise NonFiniteError(step - 1, broken[0])
+            broken = nonfinite(pl_module.state_dict())  # what no gradient told of, as a teacher
+            if trainer.strategy.reduce_boolean_decision(bool(broken), all=False):  # shares differ
+                raise NonFiniteError(step - 1, broken[0] if broken else "weights of another process")
             trainer.save_checkpoint(self.folder / checkpoint_name(step), weights_only=False)  # the optimizer, too
         if self.stopped:
             trainer.should_stop = True

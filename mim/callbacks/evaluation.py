@@ -20,6 +20,7 @@ from mim.methods import Method
 from mim.pictures import save_strip, strip
 from mim.randomness import keyed_generator
 from mim.report import write_report
+from mim.sharding import gathered
 
 
 class Evaluation(Callback):
@@ -114,7 +115,7 @@ class Evaluation(Callback):
         ]
 
     def _measure(self, trainer: Trainer, method: Method, step: int) -> None:
-        with self.run_log.paused():
+        with self.run_log.paused(), gathered(method):
             if trainer.is_global_zero:
                 values = self._values(method)
                 epoch = step / method.plan.steps_per_epoch

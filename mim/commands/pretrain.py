@@ -1,8 +1,11 @@
 """Pretrain a Vision Transformer: from a folder of images to a timm model."""
 
 import math
+import signal
+import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from timm.models.vision_transformer import Block
 from mim import __version__
 from mim.callbacks import Checkpoints, Evaluation, RunLog, Signals
 from mim.callbacks.run_log import duration
-from mim.checkpoint import ModelCard, export_backbone, init_backbone
+from mim.checkpoint import ModelCard, export_backbone, init_backbone, load_method
 from mim.checkpoint_io import AtomicCheckpointIO, checkpoint_step, newest_good
 from mim.config import changes, instantiate, parse, run_options, save_config
 from mim.data.pretrain import PretrainData
@@ -26,6 +29,7 @@ from mim.methods import Method, NonFiniteError, Plan
 from mim.processes import INTERRUPTED, process_rank
 from mim.report import write_report
 from mim.run import UNWRITABLE, RunFolder, git_commit, quieten, versions
+from mim.sharding import ShardedStrategy, whole
 
 FREE_TO_CHANGE = ("trainer.", "data.num_workers", "data.max_bad", "log_every", "save_every", "eval_every", "pictures")
 """Settings that a resumed run may change without asking: they do not change what is computed."""
@@ -58,7 +62,12 @@ class Pretraining:
         objects = self._instantiate(self.options.seed)
         self.method: Method = objects.model
         self.data: PretrainData = objects.data
-        encoder = self.method.evaluated
+        encoder, patches = self.method.evaluated, math.prod(self.method.encoder.grid)
+        if self.method.masking.visible_count(patches) in (0, patches):
+            raise UserError(
+                f"{self.method.masking} hides all or none of {patches} patches, so nothing can be learnt",
+                hint="--mask_ratio 0.75   or smaller patches",
+            )
         self.data.open(encoder.img_size, encoder.in_chans, self.options.seed)
         batch_size, images = self.data.batch_size, len(self.data.source)
         self.plan = self.method.plan = Plan(
@@ -78,13 +87,14 @@ class Pretraining:
             raise self.folder.unwritable(error) from error
 
     def _train(self, args: Sequence[str]) -> int:
+        trainer = self._trainer()
         checkpoint = self._checkpoint()
         initialised = None
-        if checkpoint is None and self.config.init:  # before there is a folder: weights that do not fit leave none
+        if checkpoint is None and self.config.init:  # before there is a folder: what does not fit leaves none
             initialised = init_backbone(self.method.encoder.vit, self.config.init, trust=self.config.trust)
         checked = self.data.check()
         self.folder = self._folder(args)
-        trainer, evaluation, checkpoints = self._trainer()
+        evaluation, checkpoints = self._attend(trainer)
         if self.rank == 0:
             self._introduce(trainer, evaluation, checked, args)
             if initialised:
@@ -100,6 +110,10 @@ class Pretraining:
             raise self._dump(error) from error
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory(error, trainer) from error
+        except RuntimeError as error:
+            if (lost := self._lost_process(trainer)) is None:
+                raise
+            raise lost from error
         if trainer.is_global_zero:
             return self._finish(trainer, evaluation, checkpoints, time.monotonic() - started)
         return INTERRUPTED if checkpoints.stopped else 0
@@ -137,7 +151,8 @@ class Pretraining:
             self.data.bad_files.write_to(folder.bad_files)
         return folder
 
-    def _trainer(self) -> tuple[Trainer, Evaluation, Checkpoints]:
+    def _attend(self, trainer: Trainer) -> tuple[Evaluation, Checkpoints]:
+        """Adds everything that writes into the run's folder."""
         options, plan = self.options, self.plan
         log = RunLog(self.folder, options.log_every)
         every = options.eval_every * plan.steps_per_epoch if options.eval_every else plan.max_steps / 10
@@ -152,15 +167,22 @@ class Pretraining:
         saves = options.save_every * plan.steps_per_epoch if options.save_every else plan.max_steps / 20
         signals = Signals()
         checkpoints = Checkpoints(self.folder.checkpoints, max(1, round(saves)), signals)
-        settings = dict(vars(self.config.trainer))
+        trainer.callbacks += [signals, log, evaluation, checkpoints]  # type: ignore[attr-defined]  # set by Lightning
+        if self.rank == 0:
+            trainer.logger = TensorBoardLogger(self.folder.path, name="tensorboard", version="")
+        return evaluation, checkpoints
+
+    def _trainer(self) -> Trainer:
+        plan, settings = self.plan, dict(vars(self.config.trainer))
+        if settings.get("strategy") == "fsdp":  # Lightning's own of that name is the first version
+            settings["strategy"] = ShardedStrategy()
         settings["precision"] = settings.get("precision") or _best_precision(settings.get("accelerator", "auto"))
         try:
             trainer = Trainer(
                 **settings,
                 max_steps=plan.max_steps,
                 max_epochs=-1,
-                callbacks=[signals, log, evaluation, checkpoints],
-                logger=TensorBoardLogger(self.folder.path, name="tensorboard", version="") if self.rank == 0 else False,
+                logger=False,
                 plugins=[AtomicCheckpointIO(self.method)],
                 log_every_n_steps=1 << 62,  # the log decides, not Lightning
                 enable_checkpointing=False,
@@ -180,7 +202,7 @@ class Pretraining:
                 f"{trainer.accumulate_grad_batches} micro-batches",
                 hint=f"--batch_size {near}",
             )
-        return trainer, evaluation, checkpoints
+        return trainer
 
     def _say(self, text: str) -> None:
         if self.rank == 0:
@@ -258,6 +280,8 @@ class Pretraining:
                 f"  resume  python tools/pretrain.py --resume {folder.path}"
             )
             return INTERRUPTED
+        if isinstance(trainer.strategy, ShardedStrategy):  # the last checkpoint holds whole what is in parts here
+            self.method, *_ = load_method(folder.path)
         difference = self.export(folder.backbone)
         untrained = [self._untrained(seed) for seed in range(3)] if evaluation.labelled else []
         probe = evaluation.final(self.method.evaluated, untrained)
@@ -274,7 +298,7 @@ class Pretraining:
         """Writes the backbone as a timm folder; returns the difference that timm's copy shows, which is 0."""
         encoder_settings = self.config.model.init_args.encoder
         card = ModelCard(
-            method=type(self.method).__name__,
+            method=self.method.kind,
             data=self.data.path,
             data_licence=self.data.licence,
             images=len(self.data.source),
@@ -314,17 +338,33 @@ class Pretraining:
         """Keeps what is needed to look into a step that gave NaN: its images, the weights before it, its file names."""
         last, _ = newest_good(self.folder.checkpoints)
         path = self.folder.debug / f"nan_step_{error.step:06d}.pt"
+        weights = whole(self.method.state_dict(), keep=self.rank == 0)
         if self.rank == 0:
             self.folder.debug.mkdir(exist_ok=True)
             views, labels, names = self.data.batch(error.step)
             state = {"step": error.step, "seed": self.plan.seed, "views": views, "labels": labels, "names": names}
-            torch.save(state | {"state_dict": self.method.state_dict()}, path)
+            torch.save(state | {"state_dict": weights}, path)
             self.folder.write_summary(status="failed")
         return UserError(
             f"{error}; the optimizer did not take it",
             why=f"batch, seed and weights are in {path}; last good checkpoint: {last or 'none yet'}",
             hint="--trainer.precision 32-true   or a lower --blr   or   --trainer.gradient_clip_val 1.0",
         )
+
+    def _lost_process(self, trainer: Trainer) -> UserError | None:
+        """Names a process that this one started and that is gone: the backend tells of a closed connection alone."""
+        for rank, process in enumerate(getattr(trainer.strategy.launcher, "procs", []), start=1):
+            with suppress(subprocess.TimeoutExpired):
+                status = process.wait(timeout=2)  # it may still be writing its own error
+                if status == 0:
+                    continue
+                how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+                return UserError(
+                    f"process {rank} of {trainer.world_size} died ({how}), so the others ended, too",
+                    why="its own message, if it had the time for one, is above; out of memory is what kills silently",
+                    hint=f"python tools/pretrain.py --resume {self.folder.path}",
+                )
+        return None
 
     def _out_of_memory(self, error: Exception, trainer: Trainer) -> UserError:
         per_device = self.plan.batch_size // trainer.world_size // trainer.accumulate_grad_batches

@@ -119,7 +119,8 @@ def _check_sum(path: Path, option: str) -> None:
     sums = path.with_name(CHECKSUMS)
     if not sums.is_file():
         return
-    expected = {name: digest for digest, _, name in (line.partition("  ") for line in sums.read_text().splitlines())}
+    lines = sums.read_text(errors="replace").splitlines()  # the sums may be what is damaged
+    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     if path.name in expected and expected[path.name] != sha256(path):
         raise UserError(f"{option} {path} is damaged", why=f"its SHA-256 is not the one in {sums}", hint="export again")
 

@@ -56,6 +56,8 @@ class Trunk(nn.Module):
 
     def __init__(self, num_prefix: int, out_dim: int, width: int, depth: int, heads: int) -> None:
         super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"a decoder of width {width} cannot have {heads} heads")
         self.num_prefix = num_prefix
         self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
         self.norm = LayerNorm(width)

@@ -16,6 +16,7 @@ from mim.encoder import Encoder
 from mim.masking.base import Masking
 from mim.randomness import RowGenerator, derive_seed
 from mim.schedules import cosine, warmup_cosine
+from mim.sharding import shard, total
 
 Batch = tuple[list[Tensor], Tensor]
 """Views, ``V x (B, C, H_v, W_v)`` with global crops first, and labels ``(B,)``, which most methods ignore."""
@@ -104,6 +105,7 @@ class Method(L.LightningModule):
 
     def __init__(self, encoder: Encoder, masking: Masking, optim: OptimConfig) -> None:
         super().__init__()
+        self.kind = type(self).__name__  # sharding gives the object a class of its own
         self.encoder = encoder
         self.masking = masking
         self.optim = optim
@@ -115,7 +117,7 @@ class Method(L.LightningModule):
     @property
     def name(self) -> str:
         """What runs, folders and reports call the method."""
-        return type(self).__name__.lower()
+        return self.kind.lower()
 
     @property
     def evaluated(self) -> Encoder:
@@ -181,6 +183,10 @@ class Method(L.LightningModule):
         """Name patterns, beyond biases and 1-D parameters, that are not decayed (read by timm's optimizer factory)."""
         return set()
 
+    def configure_model(self) -> None:
+        """Spreads the method over the processes if the strategy asks for that."""
+        shard(self, self.device_mesh)
+
     def configure_optimizers(self) -> Optimizer:
         """AdamW in timm's two groups; the learning rate is set at every step."""
         optimizer: Optimizer = create_optimizer_v2(
@@ -200,7 +206,7 @@ class Method(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Makes a fused optimizer skip a step that is not finite, and all after it, without waiting for the device."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        bad = ~torch.nn.utils.get_total_norm(gradients).isfinite() | self.suspect
+        bad = ~total(torch.nn.utils.get_total_norm(gradients)).isfinite() | self.suspect
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             flag = bad.float()
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)

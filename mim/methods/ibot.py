@@ -30,6 +30,7 @@ from mim.methods.base import Batch, Method, OptimConfig
 from mim.patches import patchify, unpatchify
 from mim.randomness import RowGenerator
 from mim.schedules import cosine, linear
+from mim.sharding import total
 
 STUDENT_TEMPERATURE = 0.1
 CHUNK = 2048  # patches whose logits are held at once: 64 MiB in fp32 for 8192 prototypes
@@ -436,7 +437,7 @@ def padded_places(mask: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def clip_each(gradients: list[Tensor], limit: float) -> None:
     """Scales every gradient whose own norm exceeds ``limit`` down to it, in place."""
-    norms = torch.stack(torch._foreach_norm(gradients))
+    norms = total(torch.stack(torch._foreach_norm(gradients)))
     torch._foreach_mul_(gradients, list((limit / (norms + 1e-6)).clamp(max=1).unbind()))
 
 

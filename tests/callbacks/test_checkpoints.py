@@ -132,6 +132,18 @@ def test_a_signal_while_others_prepare_ends_the_run_after_its_first_step(tmp_pat
     assert [checkpoint_step(path) for path in checkpoints(tmp_path)] == [1]
 
 
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_loaders_are_made_does_so_too(tmp_path, number):
+    class Opened(L.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            setup = trainer.fit_loop.setup_data
+            trainer.fit_loop.setup_data = lambda: (send(number)(None), setup())
+
+    trainer = fit(tmp_path, every=100, others=[Opened()])
+    assert (trainer.global_step, trainer.signals.received) == (1, number)
+    assert [checkpoint_step(path) for path in checkpoints(tmp_path)] == [1]
+
+
 def test_a_run_without_signals_does_not_say_that_it_was_stopped(tmp_path):
     trainer = fit(tmp_path, steps=2)
     assert (trainer.signals.received, trainer.checkpoints.stopped) == (None, False)

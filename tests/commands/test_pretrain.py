@@ -18,7 +18,7 @@ from mim.cli import main
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "tests" / "tiny.yaml")
-EVERY_KIND = [TINY, str(ROOT / "tests" / "tiny_hpm.yaml")]  # without and with a teacher that guides the masks
+TINY_HPM = str(ROOT / "tests" / "tiny_hpm.yaml")  # as TINY, with a teacher that guides the masks
 
 
 def train(out, *args, config=TINY):
@@ -124,7 +124,7 @@ def test_workers_do_not_change_the_weights(run, tmp_path):
 
 
 def test_a_teacher_is_stopped_resumed_and_repeated_bit_exactly(tmp_path):
-    config, out = EVERY_KIND[1], tmp_path / "run"
+    config, out = TINY_HPM, tmp_path / "run"
     assert train(tmp_path / "whole", config=config) == 0
     assert strike(start("--config", config, "--out", out, "--num_workers", 2), signal.SIGTERM, after=3) == 75
     assert main("pretrain", ["--resume", str(out), "--num_workers", "0"]) == 0
@@ -228,26 +228,24 @@ def largest_difference(run, other):
     return largest
 
 
-@pytest.mark.parametrize("config", EVERY_KIND, ids=lambda path: Path(path).stem)
-def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, config):
+def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
     """Float sums are taken in another order, so equal to rounding only: 1e-6 after 24 AdamW steps (weights up to 1)."""
-    exact = ["--model.init_args.encoder.drop_path_rate", 0]
-    assert train(tmp_path / "one", *exact, config=config) == 0
-    process = start(
-        "--config", config, "--out", tmp_path / "two", *exact, "--devices", 2, "--trainer.accelerator", "cpu"
-    )
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-6
-    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
+    exact, two = ["--model.init_args.encoder.drop_path_rate", 0], ["--devices", 2, "--trainer.accelerator", "cpu"]
+    assert train(tmp_path / "one", *exact, config=TINY_HPM) == 0
+    for strategy in ("ddp", "fsdp"):
+        out = tmp_path / strategy
+        process = start("--config", TINY_HPM, "--out", out, *exact, *two, "--strategy", strategy)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        assert largest_difference(tmp_path / "one", out) < 1e-6
+        assert losses(tmp_path / "one") == pytest.approx(losses(out), abs=1e-5)
 
 
-@pytest.mark.parametrize("config", EVERY_KIND, ids=lambda path: Path(path).stem)
-def test_accumulation_equals_the_whole_batch(tmp_path, config):
+def test_accumulation_equals_the_whole_batch(tmp_path):
     """Gradients are averaged in another order: equal to rounding."""
     exact = ["--model.init_args.encoder.drop_path_rate", 0]
-    assert train(tmp_path / "one", *exact, config=config) == 0
-    assert train(tmp_path / "four", *exact, "--accumulate", 4, config=config) == 0
+    assert train(tmp_path / "one", *exact, config=TINY_HPM) == 0
+    assert train(tmp_path / "four", *exact, "--accumulate", 4, config=TINY_HPM) == 0
     assert largest_difference(tmp_path / "one", tmp_path / "four") < 1e-6
 
 

@@ -1,7 +1,9 @@
 """``--init``: every kind of source, what is reported, and what is refused."""
 
 import argparse
+import random
 import re
+from contextlib import suppress
 
 import pytest
 import timm
@@ -9,7 +11,7 @@ import torch
 
 from mim.checkpoint import init_backbone
 from mim.errors import UserError
-from mim.interop import ModelCard, export_backbone
+from mim.interop import ModelCard, export_backbone, load_weights
 
 
 def tiny(img_size=32, **kwargs):
@@ -129,13 +131,30 @@ def test_python_objects_need_trust(tmp_path):
     assert same(vit, source)
 
 
-def test_a_flipped_bit_in_an_export_is_noticed(tmp_path):
-    file = export(tiny(), tmp_path / "x") / "model.safetensors"
-    damaged = bytearray(file.read_bytes())
-    damaged[-5] ^= 1
-    file.write_bytes(damaged)
-    with pytest.raises(UserError, match=re.escape(f"{file} is damaged")):
-        init_backbone(tiny(), str(tmp_path / "x"))
+def test_every_flipped_bit_and_every_cut_in_an_export_is_noticed(tmp_path):
+    path, draw = export(tiny(), tmp_path / "x") / "model.safetensors", random.Random(0)
+    good = path.read_bytes()
+    with path.open("r+b", buffering=0) as file:
+        for place in (draw.randrange(len(good)) for _ in range(1000)):
+            file.seek(place)
+            file.write(bytes([good[place] ^ 1 << draw.randrange(8)]))
+            with pytest.raises(UserError, match=re.escape(f"{path} is damaged")):
+                load_weights(path)
+            file.seek(place)
+            file.write(good[place : place + 1])
+        for length in sorted((draw.randrange(len(good)) for _ in range(200)), reverse=True):
+            file.truncate(length)
+            with pytest.raises(UserError, match=re.escape(f"{path} is damaged")):
+                load_weights(path)
+
+
+def test_damaged_checksums_are_no_crash(tmp_path):
+    path = export(tiny(), tmp_path / "x") / "model.safetensors"
+    sums = path.with_name("SHA256SUMS")
+    for place in range(len(good := sums.read_bytes())):
+        sums.write_bytes(good[:place] + b"\xff" + good[place + 1 :])
+        with suppress(UserError):
+            load_weights(path)
 
 
 def test_an_unknown_name_is_refused_with_near_ones():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -330,14 +331,17 @@ def test_drop_path_is_the_students_alone(views):
 
 
 def test_twenty_steps_on_one_batch_lower_the_loss(views):
-    method, losses = build(BlockMasking(0.3, 0.3, 0.0)), []
+    """Of targets that stand still: centres and temperatures would move them, and the loss with them."""
+    still = Plan(max_steps=20, steps_per_epoch=100, batch_size=4)
+    method, losses = build(BlockMasking(0.3, 0.3, 0.0), plan=still, blr=0.05), []
+    method.teaching = replace(method.teaching, center_momentum=1.0)
 
     class Watch(L.Callback):
         def on_train_batch_end(self, trainer, method, outputs, *_):
             losses.append(float(outputs["loss"]))
 
     fit(method, views, 20, callbacks=[Watch()])
-    assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
 
 
 def test_accumulation_equals_the_whole_batch(views):

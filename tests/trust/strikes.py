@@ -38,9 +38,9 @@ SAVE_EVERY = 4
 SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "SIGUSR1": signal.SIGUSR1}
 
 
-def start(*args: object, env: dict[str, str] | None = None, tool: str = "pretrain") -> subprocess.Popen[str]:
+def start(*args: object, env: dict[str, str] | None = None, script: str = "tools/pretrain.py") -> subprocess.Popen[str]:
     """The command as a user starts it, in a session of its own."""
-    command = [sys.executable, "tools/" + tool + ".py", *map(str, args)]
+    command = [sys.executable, script, *map(str, args)]
     surroundings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (env or {})
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=surroundings, start_new_session=True, **pipe)

@@ -1,0 +1,60 @@
+"""Nothing reaches for the network: no line of code could, no import does, and no default run either."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Told by the interpreter itself, whoever does it: our code, torch, Lightning or timm.
+SPY = """
+import sys
+seen = []
+def watch(event, args):
+    if event in ("socket.connect", "socket.bind", "socket.sendto") and isinstance(args[1], tuple):  # a string is a pipe
+        seen.append(f"{event} {args[1]}")
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname", "urllib.Request"):
+        seen.append(f"{event} {args[0]}")
+    elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork") and WATCH_ALL:
+        if "/sbin/ldconfig" not in str(args[0]):  # how the standard library looks for a shared library
+            seen.append(f"{event} {args[:1]}")
+    elif event == "open" and WATCH_ALL and isinstance(args[1], str) and set(args[1]) & set("wax+"):
+        if not str(args[0]).endswith(".pyc") and "__pycache__" not in str(args[0]):
+            seen.append(f"{event} {args[:2]}")
+sys.addaudithook(watch)
+"""
+IMPORT = """
+import importlib, pkgutil
+import mim
+for module in pkgutil.walk_packages(mim.__path__, "mim."):
+    if module.name != "mim.__main__":
+        importlib.import_module(module.name)
+"""
+RUN = """
+from mim.cli import main
+status = main("pretrain", sys.argv[1:])
+assert status == 0, status
+"""
+
+
+def spied(code, *args, watch_all):
+    script = f"WATCH_ALL = {watch_all}\n{SPY}\n{code}\nsys.exit('\\n'.join(seen) or 0)"
+    command = [sys.executable, "-c", script, *map(str, args)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout[-500:] + result.stderr[-2000:]
+
+
+def test_an_import_opens_no_socket_starts_no_process_and_writes_no_file():
+    spied(IMPORT, watch_all=True)
+
+
+def test_a_run_opens_no_connection(tmp_path):
+    spied(RUN, "--config", "tests/tiny.yaml", "--epochs", "0.05", "--out", tmp_path / "run", watch_all=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ibot", "hpm"])
+def test_nor_does_one_of_another_method_with_workers(method, tmp_path):
+    config = {"ibot": "tests/tiny-ibot.yaml", "hpm": "tests/tiny_hpm.yaml"}[method]
+    spied(RUN, "--config", config, "--num_workers", "2", "--out", tmp_path / "run", watch_all=False)
