@@ -2,8 +2,9 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -13,7 +14,9 @@ from mim.data.augment import Augmented
 from mim.data.finetune import FinetuneData
 from mim.data.labelled import Framed, framed_batches
 from mim.encoder import Encoder
+from mim.errors import UserError
 from mim.evaluation.finetune import Finetune, classifier
+from mim.interop import check_timm_folder
 from mim.measure import Measurement, section_name
 from mim.reduction import TokenReducedViT
 from mim.reduction_io import save_reduction, save_settings
@@ -78,7 +81,8 @@ def train(
     )
     reduction = measurement.reduce(encoder, seed).reduction
     vit = classifier(encoder, classes, recipe, seed)
-    module = Finetune(vit, recipe, classes, len(measurement.train), seed, reduction)
+    teacher = None if recipe.teacher is None else _teacher(recipe.teacher, vit, measurement)
+    module = Finetune(vit, recipe, classes, len(measurement.train), seed, reduction, teacher)
     every = max(1, round(machine.eval_every * module.steps_per_epoch))
     trainer = open_trainer(
         folder,
@@ -125,6 +129,26 @@ def export(module: Finetune, measurement: Measurement, folder: Path, command: st
     return difference
 
 
+def _teacher(folder: str, vit: VisionTransformer, measurement: Measurement) -> VisionTransformer:
+    """The classifier that ``--teacher`` names, on the device; it must be what is trained, but for its weights."""
+    if measurement.loaded.encoder.reduction is None:
+        raise UserError(
+            "--teacher: nothing is reduced, so there is nothing to learn from the whole", hint="--reduction"
+        )
+    home = Path(folder.removeprefix("local-dir:"))
+    if not (home / "config.json").is_file():
+        raise UserError(f"--teacher {folder} is no exported model", hint="--teacher RUN/evaluation/finetune/export")
+    check_timm_folder(home, "--teacher")
+    teacher: Any = timm.create_model(f"local-dir:{home}", pretrained=True)
+    own, other = ({name: part.shape for name, part in model.state_dict().items()} for model in (vit, teacher))
+    if own != other or list(teacher.pretrained_cfg["mean"]) != list(measurement.loaded.mean):
+        raise UserError(
+            f"--teacher {folder} is another kind of model, or saw images in another way",
+            hint="the same fine-tuning without --reduction, and its export",
+        )
+    return cast(VisionTransformer, teacher.eval().to(measurement.device))
+
+
 def _some_images(measurement: Measurement, count: int = 64) -> Tensor:
     """Normalised images to learn from, ``(B, C, H, W)``, spread over all of them."""
     step = max(1, len(measurement.train) // count)
@@ -139,7 +163,7 @@ def settings_of(measurement: Measurement, recipe: FinetuneRecipe) -> dict[str, A
     names = ("weights", "data", "model", "img_size", "crop_pct", "val_fraction", "classes")
     settings = {name: subject[name] for name in names} | asdict(recipe)
     if (reduction := measurement.loaded.encoder.reduction) is not None:
-        settings["reduction"] = reduction.describe()  # a file may say something else by the time it is looked at again
+        settings["reduction"] = reduction.describe()  # a file may say something else by the time training goes on
     return settings
 
 

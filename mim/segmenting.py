@@ -207,6 +207,8 @@ class Segmentation:
         """What the result is a function of."""
         neither = ("num_workers", "out", "trust", "pictures", "accelerator", "devices", "threads")
         given = asdict(self.subject) | asdict(self.recipe) | asdict(self.scoring)
+        if (reduction := self.loaded.encoder.reduction) is not None:
+            given["reduction"] = reduction.describe()  # a file may say something else by the time training goes on
         return {name: value for name, value in given.items() if name not in neither}
 
     def _encoder(self, who: str, seed: int) -> Encoder:
@@ -281,6 +283,8 @@ class Segmentation:
         if model.encoder.reduction is not None:
             save_reduction(model.encoder.reduction, folder)
         save_file({name: value.contiguous() for name, value in model.head.state_dict().items()}, folder / HEAD_FILE)
+        if model.encoder.reduction is not None:
+            save_reduction(model.encoder.reduction, folder)
         print(f'  model   {folder}   (timm.create_model("local-dir:{folder}", pretrained=True); head in {HEAD_FILE})')
 
     def _write(self, results: dict[str, list[SegmentationScores]], folder: Path) -> None:

@@ -108,6 +108,8 @@ class FinetuneRecipe:
         scale: smallest and largest share of the image's area in a random crop.
         anneal: shares of the training between which a reduction grows to its full strength along half a cosine, as
             EViT's keep rate does; full from the first step unless given.
+        teacher: folder of a classifier that was fine-tuned without reduction; with one, answers and tokens are to agree
+            with its own, as in DynamicViT.
     """
 
     epochs: float = 100.0
@@ -127,3 +129,4 @@ class FinetuneRecipe:
     ema: float = 0.0
     scale: tuple[float, float] = (0.08, 1.0)
     anneal: tuple[float, float] = (0.0, 0.0)
+    teacher: str | None = None

@@ -37,7 +37,7 @@ def reduction_strip(
     shown = to_rgb(images, mean, std)
     columns = {"input": shown}
     for title, tokens in states.items():
-        columns[title] = draw_tokens(shown, tokens.assign, patch_size)
+        columns[title] = draw_tokens(shown, torch.where(tokens.gone, -1, tokens.assign), patch_size)
     return lay_out(columns)
 
 
@@ -92,10 +92,17 @@ def states_of(encoder: Encoder, images: Tensor, columns: int) -> dict[str, Token
     patches, depth = encoder.grid[0] * encoder.grid[1], len(encoder.vit.blocks)
     counts = encoder.reduction.counts(patches, depth, encoder.grid)
     before = [patches, *counts]
-    reducing = [layer for layer in range(depth) if counts[layer] < before[layer]]
+    reducing = [layer for layer in range(depth) if encoder.reduction.acts(before[layer], counts[layer], layer)]
     layers = spread_over(reducing, columns) or [depth - 1]
     states = encoder.after_blocks(images, layers)
-    return {f"block {layer}: {tokens.count} of {patches}": tokens for layer, tokens in zip(layers, states, strict=True)}
+    return {
+        f"block {layer}: {_left(tokens)} of {patches}": tokens for layer, tokens in zip(layers, states, strict=True)
+    }
+
+
+def _left(tokens: Tokens) -> int:
+    """Tokens that go on; their mean number where it is up to the image."""
+    return tokens.count if tokens.alive is None else round(tokens.alive.sum(dim=1).float().mean().item())
 
 
 def spread_over(numbers: Sequence[int], count: int) -> list[int]:

@@ -39,6 +39,7 @@ def run(
     shares: str = "0.75,0.5",
     weights: str | None = None,
     masks: str | None = None,
+    finetuned: Path | None = None,
     out: str | None = None,
 ) -> None:
     """Measure speed and memory of a training step and of the loader, or of token reductions at inference.
@@ -61,6 +62,8 @@ def run(
         shares: of the model's multiply-adds that each reduction is set to, with commas.
         weights: trained weights; draws accuracy over speed for every reduction that needs no training, 20-NN on --data.
         masks: images with masks, as builtin; draws the mIoU of a k-NN head, too.
+        finetuned: a run, or a folder of results, in which an encoder was fine-tuned with and without reductions; draws
+            what they have reached over the speed of what they exported.
         out: folder for accuracy over speed; inside the run that the weights belong to unless given.
     """
     for variable, level in (("KINETO_LOG_LEVEL", "99"), ("TORCH_CPP_LOG_LEVEL", "ERROR")):
@@ -74,6 +77,9 @@ def run(
     place = _device(device)
     bf16 = place.type == "cuda" and torch.cuda.is_bf16_supported()
     precision = ("bf16-mixed" if bf16 else "32-true") if precision == "auto" else precision
+    if finetuned is not None:
+        _finetuned(finetuned, out, place, batch_size, rounds)
+        return
     if weights is not None:
         subject = Subject(weights, data or "builtin", model, img_size, num_workers=num_workers, device=device, out=out)
         _pareto(subject, masks, reduction or "all", _shares(shares), batch_size, rounds)
@@ -169,8 +175,10 @@ def _reductions(
 
 def _pareto(subject: Subject, masks: str | None, names: str, shares: list[float], batch_size: int, rounds: int) -> None:
     """Scores and times every reduction that needs no training, and writes the page."""
-    from mim.pareto import sweep, write
+    from mim.pareto import protocol, sweep
+    from mim.pareto_page import write
     from mim.reduction.recipes import RECIPES, recipe
+    from mim.run import evaluation_folder
 
     free = [name for name, known in RECIPES.items() if not known.trained]
     wanted = free if names == "all" else names.split(",")
@@ -178,7 +186,20 @@ def _pareto(subject: Subject, masks: str | None, names: str, shares: list[float]
         if recipe(name).trained:
             hint = f"--reduction {','.join(free)}"
             raise UserError(f"--reduction {name}: its scores are random until they are trained", hint=hint)
-    write(sweep(subject, masks, wanted, shares, batch_size, rounds), subject, masks, batch_size, rounds)
+    points = sweep(subject, masks, wanted, shares, batch_size, rounds)
+    words = protocol(points, subject, masks, batch_size, rounds)
+    facts = {"weights": subject.weights, "data": subject.data, "masks": masks}
+    write(points, evaluation_folder(subject.weights, subject.out, "pareto"), words, facts)
+
+
+def _finetuned(home: Path, out: str | None, place: "torch.device", batch_size: int, rounds: int) -> None:
+    """Times what fine-tunings have exported, and writes the page."""
+    from mim.pareto_finetuned import collect
+    from mim.pareto_page import write
+    from mim.run import evaluation_folder
+
+    points, words = collect(home, place, batch_size, rounds)
+    write(points, evaluation_folder(str(home), out, "pareto-finetuned"), words, {"finetuned": str(home)})
 
 
 def _shares(text: str) -> list[float]:

@@ -107,5 +107,5 @@ def _protocol(recipe: FinetuneRecipe) -> str:
         f"all weights trained, {pool}, {recipe.epochs:g} epochs of batch {recipe.batch_size}, blr {recipe.blr:g}, "
         f"layer decay {recipe.layer_decay:g}, drop path {recipe.drop_path:g}, {recipe.auto_augment}, mixup "
         f"{recipe.mixup:g}, CutMix {recipe.cutmix:g}, smoothing {recipe.label_smoothing:g}, erasing {recipe.erase:g}"
-        f"{average}{annealed}"
+        f"{average}{annealed}{', agreeing with a teacher without reduction' if recipe.teacher else ''}"
     )

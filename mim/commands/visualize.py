@@ -33,8 +33,8 @@ def run(
         model: timm name of the model that a checkpoint file belongs to; without weights, the model to draw untrained.
         data: images, as for pretraining; those that the data sets apart if there are any.
         reduction: which tokens live, merge or leave, block by block: a name such as tome, with what its knob is set to
-            as in tome:8 or evit:0.7 (half of the multiply-adds unless given), or a YAML file. Several, with commas, are
-            shown side by side at their end.
+            as in tome:8 or evit:0.7 (half of the multiply-adds unless given), a YAML file, or a folder with a trained
+            one. Several, with commas, are shown side by side at their end.
         policy: what masking policies hide of the images: random, block, high, hint, low, with commas, or 'all'. The
             last three follow the attention of the weights.
         images: rows, spread over the data.

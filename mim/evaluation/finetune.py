@@ -22,7 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from mim.encoder import Encoder
 from mim.errors import UserError
 from mim.randomness import derive_seed, keyed_generator, keyed_libraries
-from mim.reduction import TokenReducedViT, TokenReduction
+from mim.reduction import TokenReducedViT, TokenReduction, Tokens, distillation_loss
 from mim.schedules import between, cosine, warmup_cosine
 from mim.subject import FinetuneRecipe
 
@@ -63,6 +63,7 @@ class Finetune(L.LightningModule):
         images: how many there are to learn from.
         seed: of everything random.
         reduction: shortens the sequence in training and when scored; what it learns is added to the loss.
+        teacher: a classifier of the same shape that the reduced one is to agree with.
     """
 
     def __init__(
@@ -73,10 +74,12 @@ class Finetune(L.LightningModule):
         images: int,
         seed: int,
         reduction: TokenReduction | None = None,
+        teacher: VisionTransformer | None = None,
     ) -> None:
         super().__init__()
         self.model = vit if reduction is None else TokenReducedViT(vit, reduction)
         self.model.train()  # what was loaded to be measured comes in evaluation mode, which Lightning leaves as it is
+        self.teacher = teacher.requires_grad_(False) if teacher is not None else None
         self.recipe, self.seed = recipe, seed
         self.ema = ModelEmaV3(self.model, decay=recipe.ema).requires_grad_(False) if recipe.ema else None
         self.steps_per_epoch = images / recipe.batch_size
@@ -117,8 +120,22 @@ class Finetune(L.LightningModule):
         tokens = self.model.forward_tokens(images)
         auxiliary = self.model.auxiliary_loss(tokens, targets)
         self.log("train/reduction", auxiliary)
-        loss = F.cross_entropy(self.model.forward_head(tokens), targets, label_smoothing=smoothing)
-        return self._logged(loss + auxiliary)
+        logits = self.model.forward_head(tokens)
+        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing) + auxiliary
+        if self.teacher is not None:
+            distilled = self._distilled(images, logits, tokens)
+            self.log("train/teacher", distilled)
+            loss = loss + distilled
+        return self._logged(loss)
+
+    def _distilled(self, images: Tensor, logits: Tensor, tokens: Tokens) -> Tensor:
+        """How far answers and tokens are from the teacher's; tokens are normed wherever the layout has its norm."""
+        teacher = cast(VisionTransformer, self.teacher)
+        with torch.no_grad():
+            whole = teacher.forward_features(images)
+            answers = teacher.forward_head(whole)
+        normed = tokens.with_x(self.vit.fc_norm(tokens.x))
+        return distillation_loss(logits, normed, answers, teacher.fc_norm(whole))
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Counts right answers; images that could not be read, of label -1, do not count."""

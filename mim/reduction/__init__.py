@@ -4,6 +4,7 @@ from mim.reduction.base import TokenReduction
 from mim.reduction.clustering import GridClustering
 from mim.reduction.cropr import Cropr
 from mim.reduction.decoupling import DecoupleAndMerge
+from mim.reduction.distillation import distillation_loss
 from mim.reduction.duplication import GreedyDuplication
 from mim.reduction.dynamicvit import DynamicViT
 from mim.reduction.early_exit import EarlyExit
@@ -40,4 +41,5 @@ __all__ = [
     "TokenReduction",
     "Tokens",
     "TopKPruning",
+    "distillation_loss",
 ]

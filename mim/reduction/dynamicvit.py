@@ -1,7 +1,7 @@
 """DynamicViT: small networks decide before some blocks which tokens go on (arXiv:2106.02034).
 
 Deviations: counts are rounded up stage by stage, as everywhere in this folder, where the paper rounds down shares of
-the whole sequence. Its distillation from the model without pruning is :func:`distillation_loss`.
+the whole sequence. Its distillation from the model without pruning is :mod:`mim.reduction.distillation`.
 """
 
 from collections.abc import Sequence
@@ -86,21 +86,3 @@ class Predictor(nn.Module):
         mean = (weight * shared).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True).clamp(min=1e-6)
         logits: Tensor = self.decide(torch.cat([own, mean.expand(-1, own.shape[1], -1)], dim=2))
         return logits.log_softmax(dim=2)
-
-
-def distillation_loss(logits: Tensor, tokens: Tokens, teacher_logits: Tensor, teacher_tokens: Tensor) -> Tensor:
-    """What DynamicViT learns from the model without pruning: its answers, and its features of the tokens that stay.
-
-    Args:
-        logits: ``(B, classes)`` of the pruned model.
-        tokens: of the pruned model in training, after the final norm.
-        teacher_logits: ``(B, classes)`` of the whole model.
-        teacher_tokens: ``(B, P + N, D)`` of the whole model, after the final norm.
-
-    Returns:
-        Half the Kullback-Leibler divergence of the answers plus half the mean squared error of the features.
-    """
-    answers = F.kl_div(logits.log_softmax(1), teacher_logits.log_softmax(1), reduction="batchmean", log_target=True)
-    error = (tokens.patches - teacher_tokens[:, tokens.num_prefix :]).square().mean(dim=2)  # (B, N)
-    alive = torch.ones_like(error) if tokens.alive is None else tokens.alive.detach()
-    return 0.5 * answers + 0.5 * (alive * error).sum() / alive.sum().clamp(min=1)

@@ -54,3 +54,45 @@ def test_every_rate_is_a_point_beside_the_whole_model(weights, photos, tmp_path,
 def test_mistakes_end_in_lines_that_help(weights, photos, args, line, capsys):
     assert pareto(weights, photos, *args) == 2
     assert line in capsys.readouterr().err
+
+
+def finetuned(weights, photos, out, *args):
+    short = ["--num_workers", "0", "--epochs", "1", "--batch_size", "12", "--device", "cpu", "--from_scratch", "false"]
+    return main("finetune", ["--weights", weights, "--data", str(photos), *short, "--out", f"tuned/{out}", *args])
+
+
+def test_fine_tunings_are_points_of_one_page(weights, photos, tmp_path, capsys):
+    """Classification and segmentation each beside a fine-tuning without reduction, with what each has learnt."""
+    assert finetuned(weights, photos, "whole") == 0
+    assert finetuned(weights, photos, "cropr", "--reduction", "cropr:2") == 0
+    make_shapes.run(tmp_path / "masks", train=4, val=2, size=32)
+    segment = ["--weights", weights, "--data", "masks", "--steps", "2", "--batch_size", "4", "--finetune", "true"]
+    segment += ["--accelerator", "cpu", "--devices", "1", "--pictures", "0"]
+    assert main("segment", [*segment, "--out", "tuned/segment"]) == 0
+    assert main("segment", [*segment, "--out", "tuned/dtop", "--reduction", "dtop:0.6"]) == 0
+    page = ["--finetuned", "tuned", "--out", "page", "--rounds", "1", "--batch_size", "2", "--device", "cpu"]
+    assert main("benchmark", page) == 0
+    metrics = json.loads(Path("page/metrics.json").read_text())["metrics"]
+    names = ["none, top-1", "cropr PerBlock(r=2, inflect=0.0, stop=2), top-1"]
+    names += ["none, mIoU", "dtop KeepRate(keep=0.6, at=(1, 3)), mIoU"]
+    assert list(metrics) == names
+    for name, folder, what in zip(
+        names, ("whole", "cropr", "segment", "dtop"), ("top-1", "top-1", "mIoU", "mIoU"), strict=True
+    ):
+        (score,) = json.loads(Path("tuned", folder, "metrics.json").read_text())["metrics"][what]
+        assert metrics[name][what] == score
+    assert [facts["share"] < 1 for facts in metrics.values()] == [False, True, False, True]
+    assert Image.open("page/pareto.png").width == 1300
+    assert "top-1: all weights trained" in capsys.readouterr().out
+
+
+def test_only_like_is_compared_with_like(weights, photos, capsys):
+    page = ["--finetuned", "tuned", "--out", "page", "--rounds", "1", "--batch_size", "2", "--device", "cpu"]
+    assert main("benchmark", page) == 2
+    assert "no fine-tuning lies there" in capsys.readouterr().err
+    assert finetuned(weights, photos, "tome", "--reduction", "tome:1") == 0
+    assert main("benchmark", page) == 2
+    assert "top-1 is there with reductions only" in capsys.readouterr().err
+    assert finetuned(weights, photos, "whole", "--epochs", "2") == 0
+    assert main("benchmark", page) == 2
+    assert "epochs is 2.0 in one, 1.0 in the other" in capsys.readouterr().err

@@ -158,12 +158,36 @@ def test_a_trained_reduction_outlives_the_file_that_described_it(weights, photos
     assert not torch.equal(states[0]["routers.0.queries"], states[1]["routers.0.queries"])
 
 
+def test_a_reduced_model_learns_from_the_whole_one(weights, photos, capsys):
+    assert finetune(weights, photos, "--out", "whole", "--epochs", 1) == 0
+    options = ["--out", "tuned", "--reduction", "dynamicvit:0.6", "--teacher", "whole/export", "--ema", 0.9]
+    assert finetune(weights, photos, *options, "--epochs", 1) == 0
+    assert "agreeing with a teacher" in result("tuned")["protocol"]
+    timm.create_model("local-dir:tuned/export", pretrained=True)
+    assert finetune(weights, photos, "--out", "tuned", "--teacher", "whole/export") == 2
+    assert "nothing is reduced" in capsys.readouterr().err
+    assert finetune(weights, photos, "--out", "tuned", "--reduction", "tome:1", "--teacher", "whole") == 2
+    assert "is no exported model" in capsys.readouterr().err
+    assert finetune(weights, photos, "--out", "tuned", "--reduction", "tome:1", "--teacher", weights) == 2
+    assert "another kind of model" in capsys.readouterr().err
+
+
 def test_learnt_thresholds_become_a_file_of_fixed_numbers(weights, photos):
     assert finetune(weights, photos, "--out", "tuned", "--reduction", "ltp:0.2") == 0
     fixed = "tuned/export/static-ltp-0.2.yaml"
     assert finetune(weights, photos, "--out", "fixed", "--reduction", fixed, "--epochs", 1) == 0
     assert "TopKPruning(schedule=Counts(counts=" in result("fixed")["protocol"]
     assert section_name("knn", fixed) == "knn-static-ltp-0.2"
+
+
+def test_thresholds_rest_in_a_second_stage_with_hard_masks(weights, photos):
+    assert finetune(weights, photos, "--out", "tuned", "--reduction", "ltp:0.2", "--epochs", 1) == 0
+    settings = Path("tuned/export/reduction.yaml")
+    settings.write_text(settings.read_text().replace("hard: false", "hard: true"))
+    assert finetune("tuned/export", photos, "--out", "again", "--reduction", "tuned/export", "--epochs", 1) == 0
+    assert "hard=True" in result("again")["protocol"]
+    states = [load_file(Path(folder, "export/reduction.safetensors")) for folder in ("tuned", "again")]
+    assert torch.equal(states[0]["thresholds"], states[1]["thresholds"])
 
 
 def test_a_resumed_training_is_not_that_of_an_edited_file(weights, photos, capsys):

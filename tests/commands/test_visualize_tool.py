@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mim.cli import main
 from mim.pictures import read_strip
+from mim.reduction import LearnedThresholds
+from mim.reduction_io import save_reduction
 from mim.token_pictures import EDGE, draw_tokens, spread_over
 
 
@@ -34,6 +37,19 @@ def test_several_reductions_stand_side_by_side(weights):
         "random:0.5, block 4: 2 of 16",
         "expedite:0.5, block 1: 9 of 16",
     ]
+
+
+def test_hidden_tokens_leave_the_picture(weights, tmp_path):
+    """Thresholds that nothing reaches: one patch is left of each image."""
+    reduction = LearnedThresholds(depth=6)
+    torch.nn.init.constant_(reduction.thresholds, 2.0)
+    save_reduction(reduction, tmp_path)
+    assert visualize(weights, "--reduction", tmp_path, "--columns", 1, "--images", 1) == 0
+    tiles = read_strip(Path("visualize.png"))
+    assert list(tiles) == ["input", "block 5: 1 of 16"]
+    (tile,) = tiles["block 5: 1 of 16"]
+    faded = (np.asarray(tile).min(axis=2) >= round(0.85 * 255)).mean()
+    assert faded >= 15 / 16
 
 
 def test_a_reduction_may_be_a_file(weights, photos):

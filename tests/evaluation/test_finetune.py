@@ -1,5 +1,7 @@
 """The parts of fine-tuning against the recipe's own words."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 from mim.data.augment import Augmented
 from mim.encoder import Encoder
 from mim.evaluation.finetune import Finetune, classifier
-from mim.reduction import Cropr
+from mim.reduction import Cropr, DynamicViT
 from mim.subject import FinetuneRecipe
 
 
@@ -131,6 +133,26 @@ def test_what_a_reduction_learns_is_part_of_the_loss_and_its_weights_learn_as_fa
     assert {learning[id(parameter)] for parameter in trained.model.reduction.parameters()} == {1.0}
     assert all(parameter.grad is not None for parameter in trained.model.reduction.parameters())
     assert len(learning) == len(list(trained.parameters()))
+
+
+def test_a_teacher_is_agreed_with_and_never_trained(monkeypatch):
+    trained = reduced(drop_path=0.0)
+    trained.teacher = copy.deepcopy(trained.vit).requires_grad_(False)
+    trained.model.reduction = DynamicViT(trained.vit.embed_dim, 0.5, at=[1])
+    nn.init.constant_(trained.model.reduction.predictors[0].decide[-1].bias[:1], 50.0)  # all stay
+    logged = {}
+    monkeypatch.setattr(trained, "log", lambda name, value: logged.update({name: value.item()}))
+    batch = [torch.randn(8, 3, 32, 32)], torch.arange(8) % 5
+    trained.training_step(batch, 0)
+    assert logged["train/teacher"] == pytest.approx(0, abs=1e-6)
+    for parameter in trained.teacher.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    trained.training_step(batch, 0).backward()
+    assert logged["train/teacher"] > 0.01
+    assert logged["train/loss"] > logged["train/teacher"] + logged["train/reduction"]
+    assert all(parameter.grad is None for parameter in trained.teacher.parameters())
+    optimized = {id(p) for group in trained.configure_optimizers().param_groups for p in group["params"]}
+    assert not optimized & {id(parameter) for parameter in trained.teacher.parameters()}
 
 
 def test_the_strength_of_a_reduction_is_a_function_of_the_step(monkeypatch):

@@ -5,7 +5,7 @@ from small_models import build
 
 from mim.reduction import DynamicViT, TokenReducedViT, Tokens
 from mim.reduction.attention import Attending
-from mim.reduction.dynamicvit import Predictor, distillation_loss
+from mim.reduction.dynamicvit import Predictor
 
 
 def wrapper(**settings):
@@ -84,14 +84,3 @@ def test_the_gradient_of_both_losses_reaches_every_predictor(images, what):
     for predictor in model.reduction.predictors:
         assert all(parameter.grad.isfinite().all() for parameter in predictor.parameters())
         assert predictor.decide[0].weight.grad.abs().sum() > 0
-
-
-def test_distillation_is_of_answers_and_of_tokens_that_stay():
-    logits, teacher = torch.randn(2, 5), torch.randn(2, 5)
-    x, other = torch.randn(2, 1 + 3, 4), torch.randn(2, 1 + 3, 4)
-    alive = torch.tensor([[1.0, 0, 1], [0, 1, 0]])
-    tokens = Tokens.start(x, 1).hiding(alive)
-    answers = (teacher.softmax(1) * (teacher.log_softmax(1) - logits.log_softmax(1))).sum(1).mean()
-    features = (x - other)[:, 1:][alive > 0].square().mean()
-    torch.testing.assert_close(distillation_loss(logits, tokens, teacher, other), 0.5 * answers + 0.5 * features)
-    torch.testing.assert_close(distillation_loss(logits, Tokens.start(x, 1), logits, x), torch.zeros(()))

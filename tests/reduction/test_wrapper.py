@@ -75,7 +75,7 @@ def test_the_state_loads_into_the_model_alone():
 
 def test_the_lines_of_the_readme_work():
     text = (Path(__file__).parents[2] / "README.md").read_text()
-    (lines,) = re.findall(r"```python\n(from mim.reduction.*?)```", text, re.DOTALL)
-    names = {"timm": timm}
+    (lines,) = re.findall(r"```python\n(import timm\nfrom mim.reduction.*?)```", text, re.DOTALL)
+    names = {}
     exec(lines.replace("vit_large_patch16_224", "vit_tiny_patch16_224").replace("pretrained=True", "depth=2"), names)
     assert names["fast"](torch.randn(1, 3, 224, 224)).shape == (1, 1000)
