@@ -1,5 +1,6 @@
 """The frame of every evaluation: opens weights and labelled images, gives features, writes results into the run."""
 
+import atexit
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -131,7 +132,7 @@ class Measurement:
     def write(
         self, folder: Path, title: str, protocol: str, scores: Scores, details: dict[str, Any] | None = None
     ) -> None:
-        """Prints the results and writes them into the folder; pictures may be put there before :meth:`finish`."""
+        """Prints the results and writes them into the folder, to be followed by pictures and :func:`finish_section`."""
         metrics = {
             what if who == TRAINED else f"{what}, {who}": values
             for what, groups in scores.items()
@@ -148,10 +149,6 @@ class Measurement:
     def folder(self, name: str) -> Path:
         """Where results go: an evaluation with a reduction does not replace the one without."""
         return evaluation_folder(self.subject.weights, self.subject.out, section_name(name, self.subject.reduction))
-
-    def finish(self, folder: Path) -> None:
-        """See :func:`finish_section`."""
-        finish_section(folder)
 
     def _bank(self, encoder: Encoder, features: Features, source: Source, crop: tuple[int, int] | None = None) -> Bank:
         bad = BadFiles(self.subject.max_bad)
@@ -234,11 +231,17 @@ def join_processes(device: str) -> torch.device:
     cuda = device != "cpu" and torch.cuda.is_available()
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo")
+        atexit.register(_leave_processes)  # threads that outlive the interpreter would abort it
     if not cuda:
         return torch.device("cpu")
     place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(place)
     return place
+
+
+def _leave_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _parts(images: LabelledImages, val_fraction: float) -> tuple[Source, Source, str]:

@@ -5,15 +5,17 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
-from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from mim.callbacks import Checkpoints, Signals
 from mim.callbacks.run_log import duration
 from mim.checkpoint_io import AtomicCheckpointIO, checkpoint_step, newest_good
+from mim.data.finetune import FinetuneData
+from mim.data.segmentation import SegmentationData
 from mim.errors import UserError
 from mim.measure import TRAINED
 from mim.methods import NonFiniteError
@@ -24,12 +26,6 @@ _QUIET = 30.0
 
 class StoppedError(Exception):
     """A signal came; the step that was running is saved."""
-
-
-class StepData(Protocol):
-    """Images whose order is a function of the step."""
-
-    first_step: int
 
 
 class Progress(Callback):
@@ -105,14 +101,19 @@ def open_trainer(
 
 
 def fit(
-    trainer: Trainer, module: LightningModule, data: LightningDataModule, folder: Path, resume: bool, hint: str
+    trainer: Trainer,
+    module: LightningModule,
+    data: FinetuneData | SegmentationData,
+    folder: Path,
+    resume: bool,
+    hint: str,
 ) -> None:
     """Trains to the last step, from the newest whole checkpoint in ``folder`` if it is to go on.
 
     Args:
         trainer: from :func:`open_trainer`, with the same folder.
         module: is trained.
-        data: a :class:`StepData`.
+        data: its order is a function of the step.
         folder: of this training.
         resume: go on where it was stopped.
         hint: what to try if weights become NaN.
@@ -122,8 +123,7 @@ def fit(
         UserError: if the weights are no longer finite.
     """
     checkpoint = newest_good(folder / "checkpoints")[0] if resume else None
-    steps: StepData = data  # type: ignore[assignment]  # Lightning's classes know no such attribute
-    steps.first_step = checkpoint_step(checkpoint) if checkpoint else 0
+    data.first_step = checkpoint_step(checkpoint) if checkpoint else 0
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint and str(checkpoint), weights_only=True)
     except NonFiniteError as error:

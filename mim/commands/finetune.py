@@ -36,7 +36,7 @@ def run(
     _check(recipe, seeds, devices * accumulate)
     # torch is imported when there is something to train: --help must not wait for it.
     from mim.finetuning import Machine, best_precision, export, finish, settings_of, train
-    from mim.measure import TRAINED, UNTRAINED, Measurement, Scores
+    from mim.measure import TRAINED, UNTRAINED, Measurement, Scores, finish_section
     from mim.report.confusion import save_confusion
     from mim.run import quieten
     from mim.supervised import StoppedError, pictures_of_first, remember, training_folder
@@ -76,7 +76,7 @@ def run(
         protocol = f"{_protocol(recipe)}; {measurement.protocol()}; after the last epoch."
         pictures_of_first(root)
         measurement.write(root, "Fine-tuning", protocol, scores)
-        measurement.finish(root)
+        finish_section(root)
         if exported is not None:
             print(f'  model   {exported}   (timm.create_model("local-dir:{exported}", pretrained=True))')
 

@@ -30,7 +30,7 @@ def run(
     from mim.evaluation.bank import Bank
     from mim.evaluation.features import Features
     from mim.evaluation.knn import knn_accuracies
-    from mim.measure import TRAINED, UNTRAINED, Measurement, Scores, share_out
+    from mim.measure import TRAINED, UNTRAINED, Measurement, Scores, finish_section, share_out
 
     measurement, features = Measurement.open(subject), Features(layers, pool)
     encoders = [(TRAINED, measurement.loaded.encoder)]
@@ -52,4 +52,4 @@ def run(
         protocol = f"frozen encoder, {features.describe()}, {measurement.protocol()}; {votes}."
         folder = measurement.folder("knn")
         measurement.write(folder, "k-NN classification", protocol, scores)
-        measurement.finish(folder)
+        finish_section(folder)

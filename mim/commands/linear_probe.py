@@ -35,7 +35,7 @@ def run(
     from mim.evaluation.bank import Bank
     from mim.evaluation.features import Features
     from mim.evaluation.heads import Outcome, confusion, probe_head
-    from mim.measure import TRAINED, UNTRAINED, Measurement, Scores, share_out
+    from mim.measure import TRAINED, UNTRAINED, Measurement, Scores, finish_section, share_out
     from mim.report.confusion import save_confusion
 
     measurement = Measurement.open(subject)
@@ -73,7 +73,7 @@ def run(
     folder = measurement.folder(recipe.head)
     measurement.write(folder, _NAMES[recipe.head], protocol, scores, details)
     save_confusion(matrix.numpy(), measurement.classes, folder / "confusion.png")
-    measurement.finish(folder)
+    finish_section(folder)
 
 
 def _protocol(recipe: HeadRecipe, crops: int) -> str:

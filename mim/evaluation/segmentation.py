@@ -148,7 +148,7 @@ class SemanticSegmentation(L.LightningModule):
         loss = loss * world / count  # gradients are averaged over processes
         if self.finetune and self.encoder.reduction is not None:
             loss = loss + self.encoder.reduction.auxiliary_loss(tokens, targets)
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/loss", loss.detach())
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

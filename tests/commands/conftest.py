@@ -1,5 +1,7 @@
 """What evaluations measure in tests: a tiny timm folder and a few drawn images."""
 
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -38,3 +40,19 @@ def photos(tmp_path):
                 folder.mkdir(parents=True, exist_ok=True)
                 to_pil_image(source.read(index)).save(folder / f"{index}.png")
     return tmp_path / "photos"
+
+
+@pytest.fixture
+def stop_after_a_checkpoint():
+    """Sends SIGTERM to a training as soon as it has saved; it ends with the status that asks to go on."""
+
+    def stop(process, folder):
+        while not list(Path(folder).glob("seed-0/checkpoints/step-*.ckpt")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 75, output
+        assert not Path(folder, "metrics.json").exists()
+
+    return stop

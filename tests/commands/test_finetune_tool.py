@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -81,17 +79,11 @@ def start(weights, photos, *args):
     return subprocess.Popen([*command, *SHORT, *map(str, args)], env=environment, **pipe)
 
 
-def test_a_stopped_training_goes_on_to_the_same_weights(weights, photos):
+def test_a_stopped_training_goes_on_to_the_same_weights(weights, photos, stop_after_a_checkpoint):
     long = ["--epochs", 40, "--eval_every", 1, "--from_scratch", "false"]
     assert finetune(weights, photos, *long, "--out", "whole") == 0
     process = start(weights, photos, *long, "--out", "stopped")
-    while not list(Path("stopped").glob("seed-0/checkpoints/step-*.ckpt")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, output
-    assert not Path("stopped/metrics.json").exists()
+    stop_after_a_checkpoint(process, "stopped")
     assert finetune(weights, photos, *long, "--out", "stopped", "--resume", "true") == 0
     whole, resumed = exported("whole"), exported("stopped")
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())

@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -88,20 +86,14 @@ def test_two_processes_score_like_one(weights, masks):
         assert one[name] == pytest.approx(two[name], abs=1e-3)  # sums in another order may turn a pixel on a border
 
 
-def test_a_stopped_training_goes_on_to_the_same_weights(weights, masks):
+def test_a_stopped_training_goes_on_to_the_same_weights(weights, masks, stop_after_a_checkpoint):
     long = ["--steps", "60", "--save_every", "1", "--head", "upernet", "--finetune", "true"]
     assert segment(weights, masks, *long, "--out", "whole") == 0
     command = [sys.executable, str(ROOT / "tools" / "segment.py"), "--weights", weights, "--data", str(masks), *TINY]
     command += ["--devices", "1", *long, "--out", "stopped"]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipe)
-    while not list(Path("stopped").glob("seed-0/checkpoints/step-*.ckpt")):  # the untrained encoder comes first
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, output
-    assert not Path("stopped/metrics.json").exists()
+    stop_after_a_checkpoint(process, "stopped")  # the untrained encoder comes first
     assert segment(weights, masks, *long, "--out", "stopped", "--resume", "true") == 0
     for file in ("model.safetensors", "head.safetensors"):
         whole, resumed = (load_file(Path(name, "export", file)) for name in ("whole", "stopped"))
