@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW, Optimizer
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from mim.config import instantiate
+from mim.data.loading import WatchedLoader
 from mim.data.pretrain import Crops, PretrainData, collate
 from mim.errors import UserError
 from mim.methods import Batch, Method
@@ -201,7 +201,7 @@ def loader_rates(config: Namespace, contender: Contender, steps: int) -> dict[st
     warm_up = 1 + 2 * data.num_workers  # what workers prepare ahead says nothing about their speed
 
     def batches() -> Iterator[Batch]:
-        loader = DataLoader(
+        loader = WatchedLoader(
             Crops(data.source, data.views, config.seed),
             batch_sampler=data.sampler(range(warm_up + steps)),
             num_workers=data.num_workers,

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -46,9 +46,7 @@ class AtomicCheckpointIO(CheckpointIO):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with temporary.open("wb") as file:
                 writer = _HashingWriter(file)
-                torch.save(checkpoint, cast(BinaryIO, writer))
-                if writer.failure is not None:
-                    raise writer.failure
+                writer.take(checkpoint)
                 file.flush()
                 os.fsync(file.fileno())
             facts = {"sha256": writer.digest.hexdigest(), "bytes": writer.written, "step": checkpoint["global_step"]}
@@ -60,9 +58,10 @@ class AtomicCheckpointIO(CheckpointIO):
             os.replace(temporary, path)
             _sync_folder(path.parent)
         except OSError as error:
-            with suppress(OSError):
-                temporary.unlink()
             raise _no_room(error, path, size) from error
+        finally:
+            with suppress(OSError):  # after its renaming there is none
+                temporary.unlink()
         _link(path)
         # Later steps than this one are those that a resume found damaged: they do not count.
         for old in [other for other in checkpoints(path.parent) if other.name <= path.name][:-KEEP]:
@@ -188,21 +187,27 @@ def sweep(folder: Path) -> None:
 
 
 class _HashingWriter:
-    """A file that hashes what passes through.
-
-    A failed write is kept for the caller: torch's archive would hide it behind an error of its own.
-    """
+    """A file that hashes what passes through."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest, self.written = file, hashlib.sha256(), 0
-        self.failure: OSError | None = None
+        self.failure: Exception | None = None
+
+    def take(self, checkpoint: Mapping[str, Any]) -> None:
+        """Writes a checkpoint; raises what went wrong first, which torch's archive hides behind an error of its own."""
+        try:
+            torch.save(checkpoint, cast(BinaryIO, self))
+        except RuntimeError as error:
+            raise self.failure or error from error
+        if self.failure is not None:
+            raise self.failure
 
     def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.written += len(data)
         try:
+            self.digest.update(data)
+            self.written += len(data)
             self.file.write(data)
-        except OSError as error:
+        except Exception as error:  # OSError, or what torch raises anywhere when a loader process dies
             self.failure = self.failure or error
         return len(data)
 

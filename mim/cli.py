@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mim import __version__
-from mim.errors import UserError
+from mim.errors import MACHINE_ERRORS, UserError
 from mim.processes import leaving_on_signals, process_rank
 
 if TYPE_CHECKING:  # even this parser takes a moment to import: help and typing mistakes come first
@@ -116,12 +116,19 @@ def main(command: str | None = None, args: Sequence[str] | None = None) -> int:
     except UserError as error:
         if debug:
             traceback.print_exc()
-        if process_rank() == 0:
+        if process_rank() == 0 or error.alone:
             print(error, file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except MACHINE_ERRORS as error:
+        from mim.failures import explained
+
+        if (failure := explained(error)) is None or debug:
+            raise
+        print(failure, file=sys.stderr)
+        return 2
 
 
 def translate(args: Sequence[str]) -> list[str]:

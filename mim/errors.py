@@ -1,5 +1,8 @@
 """The one error that a user's mistake ends in: three lines, no traceback."""
 
+MACHINE_ERRORS = (RuntimeError, MemoryError, EOFError, ConnectionResetError, ConnectionRefusedError)
+"""What memory that ran out and processes that died can end in; :func:`mim.failures.explained` tells them from bugs."""
+
 
 class UserError(Exception):
     """A mistake that the user can mend; the command line prints it in three lines and exits with status 2.
@@ -8,11 +11,12 @@ class UserError(Exception):
         error: what is wrong and where, naming the option or file.
         why: the reason, if it is not obvious.
         hint: a command or setting that works.
+        alone: it happened to one process among several, which then says so itself; what happens to all is said once.
     """
 
-    def __init__(self, error: str, *, why: str | None = None, hint: str | None = None) -> None:
+    def __init__(self, error: str, *, why: str | None = None, hint: str | None = None, alone: bool = False) -> None:
         super().__init__(error)
-        self.error, self.why, self.hint = error, why, hint
+        self.error, self.why, self.hint, self.alone = error, why, hint, alone
 
     def about(self, option: str, *, instead_of: str) -> "UserError":
         """The same mistake, made in another option."""

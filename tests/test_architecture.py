@@ -14,7 +14,7 @@ LEVELS = [
     {"mim.encoder"},
     {"mim.targets"},
     {"mim.methods", "mim.evaluation", "mim.data", "mim.interop"},
-    {"mim.config", "mim.checkpoint_io", "mim.pictures", "mim.overlays", "mim.plain", "mim.run"},
+    {"mim.config", "mim.checkpoint_io", "mim.failures", "mim.pictures", "mim.overlays", "mim.plain", "mim.run"},
     {"mim.checkpoint", "mim.reduction_io", "mim.report", "mim.benchmark", "mim.token_pictures"},
     {"mim.callbacks", "mim.measure", "mim.compare", "mim.benchmark_reduction"},
     {"mim.supervised"},

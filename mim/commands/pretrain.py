@@ -24,7 +24,8 @@ from mim.checkpoint_io import AtomicCheckpointIO, checkpoint_step, newest_good
 from mim.config import changes, instantiate, parse, run_options, save_config
 from mim.data.pretrain import PretrainData
 from mim.encoder import Encoder
-from mim.errors import UserError
+from mim.errors import MACHINE_ERRORS, UserError
+from mim.failures import explained
 from mim.methods import Method, NonFiniteError, Plan
 from mim.processes import INTERRUPTED, process_rank
 from mim.report import write_report
@@ -108,12 +109,10 @@ class Pretraining:
             trainer.fit(self.method, self.data, ckpt_path=checkpoint and str(checkpoint), weights_only=True)
         except NonFiniteError as error:
             raise self._dump(error) from error
-        except torch.OutOfMemoryError as error:
-            raise self._out_of_memory(error, trainer) from error
-        except RuntimeError as error:
-            if (lost := self._lost_process(trainer)) is None:
+        except MACHINE_ERRORS as error:
+            if (failure := self._failure(error, trainer) or self._lost_process(trainer)) is None:
                 raise
-            raise lost from error
+            raise failure from error
         if trainer.is_global_zero:
             return self._finish(trainer, evaluation, checkpoints, time.monotonic() - started)
         return INTERRUPTED if checkpoints.stopped else 0
@@ -366,14 +365,17 @@ class Pretraining:
                 )
         return None
 
-    def _out_of_memory(self, error: Exception, trainer: Trainer) -> UserError:
+    def _failure(self, error: Exception, trainer: Trainer) -> UserError | None:
+        """Memory or a loader process, if it was one of them."""
         per_device = self.plan.batch_size // trainer.world_size // trainer.accumulate_grad_batches
         accumulate = trainer.accumulate_grad_batches * 4
-        return UserError(
-            f"out of memory at batch {per_device} per device",
-            why=str(error).split(". ")[0],
-            hint=f"--accumulate {accumulate}   (same global batch and learning rate), --precision bf16-mixed, "
+        return explained(
+            error,
+            at=f" at batch {per_device} per device",
+            memory_hint=f"--accumulate {accumulate}   (same global batch and learning rate), --precision bf16-mixed, "
             "--model.init_args.encoder.grad_checkpointing true",
+            loader_hint=f"python tools/pretrain.py --resume {self.folder.path}   "
+            f"(with --num_workers {self.data.num_workers // 2} if memory was short)",
         )
 
 

@@ -5,11 +5,11 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from mim.data.augment import Augmented
 from mim.data.labelled import Framed, collate_framed
-from mim.data.pretrain import STALL, BadFiles, Crops, EndlessLoader, collate, leave_signals_to_the_run
+from mim.data.loading import EndlessLoader, WatchedLoader
+from mim.data.pretrain import BadFiles, Crops, collate
 from mim.data.sampler import Shard, StepSampler
 from mim.data.sources import Source
 
@@ -44,7 +44,7 @@ class FinetuneData(L.LightningDataModule):
         self.bad_files.total = len(train) + len(test)
         self.first_step = 0
 
-    def train_dataloader(self) -> "DataLoader[Any]":
+    def train_dataloader(self) -> EndlessLoader:
         """Micro-batches of this process from ``first_step`` to the trainer's last."""
         trainer = self.trainer
         assert trainer is not None
@@ -57,14 +57,14 @@ class FinetuneData(L.LightningDataModule):
             **self._loading(trainer),
         )
 
-    def val_dataloader(self) -> "DataLoader[Any]":
+    def val_dataloader(self) -> WatchedLoader:
         """This process's part of the scored images; parts may differ in length by one."""
         trainer = self.trainer
         assert trainer is not None
         own = range(trainer.global_rank, len(self.test), trainer.world_size)
         size = max(1, self.batch_size // (trainer.world_size * trainer.accumulate_grad_batches))
         framed = Framed(self.test, self.frames, own)
-        return DataLoader(framed, batch_size=size, collate_fn=collate_framed, **self._loading(trainer))
+        return WatchedLoader(framed, batch_size=size, collate_fn=collate_framed, **self._loading(trainer))
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401 - Lightning's signature
         """Takes the unreadable files out of a batch and counts them."""
@@ -85,7 +85,5 @@ class FinetuneData(L.LightningDataModule):
     def _loading(self, trainer: L.Trainer) -> dict[str, Any]:
         return {
             "num_workers": self.num_workers,
-            "timeout": STALL if self.num_workers else 0,
-            "worker_init_fn": leave_signals_to_the_run,
             "pin_memory": trainer.strategy.root_device.type == "cuda" and torch.cuda.is_available(),
         }

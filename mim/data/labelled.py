@@ -7,13 +7,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from mim.data.builtin import PhotoSource
 from mim.data.images import ImageError
-from mim.data.pretrain import STALL, Bad, leave_signals_to_the_run
+from mim.data.loading import WatchedLoader
+from mim.data.pretrain import Bad
 from mim.data.shapes import ShapeSource
 from mim.data.sources import HELD_OUT, FolderSource, ListSource, Source, open_source
 from mim.data.views import SingleView
@@ -185,13 +186,11 @@ def framed_batches(
         device: where images are normalised and stay.
     """
     frames = images.frames.to(device)
-    loader = DataLoader(
+    loader = WatchedLoader(
         images,
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=collate_framed,
-        timeout=STALL if num_workers else 0,
-        worker_init_fn=leave_signals_to_the_run,
         pin_memory=torch.device(device).type == "cuda",
     )
     for pixels, labels, bad in loader:

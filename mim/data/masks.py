@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mim.data.builtin import MosaicSource
 from mim.data.images import ImageError, read_colours, read_image, read_numbers
+from mim.data.loading import reading
 from mim.data.shapes import ShapeSource
 from mim.data.sources import HELD_OUT, FolderSource
 from mim.errors import UserError
@@ -81,8 +82,10 @@ class PairedFiles:
         """See :class:`PairSource`; raises a :class:`UserError` if either cannot be read or their sizes differ."""
         image_path, mask_path = self.pairs[index]
         try:
-            image = read_image(image_path, self.channels)
-            numbers = read_numbers(mask_path) if self.colours is None else self._by_colour(mask_path)
+            with reading(str(image_path)):
+                image = read_image(image_path, self.channels)
+            with reading(str(mask_path)):
+                numbers = read_numbers(mask_path) if self.colours is None else self._by_colour(mask_path)
         except ImageError as error:
             hint = "remove the pair"
             if error.path == str(mask_path):

@@ -1,7 +1,6 @@
 """Images for pretraining: what to read, in which order, cut into which views. Labels serve the online probes only."""
 
 import os
-import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,19 +10,17 @@ from typing import Any, Literal, final
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from mim.data.builtin import PhotoSource
 from mim.data.images import ImageError
+from mim.data.loading import EndlessLoader, WatchedLoader
 from mim.data.sampler import Key, Shard, StepSampler
 from mim.data.shapes import ShapeSource
 from mim.data.sources import Source, open_source
 from mim.data.views import IMAGENET_MEAN, IMAGENET_STD, SingleView, Views
 from mim.errors import UserError
 from mim.randomness import RowGenerator, derive_seed, keyed_generator
-
-STALL = 120
-"""Seconds after which a worker that delivers nothing ends the run instead of hanging it."""
 
 Bad = tuple[str, str]
 """(file, reason) of something that could not be read."""
@@ -106,7 +103,7 @@ class PretrainData(L.LightningDataModule):
         """The order of the images over ``steps``."""
         return StepSampler(len(self.source), self.batch_size, steps, self.seed, shard or Shard())
 
-    def train_dataloader(self) -> "DataLoader[Any]":
+    def train_dataloader(self) -> EndlessLoader:
         """Micro-batches of this process from ``first_step`` to the trainer's last."""
         trainer = self.trainer
         assert trainer is not None
@@ -117,8 +114,6 @@ class PretrainData(L.LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=trainer.strategy.root_device.type == "cuda",
-            timeout=STALL if self.num_workers else 0,
-            worker_init_fn=leave_signals_to_the_run,
         )
 
     def batch(self, step: int) -> tuple[list[Tensor], Tensor, list[str]]:
@@ -136,13 +131,11 @@ class PretrainData(L.LightningDataModule):
         self, source: Source, indices: Sequence[int], batch_size: int = 64
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised middles ``(B, C, H, W)`` of the readable ones among ``indices``, and their labels ``(B,)``."""
-        loader = DataLoader(
+        loader = WatchedLoader(
             Centers(source, self.views, indices),
             batch_size=batch_size,
             num_workers=self.num_workers,
             collate_fn=_collate_readable,
-            timeout=STALL if self.num_workers else 0,
-            worker_init_fn=leave_signals_to_the_run,
         )
         for images, labels in loader:
             if len(images):
@@ -282,27 +275,10 @@ class Centers(Dataset[tuple[Tensor, int] | None]):
         return self.views.center(image), self.source.labels[index] if self.source.labels else -1
 
 
-class EndlessLoader(DataLoader[Any]):
-    """A loader without a length: Lightning then counts no epochs, and steps alone say where the run is."""
-
-    def __len__(self) -> int:
-        """There is none."""
-        raise TypeError("a loader of one long pass has no length")
-
-
 def collate(samples: list[tuple[list[Tensor], int, int, list[Bad]]]) -> tuple[list[Tensor], Tensor, Tensor, list[Bad]]:
     """Stacks views, labels and keys, joins the lists of bad files."""
     views, labels, keys = default_collate([sample[:3] for sample in samples])
     return views, labels, keys, [bad for *_, bads in samples for bad in bads]
-
-
-def leave_signals_to_the_run(worker: int) -> None:
-    """Lets a loader's worker outlive the signals that a scheduler or Ctrl-C sends to all processes of a run.
-
-    The run still needs it for the step that it finishes before it saves. A worker ends with its parent in any case.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate_readable(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor]:

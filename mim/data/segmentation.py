@@ -12,13 +12,13 @@ from typing import Any, NamedTuple, final
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from mim.data.loading import EndlessLoader, WatchedLoader
 from mim.data.masks import IGNORE, ClassNumbers, MaskedImages, PairSource, count_classes, open_masks
-from mim.data.pretrain import STALL, EndlessLoader, leave_signals_to_the_run
 from mim.data.sampler import Key, Shard, StepSampler
 from mim.errors import UserError
 from mim.randomness import derive_seed
@@ -170,25 +170,20 @@ class SegmentationData(L.LightningDataModule):
         cut = [v2.functional.center_crop(part, [self.crop] * 2) for part in (_resized(image, self.crop), small)]
         return cut[0].as_subclass(Tensor), cut[1].as_subclass(Tensor)[0]
 
-    def train_dataloader(self) -> "DataLoader[Any]":
+    def train_dataloader(self) -> EndlessLoader:
         """Crops of this process from ``first_step`` to the trainer's last."""
         trainer = self.trainer
         assert trainer is not None
         shard = Shard(trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches)
         steps = range(self.first_step, trainer.max_steps)
         order = StepSampler(len(self.train), self.batch_size, steps, self.seed, shard)
-        return EndlessLoader(_Crops(self), batch_sampler=order, collate_fn=_stack, **self._loading())
+        return EndlessLoader(_Crops(self), batch_sampler=order, collate_fn=_stack, num_workers=self.num_workers)
 
-    def val_dataloader(self) -> "DataLoader[Any]":
+    def val_dataloader(self) -> WatchedLoader:
         """Every scored image once, over all processes: none is repeated to make the shares equal."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         share = range(rank, len(self.test), world)
-        return DataLoader(_Whole(self), sampler=share, batch_size=None, **self._loading())
-
-    def _loading(self) -> dict[str, Any]:
-        workers = self.num_workers
-        timeout = STALL if workers else 0
-        return {"num_workers": workers, "timeout": timeout, "worker_init_fn": leave_signals_to_the_run}
+        return WatchedLoader(_Whole(self), sampler=share, batch_size=None, num_workers=self.num_workers)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401 - Lightning's signature
         """A mistake that a loader process has found ends the run here, in the user's words."""

@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from mim.data.images import SUFFIXES, ImageError, printable, read_image
+from mim.data.loading import reading
 from mim.data.shards import Member, expand_shards, read_label, read_part, tar_members
 from mim.errors import UserError
 
@@ -77,7 +78,9 @@ class FileSource(ABC):
 
     def read(self, index: int) -> Tensor:
         """``(C, H, W)`` uint8; raises ``ImageError``."""
-        return read_image(self.encoded(index), self.channels, self.describe(index))
+        name = self.describe(index)
+        with reading(name):
+            return read_image(self.encoded(index), self.channels, name)
 
     @abstractmethod
     def encoded(self, index: int) -> Path | bytes:

@@ -1,0 +1,102 @@
+"""Loader processes that die or hang are noticed, and the file in their hands is named."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from mim.data import loading
+from mim.data.loading import WatchedLoader, reading
+from mim.errors import MACHINE_ERRORS
+from mim.failures import explained
+
+
+class Files(torch.utils.data.Dataset):
+    """Numbers 0 to 7 as files; what happens in the middle of reading is up to the test."""
+
+    def __init__(self, happens):
+        self.happens = happens
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, number):
+        with reading(f"folder/{number}.jpg"):
+            self.happens(number)
+        return number
+
+
+def dies(number):
+    if number == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hangs(number):
+    if number == 5:
+        time.sleep(60)
+
+
+def fails(number):
+    if number == 5:
+        raise ValueError("a bug")
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(loading, "STALL", 3)
+
+
+def failure(happens, workers=2):
+    loader = WatchedLoader(Files(happens), num_workers=workers, batch_size=2)
+    with pytest.raises((*MACHINE_ERRORS, ValueError)) as stop:
+        list(loader)
+    return stop.value
+
+
+def test_a_loader_process_that_dies_is_reported_with_its_file():
+    found = explained(failure(dies), loader_hint="again")
+    assert found.error == "a loader process died while it read folder/5.jpg"
+    assert found.hint == "again"
+    assert found.alone
+
+
+def test_one_that_hangs_ends_the_run_with_its_file(impatient):
+    found = explained(failure(hangs))
+    assert found.error == "a loader process gave nothing for 3 s while it read folder/5.jpg"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_file_or_a_bug_raises_is_something_else(workers):
+    assert explained(failure(fails, workers)) is None
+
+
+def test_nothing_is_in_hands_between_two_files():
+    loader = WatchedLoader(Files(lambda number: None), num_workers=2, batch_size=2)
+    assert [row.tolist() for row in loader] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    pids, names = zip(*loader.in_hands(), strict=True)
+    assert len(set(pids)) == 2
+    assert names == ("", "")
+
+
+def test_a_name_of_any_length_and_alphabet_fits():
+    for name in ("", "ö" * 2000, "\udcff.jpg"):
+        row = torch.zeros(1, 1024, dtype=torch.uint8)
+        loading._row = row[0].numpy()
+        try:
+            with reading(name):
+                shown = row[0].numpy().tobytes().rstrip(b"\0")
+            assert shown == name.encode(errors="replace")[:1024]
+            assert not row.any()
+        finally:
+            loading._row = None
+
+
+def test_memory_of_the_machine_that_runs_out_is_told_from_a_bug():
+    with pytest.raises(RuntimeError) as stop:
+        torch.empty(1 << 60)
+    found = explained(stop.value, at=" at batch 16 per device")
+    assert found.error == "out of memory at batch 16 per device"
+    assert "can't allocate memory" in found.why
+    assert explained(RuntimeError("shapes do not fit")) is None
