@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-versions audit lint types install clean
+.PHONY: demo test test-slow test-versions audit lock lint types install clean
 
 demo: install
 	$(BIN)/python tools/pretrain.py
@@ -18,10 +18,16 @@ test-slow: install
 test-versions:
 	PYTHON=$(PYTHON) .ci/versions
 
-# Known holes in what is installed; asks an advisory service on the network.
+# Known holes in what is locked; asks an advisory service on the network.
 audit: install
 	$(BIN)/python -m pip install --quiet pip-audit
-	$(BIN)/python -m pip_audit --skip-editable --strict
+	$(BIN)/python -m pip_audit --requirement .ci/lock.txt --require-hashes --disable-pip --strict
+
+# The newest versions of everything, with the hash of every file, for all systems and Pythons.
+lock: install
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes --upgrade \
+		--no-annotate --custom-compile-command "make lock" --quiet --output-file .ci/lock.txt
 
 lint: install
 	$(BIN)/ruff format --check .
