@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mim import __version__
 from mim.errors import UserError
-from mim.processes import leaving_on_signals, process_rank
+from mim.processes import leave_group, leaving_on_signals, process_rank
 
 if TYPE_CHECKING:  # even this parser takes a moment to import: help and typing mistakes come first
     from jsonargparse import ArgumentParser
@@ -96,7 +96,7 @@ COMMANDS = {
     "info": "list methods, models, configs, or what a run holds",
 }
 
-RESUMABLE = {"pretrain", "finetune"}
+RESUMABLE = {"pretrain", "finetune", "segment"}
 """Commands that a signal interrupts with status 75 at any moment."""
 
 
@@ -122,6 +122,8 @@ def main(command: str | None = None, args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    finally:
+        leave_group()
 
 
 def translate(args: Sequence[str]) -> list[str]:

@@ -116,7 +116,9 @@ class Pretraining:
             raise lost from error
         if trainer.is_global_zero:
             return self._finish(trainer, evaluation, checkpoints, time.monotonic() - started)
-        return INTERRUPTED if checkpoints.stopped else 0
+        if checkpoints.stopped:
+            raise SystemExit(INTERRUPTED)
+        return 0
 
     def _instantiate(self, seed: int) -> Namespace:
         """Builds method and data; the same seed gives the same weights."""
