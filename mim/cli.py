@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mim import __version__
 from mim.errors import MACHINE_ERRORS, UserError
-from mim.processes import leaving_on_signals, process_rank
+from mim.processes import leave_group, leaving_on_signals, let_the_first_end, process_rank
 
 if TYPE_CHECKING:  # even this parser takes a moment to import: help and typing mistakes come first
     from jsonargparse import ArgumentParser
@@ -96,7 +96,7 @@ COMMANDS = {
     "info": "list methods, models, configs, or what a run holds",
 }
 
-RESUMABLE = {"pretrain", "finetune"}
+RESUMABLE = {"pretrain", "finetune", "segment"}
 """Commands that a signal interrupts with status 75 at any moment."""
 
 
@@ -105,19 +105,27 @@ def main(command: str | None = None, args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
+    if command is None:
+        if not args or args[0] in ("-h", "--help"):
+            print(_commands_help())
+            return 0
+        command = args.pop(0).replace("-", "_")
+    with leaving_on_signals() if command in RESUMABLE else nullcontext():
+        status = _answered(command, args, debug)
+        if status != 0:
+            let_the_first_end()
+        return status
+
+
+def _answered(command: str, args: list[str], debug: bool) -> int:
+    """Runs a command; mistakes, and failures of the machine, are told in three lines."""
     try:
-        if command is None:
-            if not args or args[0] in ("-h", "--help"):
-                print(_commands_help())
-                return 0
-            command = args.pop(0).replace("-", "_")
-        with leaving_on_signals() if command in RESUMABLE else nullcontext():
-            return _dispatch(command, args)
+        return _dispatch(command, args)
     except UserError as error:
         if debug:
             traceback.print_exc()
         if process_rank() == 0 or error.alone:
-            print(error, file=sys.stderr)
+            print(error, file=sys.stderr, flush=True)
         return 2
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -127,8 +135,10 @@ def main(command: str | None = None, args: Sequence[str] | None = None) -> int:
 
         if (failure := explained(error)) is None or debug:
             raise
-        print(failure, file=sys.stderr)
+        print(failure, file=sys.stderr, flush=True)
         return 2
+    finally:
+        leave_group()
 
 
 def translate(args: Sequence[str]) -> list[str]:

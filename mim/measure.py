@@ -1,6 +1,5 @@
 """The frame of every evaluation: opens weights and labelled images, gives features, writes results into the run."""
 
-import atexit
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -231,17 +230,11 @@ def join_processes(device: str) -> torch.device:
     cuda = device != "cpu" and torch.cuda.is_available()
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo")
-        atexit.register(_leave_processes)  # threads that outlive the interpreter would abort it
     if not cuda:
         return torch.device("cpu")
     place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(place)
     return place
-
-
-def _leave_processes() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _parts(images: LabelledImages, val_fraction: float) -> tuple[Source, Source, str]:

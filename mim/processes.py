@@ -1,9 +1,14 @@
 """This process among others: its rank before anything is set up, and how it leaves when it is asked to."""
 
 import os
+import select
 import signal
+import sys
+import threading
+import time
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -11,6 +16,15 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 INTERRUPTED = 75
 """Exit status of a run that a signal stopped and that can be resumed (EX_TEMPFAIL of sysexits.h: try again)."""
+
+_STARTER = "MIM_STARTED_BY"
+"""Environment variable in which a process leaves its id to those that it starts."""
+
+_starter = 0
+"""Id of the process of this run that started this one; 0 if none did."""
+
+_PATIENCE = 10.0
+"""Seconds that a process which failed gives the one that started it to end first, and to tell why."""
 
 
 def process_rank() -> int:
@@ -23,15 +37,66 @@ def process_rank() -> int:
 def leaving_on_signals() -> Iterator[None]:
     """Inside, a stop signal ends the program at once with status 75.
 
-    For everything around a training: what is on the disk is whole at any moment, so there is nothing to wait for.
+    For everything around a training: what is on the disk is whole at any moment, so there is nothing to wait for. A
+    thread sees to it, since the main one may wait in a library for a process that will never come.
+
+    A process that another one of the run started hands the signal to that one and ends when that one has ended, however
+    it did: a run has the status of its first process.
     """
+    global _starter
+    _starter = starter = int(os.environ.get(_STARTER, 0))
+    os.environ[_STARTER] = str(os.getpid())
     before = {number: signal.signal(number, _leave) for number in STOP_SIGNALS}
+    arrivals, arriving = os.pipe()
+    os.set_blocking(arriving, False)
+    woken = signal.set_wakeup_fd(arriving, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(arrivals, starter), daemon=True).start()
     try:
         yield
+    except Exception:  # a bug, whose traceback would be lost with this process
+        if starter:
+            traceback.print_exc()
+        let_the_first_end()
+        raise
     finally:
+        signal.set_wakeup_fd(woken)
+        os.close(arriving)
         for number, handler in before.items():
             signal.signal(number, handler)
+        del os.environ[_STARTER]
+
+
+def let_the_first_end() -> None:
+    """Waits, in a process that another of the run started: the launcher in the first one kills it if we go first."""
+    if _starter:
+        time.sleep(_PATIENCE)
+
+
+def leave_group() -> None:
+    """Leaves the group of processes if there is one: its threads would outlive the interpreter, which then aborts."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(INTERRUPTED)
+    """Waits for :func:`_watch`, which acts: it must find this handler before a training puts its own in the place."""
+    time.sleep(1)
+
+
+def _watch(arrivals: int, starter: int) -> None:
+    """Acts on every signal that Python notes, as its number comes through the pipe, until the pipe is closed."""
+    while not starter or os.getppid() == starter:
+        if not select.select([arrivals], [], [], 1)[0]:
+            continue
+        number = os.read(arrivals, 1)
+        if not number:
+            os.close(arrivals)
+            return
+        if signal.getsignal(number[0]) is not _leave:
+            continue
+        if not starter:
+            break
+        with suppress(ProcessLookupError):
+            os.kill(starter, number[0])
+    os._exit(INTERRUPTED)

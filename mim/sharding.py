@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
@@ -61,11 +60,6 @@ class ShardedStrategy(ModelParallelStrategy):
                 for number, values in state["state"].items()
             }
             optimizer.load_state_dict(dict(state) | {"state": shares})
-
-    def teardown(self) -> None:
-        """Ends the group with its run: threads that outlive the interpreter would abort it."""
-        super().teardown()
-        torch.distributed.destroy_process_group()
 
     @property
     def lightning_restore_optimizer(self) -> bool:

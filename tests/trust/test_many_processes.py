@@ -3,12 +3,15 @@
 import io
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import tarfile
 import time
 from collections import Counter
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import timm
@@ -149,7 +152,7 @@ def test_a_process_that_is_killed_ends_all_within_a_minute(who, processes, tmp_p
 @pytest.mark.parametrize("processes", [TWO, SHARDED], ids=names)
 @pytest.mark.parametrize("to", ["all", "the first", "the second"])
 def test_a_signal_to_any_of_them_saves_and_ends_with_75(to, processes, tmp_path):
-    process = start(*SETTINGS["mae"], *processes, "--epochs", "50", "--save_every", "50", "--out", tmp_path / "run")
+    process = start(*SETTINGS["mae"], *processes, "--epochs", "5", "--save_every", "5", "--out", tmp_path / "run")
     wait_for_steps(process, 3)
     ranks = {"all": [process.pid, *family(process.pid)[:1]], "the first": [process.pid]}
     for pid in ranks.get(to, family(process.pid)[:1]):
@@ -157,6 +160,46 @@ def test_a_signal_to_any_of_them_saves_and_ends_with_75(to, processes, tmp_path)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
     assert len(checkpoints(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize("processes", [TWO, SHARDED], ids=names)
+def test_a_full_disk_ends_all_in_three_lines(processes, tmp_path):
+    process = start(*SETTINGS["mae"], *processes, "--epochs", "5", "--save_every", "1", "--out", tmp_path / "run")
+    wait_for_steps(process, 3)
+    kin = family(process.pid)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert [line[:7] for line in output.splitlines()[-3:]] == ["error: ", "why:   ", "try:   "]
+    assert "Traceback" not in output
+    assert orphans(kin) == []
+
+
+def command_of(pid):
+    """How a process was started, as one line; empty if it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    return ""
+
+
+@pytest.mark.parametrize("processes", [TWO, SHARDED], ids=names)
+@pytest.mark.parametrize("seconds", [0, 1, 3, 6, 10])
+def test_a_signal_to_all_while_they_meet_ends_all_with_75_and_the_run_starts_again(seconds, processes, alone, tmp_path):
+    """From the moment in which the second process is there to the first steps: imports, group, loaders, callbacks."""
+    args = [*SETTINGS["mae"], *EXACT, *processes, "--out", tmp_path / "run", "--resume", "auto"]
+    process = start(*args)
+    while not (kin := [pid for pid in family(process.pid) if str(ROOT / "tools" / "pretrain.py") in command_of(pid)]):
+        time.sleep(0.01)
+    time.sleep(seconds)
+    for pid in (process.pid, *kin):
+        os.kill(pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 75, output
+    assert orphans(kin, patience=5) == []
+    assert not re.search("Traceback|Error", output), output
+    status, output = finish(*args)
+    assert status == 0, output
+    assert_equal_up_to_rounding(alone("mae"), tmp_path / "run")
 
 
 def test_torchrun_starts_the_same_run(tmp_path):

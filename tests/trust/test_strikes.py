@@ -1,12 +1,27 @@
 """A few trials of each kind; ``python tests/trust/strikes.py --trials 50`` is the whole harness."""
 
 import random
+import re
 import resource
 import signal
+import subprocess
 import time
+from contextlib import suppress
 
 import pytest
-from strikes import SETTINGS, SIGNALS, Trial, differences, finish, leftovers, start, unreadable, wait_for_steps
+from strikes import (
+    SAVE_EVERY,
+    SETTINGS,
+    SIGNALS,
+    Trial,
+    checkpoints,
+    differences,
+    finish,
+    leftovers,
+    start,
+    unreadable,
+    wait_for_steps,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -59,3 +74,86 @@ def test_a_full_disk_ends_in_three_lines_and_the_run_goes_on_exactly(limit, fold
     status, output = finish("--resume", run)
     assert status == 0, output
     assert differences(trial.whole(), run) == []
+
+
+def step_said(number):
+    """Until the run has told of a step."""
+    return lambda process, run: wait_for_steps(process, number)
+
+
+def saved(step):
+    """Until a checkpoint is there and the one that it replaces is gone."""
+    there, gone = (f"checkpoints/step-{number:08}.ckpt" for number in (step, step - 2 * SAVE_EVERY))
+    return until(lambda run: (run / there).exists() and not (run / gone).exists())
+
+
+def until(condition):
+    """Until something is true of the run's folder, as far as one can see from outside; returns no lines."""
+
+    def wait(process, run):
+        while process.poll() is None and not condition(run):
+            time.sleep(0.001)
+        return []
+
+    return wait
+
+
+MOMENTS = {
+    "before the first checkpoint": step_said(1),
+    "between two checkpoints": step_said(6),
+    "before the last pictures": step_said(24),
+    "before the export": saved(24),
+    "before the last report": until(lambda run: (run / "export" / "backbone" / "SHA256SUMS").exists()),
+}
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 24 MiB, on which a run of eight has room."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", path], capture_output=True, text=True)
+    if mount.returncode:
+        pytest.skip(f"a file system of one's own wants the right to mount: {mount.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", "--lazy", path], check=True)
+
+
+def fill(path):
+    """Takes every byte that is left; returns what to remove to have them back."""
+    ballast = path / "ballast"
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    return ballast
+
+
+@pytest.mark.parametrize("moment", ["before the start", *MOMENTS])
+def test_a_disk_without_a_byte_left_ends_in_three_lines_and_the_run_goes_on_exactly(moment, folder, disk):
+    trial = Trial("mae", folder)
+    whole, run = trial.whole(), disk / "run"
+    args, env = [*trial.settings, "--out", run, "--resume", "auto"], {"TMPDIR": str(disk)}
+    if moment in MOMENTS:
+        process = start(*args, env=env)
+        said = MOMENTS[moment](process, run)
+        process.send_signal(signal.SIGSTOP)
+        ballast, before = fill(disk), checkpoints(run)
+        process.send_signal(signal.SIGCONT)
+    else:
+        ballast, before, said = fill(disk), [], []
+        process = start(*args, env=env)
+    output = "".join(said) + process.communicate(timeout=120)[0]
+    assert process.returncode == 2, output
+    error, why, hint = output.splitlines()[-3:]
+    assert error.startswith((f"error: {run}", f"error: --out {run}"))
+    assert error.endswith("cannot be written: No space left on device")
+    assert why.startswith("why:   ")
+    assert why.endswith("0 MiB are free") or why.endswith("0 MiB are free there")
+    assert hint.startswith("try:   make room, then  ")
+    assert not re.search("Traceback|Exception|Error", output), output
+    assert set(before) <= set(checkpoints(run))
+    assert unreadable(run) == leftovers(run) == []
+    ballast.unlink()
+    status, output = finish(*args, env=env)
+    assert status == 0, output
+    assert differences(whole, run) == []
