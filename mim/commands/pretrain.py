@@ -175,7 +175,7 @@ class Pretraining:
         )
         saves = options.save_every * plan.steps_per_epoch if options.save_every else plan.max_steps / 20
         signals = Signals()
-        checkpoints = Checkpoints(self.folder.checkpoints, max(1, round(saves)), signals)
+        checkpoints = Checkpoints(self.folder.checkpoints, max(1, round(saves)), signals, self.data.bad_files)
         dump = NaNDump(self.folder, self.data)
         trainer.callbacks += [signals, log, evaluation, dump, checkpoints]  # type: ignore[attr-defined]  # set by Lightning
         if self.rank == 0:
