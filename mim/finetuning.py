@@ -13,6 +13,7 @@ from mim.checkpoint import ModelCard, export_backbone
 from mim.data.augment import Augmented
 from mim.data.finetune import FinetuneData
 from mim.data.labelled import Framed, framed_batches
+from mim.data.pretrain import BadFiles
 from mim.encoder import Encoder
 from mim.errors import UserError
 from mim.evaluation.finetune import Finetune, classifier
@@ -77,7 +78,7 @@ def train(
         recipe.batch_size,
         measurement.workers,
         seed,
-        measurement.subject.max_bad,
+        BadFiles(measurement.subject.max_bad, measurement.subject.data),
     )
     reduction = measurement.reduce(encoder, seed).reduction
     vit = classifier(encoder, classes, recipe, seed)

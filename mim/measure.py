@@ -150,7 +150,7 @@ class Measurement:
         return evaluation_folder(self.subject.weights, self.subject.out, section_name(name, self.subject.reduction))
 
     def _bank(self, encoder: Encoder, features: Features, source: Source, crop: tuple[int, int] | None = None) -> Bank:
-        bad = BadFiles(self.subject.max_bad)
+        bad = BadFiles(self.subject.max_bad, self.subject.data)
         bad.total = len(source)
 
         def batches(rows: range) -> Iterator[tuple[Tensor, Tensor]]:
@@ -158,8 +158,7 @@ class Measurement:
             for images, labels, unreadable in framed_batches(
                 framed, self.subject.encode_batch, self.workers, self.device
             ):
-                for path, reason in unreadable:
-                    bad.add(path, reason)
+                bad.add(*unreadable)
                 bad.stop_if_too_many()
                 yield images, labels
 

@@ -44,6 +44,10 @@ class RunFolder:
         self.backbone = path / "export" / "backbone"
         self.debug = path / "debug"
 
+    def nan_dump(self, step: int) -> Path:
+        """What is kept of a step that was not finite."""
+        return self.debug / f"nan_step_{step:06d}.pt"
+
     @classmethod
     def create(cls, out: str | None, name: str, overwrite: bool = False) -> "RunFolder":
         """Makes ``out``, or the next ``runs/NNN-name``; a folder that holds a run already is refused."""

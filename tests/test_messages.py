@@ -170,6 +170,7 @@ def test_13_a_loss_that_is_not_finite_stops_the_run_before_the_optimizer(mistake
     text = mistake("--data", "photos", "--out", "run", "--epochs", "20", "--save_every", "2")
     assert "not finite at step 6" in text
     assert "run/checkpoints/step-00000005.ckpt" in text or "run/checkpoints/step-00000004.ckpt" in text
+    assert text.split("batch (")[1].startswith("photos/")
     dump = torch.load("run/debug/nan_step_000005.pt", weights_only=True)
     assert len(dump["names"]) == 16
     assert all(torch.isfinite(value).all() for value in dump["state_dict"].values())

@@ -4,9 +4,11 @@ import signal
 from pathlib import Path
 from types import FrameType
 
+import torch.distributed
 from lightning import Callback, LightningModule, Trainer
 
 from mim.checkpoint_io import checkpoint_name, nonfinite, sweep
+from mim.data.pretrain import Bad, BadFiles
 from mim.methods import Method, NonFiniteError
 from mim.processes import STOP_SIGNALS
 
@@ -38,42 +40,71 @@ class Signals(Callback):
 
 
 class Checkpoints(Callback):
-    """Saves every ``every`` steps, after the last step, and after the step in which a signal came; that ends the run.
+    """Saves every ``every`` steps, after the last one, and after one that ends the run early.
 
-    Comes last among the callbacks: what the others wrote about a step is then on disk before the step's checkpoint.
+    That is the step in which a signal came to any process, or in which all of them together have met too many
+    unreadable files. Comes last among the callbacks: what the others wrote about a step is then on disk before the
+    step's checkpoint.
 
     Args:
         folder: where checkpoints go.
         every: optimizer steps between two of them.
         signals: tells of signals.
+        bad_files: those that this process has met; in the end all processes know them all.
     """
 
-    def __init__(self, folder: Path, every: int, signals: Signals) -> None:
+    def __init__(self, folder: Path, every: int, signals: Signals, bad_files: BadFiles | None = None) -> None:
         self.folder, self.every, self.signals = folder, every, signals
+        self.bad_files = bad_files or BadFiles(1.0, "")
         self.stopped = False
         self._seen = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes the step that a resumed run starts from, and sweeps up after a killed one."""
+        """Notes the step that a resumed run starts from, and sweeps up after a killed one.
+
+        A run that has met too many unreadable files already ends here.
+        """
         self._seen = trainer.global_step
         if trainer.is_global_zero and self.folder.exists():
             sweep(self.folder)
+        self._listen(trainer)
+        self.bad_files.stop_if_too_many()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Saves if it is time; stops if a signal came to any process."""
+        """Saves if it is time, or if the run ends here."""
         step = trainer.global_step
         if step == self._seen:  # between the micro-batches of a step
             return
         self._seen = step
-        self.stopped = trainer.strategy.reduce_boolean_decision(self.signals.received is not None, all=False)
-        if self.stopped or step % self.every == 0 or step == trainer.max_steps:
+        self._listen(trainer)
+        if self.stopped or self.bad_files.too_many() or step % self.every == 0 or step == trainer.max_steps:
             if isinstance(pl_module, Method):
                 pl_module.raise_if_nonfinite()
             broken = nonfinite(pl_module.state_dict())  # what no gradient told of, as a teacher
             if trainer.strategy.reduce_boolean_decision(bool(broken), all=False):  # shares differ
                 raise NonFiniteError(step - 1, broken[0] if broken else "weights of another process")
             trainer.save_checkpoint(self.folder / checkpoint_name(step), weights_only=False)  # the optimizer, too
+        self.bad_files.stop_if_too_many()
         if self.stopped:
             trainer.should_stop = True
+
+    def _listen(self, trainer: Trainer) -> None:
+        """Asks whether anything happened to any process, and only then what; all processes do so together."""
+        happened = self.signals.received is not None or bool(self.bad_files.news)
+        if not trainer.strategy.reduce_boolean_decision(happened, all=False):
+            return
+        for received, news in _of_all_processes((self.signals.received, self.bad_files.news)):
+            self.stopped |= received is not None
+            self.bad_files.add(*news)
+        self.bad_files.news = []
+
+
+def _of_all_processes(own: tuple[int | None, list[Bad]]) -> list[tuple[int | None, list[Bad]]]:
+    """What every process says, ``own`` in its place; a collective."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [own]
+    said = [own] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(said, own)
+    return said

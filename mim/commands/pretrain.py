@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from timm.models.vision_transformer import Block
 
 from mim import __version__
-from mim.callbacks import Checkpoints, Evaluation, RunLog, Signals
+from mim.callbacks import Checkpoints, Evaluation, NaNDump, RunLog, Signals
 from mim.callbacks.run_log import duration
 from mim.checkpoint import ModelCard, export_backbone, init_backbone, load_method
 from mim.checkpoint_io import AtomicCheckpointIO, checkpoint_step, newest_good
@@ -30,7 +30,7 @@ from mim.methods import Method, NonFiniteError, Plan
 from mim.processes import INTERRUPTED, process_rank
 from mim.report import write_report
 from mim.run import UNWRITABLE, RunFolder, git_commit, quieten, versions
-from mim.sharding import ShardedStrategy, whole
+from mim.sharding import ShardedStrategy
 
 FREE_TO_CHANGE = ("trainer.", "data.num_workers", "data.max_bad", "log_every", "save_every", "eval_every", "pictures")
 """Settings that a resumed run may change without asking: they do not change what is computed."""
@@ -106,16 +106,26 @@ class Pretraining:
                     module.compile()
         started = time.monotonic()
         try:
+            self._fit(trainer, checkpoint)
+        except UserError:
+            if self.rank == 0:
+                with suppress(OSError):  # if a full disk was it
+                    self.folder.write_summary(status="failed")
+            raise
+        if trainer.is_global_zero:
+            return self._finish(trainer, evaluation, checkpoints, time.monotonic() - started)
+        return INTERRUPTED if checkpoints.stopped else 0
+
+    def _fit(self, trainer: Trainer, checkpoint: Path | None) -> None:
+        """Trains; what data, settings or the machine can do to that ends in a :class:`UserError`."""
+        try:
             trainer.fit(self.method, self.data, ckpt_path=checkpoint and str(checkpoint), weights_only=True)
         except NonFiniteError as error:
-            raise self._dump(error) from error
+            raise self._diverged(error) from error
         except MACHINE_ERRORS as error:
             if (failure := self._failure(error, trainer) or self._lost_process(trainer)) is None:
                 raise
             raise failure from error
-        if trainer.is_global_zero:
-            return self._finish(trainer, evaluation, checkpoints, time.monotonic() - started)
-        return INTERRUPTED if checkpoints.stopped else 0
 
     def _instantiate(self, seed: int) -> Namespace:
         """Builds method and data; the same seed gives the same weights."""
@@ -165,8 +175,9 @@ class Pretraining:
         )
         saves = options.save_every * plan.steps_per_epoch if options.save_every else plan.max_steps / 20
         signals = Signals()
-        checkpoints = Checkpoints(self.folder.checkpoints, max(1, round(saves)), signals)
-        trainer.callbacks += [signals, log, evaluation, checkpoints]  # type: ignore[attr-defined]  # set by Lightning
+        checkpoints = Checkpoints(self.folder.checkpoints, max(1, round(saves)), signals, self.data.bad_files)
+        dump = NaNDump(self.folder, self.data)
+        trainer.callbacks += [signals, log, evaluation, dump, checkpoints]  # type: ignore[attr-defined]  # set by Lightning
         if self.rank == 0:
             trainer.logger = TensorBoardLogger(self.folder.path, name="tensorboard", version="")
         return evaluation, checkpoints
@@ -333,20 +344,13 @@ class Pretraining:
             "    features = model.forward_features(images)\n"
         )
 
-    def _dump(self, error: NonFiniteError) -> UserError:
-        """Keeps what is needed to look into a step that gave NaN: its images, the weights before it, its file names."""
+    def _diverged(self, error: NonFiniteError) -> UserError:
         last, _ = newest_good(self.folder.checkpoints)
-        path = self.folder.debug / f"nan_step_{error.step:06d}.pt"
-        weights = whole(self.method.state_dict(), keep=self.rank == 0)
-        if self.rank == 0:
-            self.folder.debug.mkdir(exist_ok=True)
-            views, labels, names = self.data.batch(error.step)
-            state = {"step": error.step, "seed": self.plan.seed, "views": views, "labels": labels, "names": names}
-            torch.save(state | {"state_dict": weights}, path)
-            self.folder.write_summary(status="failed")
+        batch = f"batch ({', '.join(error.names[:3])}, ...)"
         return UserError(
             f"{error}; the optimizer did not take it",
-            why=f"batch, seed and weights are in {path}; last good checkpoint: {last or 'none yet'}",
+            why=f"{batch}, seed and weights are in {self.folder.nan_dump(error.step)}; "
+            f"last good checkpoint: {last or 'none yet'}",
             hint="--trainer.precision 32-true   or a lower --blr   or   --trainer.gradient_clip_val 1.0",
         )
 

@@ -24,7 +24,7 @@ class FinetuneData(L.LightningDataModule):
         batch_size: global, over all devices and accumulation.
         num_workers: loader processes.
         seed: of order and crops.
-        max_bad: share of unreadable files above which training stops.
+        bad_files: counts the unreadable ones.
     """
 
     def __init__(
@@ -35,12 +35,12 @@ class FinetuneData(L.LightningDataModule):
         batch_size: int,
         num_workers: int,
         seed: int,
-        max_bad: float,
+        bad_files: BadFiles,
     ) -> None:
         super().__init__()
         self.train, self.test, self.frames = train, test, frames
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.bad_files = BadFiles(max_bad)
+        self.bad_files = bad_files
         self.bad_files.total = len(train) + len(test)
         self.first_step = 0
 
@@ -69,8 +69,7 @@ class FinetuneData(L.LightningDataModule):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401 - Lightning's signature
         """Takes the unreadable files out of a batch and counts them."""
         pixels, labels, *_, bad = batch
-        for name, reason in bad:
-            self.bad_files.add(name, reason)
+        self.bad_files.add(*bad)
         self.bad_files.stop_if_too_many()
         return pixels, labels
 

@@ -1,6 +1,7 @@
 """Images for pretraining: what to read, in which order, cut into which views. Labels serve the online probes only."""
 
 import os
+import shlex
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,8 @@ from mim.randomness import RowGenerator, derive_seed, keyed_generator
 
 Bad = tuple[str, str]
 """(file, reason) of something that could not be read."""
+Sample = tuple[list[Tensor], int, int, list[Bad]]
+"""Uint8 views, label (-1 if there is none), key of what is left to be drawn on the device, unreadable files."""
 
 
 @final
@@ -63,7 +66,7 @@ class PretrainData(L.LightningDataModule):
         self.views = views or SingleView()
         self.num_workers = min(_cores(), 16) if num_workers == "auto" else num_workers
         self._mean, self._std = mean, std
-        self.bad_files = BadFiles(max_bad)
+        self.bad_files = BadFiles(max_bad, path)
         self.first_step = 0
 
     def open(self, size: tuple[int, int], channels: int, seed: int) -> None:
@@ -118,14 +121,11 @@ class PretrainData(L.LightningDataModule):
 
     def batch(self, step: int) -> tuple[list[Tensor], Tensor, list[str]]:
         """The global batch of a step as the method saw it, and the names of its files: for looking into a failure."""
-        keys = self.sampler(range(0)).keys(step)
         crops = Crops(self.source, self.views, self.seed)
-        views, labels, numbers, _ = collate([crops[key] for key in keys])
-        return (
-            self.views.cpu()(views, RowGenerator(numbers)),
-            labels,
-            [self.source.describe(index) for _, index in keys],
-        )
+        loaded = [crops.load(key) for key in self.sampler(range(0)).keys(step)]
+        views, labels, numbers, _ = collate([sample for _, sample in loaded])
+        names = [self.source.describe(index) for index, _ in loaded]
+        return self.views.cpu()(views, RowGenerator(numbers)), labels, names
 
     def center_batches(
         self, source: Source, indices: Sequence[int], batch_size: int = 64
@@ -142,11 +142,9 @@ class PretrainData(L.LightningDataModule):
                 yield self.views.normalize(images.to(self.views.mean.device)), labels
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401 - Lightning's signature
-        """Takes the unreadable files out of a batch and counts them; wraps the keys, which then stay on the CPU."""
+        """Notes the unreadable files of a batch; wraps the keys, which then stay on the CPU."""
         views, labels, keys, bad = batch
-        for name, reason in bad:
-            self.bad_files.add(name, reason)
-        self.bad_files.stop_if_too_many()
+        self.bad_files.add(*bad)
         return views, labels, RowGenerator(keys)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401 - Lightning's signature
@@ -158,7 +156,7 @@ class PretrainData(L.LightningDataModule):
         try:
             _, height, width = self.source.read(index).shape
         except ImageError as error:
-            self.bad_files.add(error.path, error.reason)
+            self.bad_files.add((error.path, error.reason))
             return None
         return width, height
 
@@ -168,47 +166,60 @@ class BadFiles:
 
     Args:
         limit: share of all files above which :meth:`stop_if_too_many` raises.
+        data: where the files are, as the user gave it.
     """
 
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
+    def __init__(self, limit: float, data: str) -> None:
+        self.limit, self.data = limit, data
         self.total = 0
         self.reasons: dict[str, str] = {}
+        self.news: list[Bad] = []  # what the other processes of a run have not been told yet
         self._log: Path | None = None
 
     def write_to(self, log: Path) -> None:
         """Appends to ``log`` from now on; files that it names already stay known, as after a resume."""
         known = [line.split("\t", 1) for line in log.read_text().splitlines()] if log.exists() else []
         found, self.reasons = self.reasons, {line[0]: line[-1] for line in known}
+        self.news = list(self.reasons.items())
         self._log = log
         for name, reason in found.items():
             self._note(name, reason)
 
-    def add(self, name: str, reason: str) -> None:
-        """Notes an unreadable file; the first mention is printed."""
-        if name not in self.reasons:
-            warnings.warn(f"{name} cannot be read ({reason}) - skipped", BadFileWarning, stacklevel=2)
-            self._note(name, reason)
+    def add(self, *files: Bad) -> None:
+        """Notes unreadable files; the first mention of each is printed."""
+        for name, reason in files:
+            if name not in self.reasons:
+                warnings.warn(f"{name} cannot be read ({reason}) - skipped", BadFileWarning, stacklevel=2)
+                self._note(name, reason)
 
     def _note(self, name: str, reason: str) -> None:
         if name in self.reasons:
             return
         self.reasons[name] = reason
+        self.news.append((name, reason))
         if self._log is not None:
             with self._log.open("a") as file:
                 file.write(f"{name}\t{reason}\n")
 
+    def too_many(self, seen: int | None = None) -> bool:
+        """Whether more than ``limit`` of ``seen`` (by default: all) files are unreadable."""
+        return len(self.reasons) > self.limit * (seen or self.total)
+
     def stop_if_too_many(self, seen: int | None = None) -> None:
-        """Raises a :class:`UserError` if more than ``limit`` of ``seen`` (by default: all) files are unreadable."""
+        """Raises a :class:`UserError` if there are :meth:`too_many`."""
         seen = seen or self.total
-        if len(self.reasons) <= self.limit * seen:
+        if not self.too_many(seen):
             return
-        names = ", ".join(list(self.reasons)[:3])
         share = len(self.reasons) / seen
+        tolerant = f"--max_bad {min(1.0, max(0.05, 2 * share)):.2g}"
+        hint = f"python tools/check_data.py --data {shlex.quote(self.data)} --fix good.csv   then   --data good.csv"
+        if self._log is not None:
+            hint = f"python tools/pretrain.py --resume {self._log.parent} {tolerant}"
+            tolerant = f"mend the files, empty {self._log} and --resume {self._log.parent}"
         raise UserError(
             f"{len(self.reasons)} of {seen:,} images are unreadable ({share:.1%}, limit {self.limit:.1%})",
-            why=f"first: {names}",
-            hint="python tools/check_data.py --data DATA --fix good.csv   then   --data good.csv   (or --max_bad 0.05)",
+            why="first: " + ", ".join(f"{name} ({reason})" for name, reason in list(self.reasons.items())[:3]),
+            hint=f"{hint}   (or {tolerant})",
         )
 
 
@@ -216,7 +227,7 @@ class BadFileWarning(UserWarning):
     """A file was skipped."""
 
 
-class Crops(Dataset[tuple[list[Tensor], int, int, list[Bad]]]):
+class Crops(Dataset[Sample]):
     """Views of an image for a key (epoch, index), the same wherever and whenever they are made.
 
     Args:
@@ -228,8 +239,12 @@ class Crops(Dataset[tuple[list[Tensor], int, int, list[Bad]]]):
     def __init__(self, source: Source, views: Views, seed: int) -> None:
         self.source, self.views, self.seed = source, views, seed
 
-    def __getitem__(self, key: Key) -> tuple[list[Tensor], int, int, list[Bad]]:
-        """Uint8 views, label (-1 if there is none), key of what is left to be drawn on the device, unreadable files."""
+    def __getitem__(self, key: Key) -> Sample:
+        """What is made of a key."""
+        return self.load(key)[1]
+
+    def load(self, key: Key) -> tuple[int, Sample]:
+        """What is made of a key, after the image that it was made of: a substitute's if the key's own is unreadable."""
         epoch, index = key
         bad: list[Bad] = []
         substitutes = keyed_generator(self.seed, "substitute", epoch, index)
@@ -246,7 +261,7 @@ class Crops(Dataset[tuple[list[Tensor], int, int, list[Bad]]]):
             torch.default_generator.manual_seed(derive_seed(self.seed, "crop", *key))
             views = self.views.crop(image)
         label = self.source.labels[index] if self.source.labels else -1
-        return views, label, derive_seed(self.seed, "augment", *key), bad
+        return index, (views, label, derive_seed(self.seed, "augment", *key), bad)
 
 
 class Centers(Dataset[tuple[Tensor, int] | None]):
@@ -275,7 +290,7 @@ class Centers(Dataset[tuple[Tensor, int] | None]):
         return self.views.center(image), self.source.labels[index] if self.source.labels else -1
 
 
-def collate(samples: list[tuple[list[Tensor], int, int, list[Bad]]]) -> tuple[list[Tensor], Tensor, Tensor, list[Bad]]:
+def collate(samples: list[Sample]) -> tuple[list[Tensor], Tensor, Tensor, list[Bad]]:
     """Stacks views, labels and keys, joins the lists of bad files."""
     views, labels, keys = default_collate([sample[:3] for sample in samples])
     return views, labels, keys, [bad for *_, bads in samples for bad in bads]

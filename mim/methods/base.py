@@ -1,6 +1,6 @@
 """What every pretraining method shares: optimizer, position in the run, keyed randomness, the guard against NaN."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,14 +9,14 @@ import torch
 import torch.distributed
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mim.encoder import Encoder
 from mim.masking.base import Masking
 from mim.randomness import RowGenerator, derive_seed
 from mim.schedules import cosine, warmup_cosine
-from mim.sharding import shard, total
+from mim.sharding import local, shard, total
 
 Batch = tuple[list[Tensor], Tensor]
 """Views, ``V x (B, C, H_v, W_v)`` with global crops first, and labels ``(B,)``, which most methods ignore."""
@@ -84,7 +84,12 @@ class NonFiniteError(Exception):
     Args:
         step: optimizer steps finished before the bad one.
         what: the loss terms or the tensor that it was found in.
+
+    Attributes:
+        names: files of its batch, for whoever has found them out.
     """
+
+    names: Sequence[str] = ()
 
     def __init__(self, step: int, what: str = "the gradient") -> None:
         super().__init__(f"not finite at step {step + 1}: {what}")
@@ -247,3 +252,11 @@ class Method(L.LightningModule):
 
         Part of the step: what moves later than this would be missing from the checkpoint of the step.
         """
+
+    @torch.no_grad()
+    def average(self, teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+        """Moves ``teacher`` towards ``student``; like the optimizer, it does not take a step that is not finite."""
+        moved = torch.where(self.nonfinite_step < 0, 1 - momentum, 0.0)  # on the device, so that nobody waits for it
+        for own, other in zip(teacher.state_dict().values(), student.state_dict().values(), strict=True):
+            if own.is_floating_point():
+                local(own).lerp_(local(other), moved)

@@ -153,8 +153,7 @@ class HPM(Method):
 
     def follow(self, step: int) -> None:
         """Moves the teacher towards the student."""
-        self.teacher.decay = self.momentum(step)
-        self.teacher.update(self._judge())
+        self.average(self.teacher.module, self._judge(), self.momentum(step))
 
     def momentum(self, step: int) -> float:
         """Share of itself that the teacher keeps in the step after ``step`` finished ones; constant in an epoch."""

@@ -257,8 +257,7 @@ class IBOT(Method):
     def follow(self, step: int) -> None:
         """Moves centres and teacher."""
         self.move_centers()
-        self.teacher.decay = self.momentum(step)
-        self.teacher.update(self._averaged())
+        self.average(self.teacher.module, self._averaged(), self.momentum(step))
 
     @torch.no_grad()
     def move_centers(self) -> None:

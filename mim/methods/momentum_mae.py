@@ -47,13 +47,13 @@ class MomentumMAE(MAE):
     def draw(self, images: Tensor, generator: RowGenerator) -> Tensor:
         """Masks ``(B, N)`` by the teacher's attention to the whole image."""
         _, scores = self.teacher.module.forward_with_attention(images)
+        self.require_finite(scores)  # the loss would not tell: masks are drawn from any scores
         mask: Tensor = self.masking(len(images), self.encoder.grid, scores=scores, generator=generator)
         return mask
 
     def follow(self, step: int) -> None:
         """Moves the teacher towards the student."""
-        self.teacher.decay = cosine(step / self.plan.max_steps, self.first_momentum, 1.0)
-        self.teacher.update(self.encoder)
+        self.average(self.teacher.module, self.encoder, cosine(step / self.plan.max_steps, self.first_momentum, 1.0))
 
     def setup(self, stage: str) -> None:
         """The teacher starts as the student, whatever weights that was given; a checkpoint is restored after this."""

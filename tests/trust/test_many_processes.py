@@ -1,6 +1,7 @@
 """Several processes: the same result as one, an end for all when one dies, and no image lost or seen twice."""
 
 import io
+import json
 import os
 import re
 import resource
@@ -147,6 +148,19 @@ def test_a_process_that_is_killed_ends_all_within_a_minute(who, processes, tmp_p
     if who == 1:  # the first one watches over the others
         assert re.search(r"process 1 of 2 died \(killed by SIGKILL\)|\[rank: 1\] .* terminated with code -9", output)
         assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("processes", [TWO, SHARDED], ids=names)
+def test_a_nan_in_one_of_them_stops_all_and_leaves_one_dump(processes, tmp_path):
+    run = tmp_path / "run"
+    status, output = finish(*SETTINGS["mae"], *processes, "--out", run, script="tests/trust/poisoned.py")
+    assert status == 2, output
+    assert output.count("error: not finite at step 3") == output.count("error: ") == 1
+    assert "Traceback" not in output
+    assert json.loads((run / "summary.json").read_text())["status"] == "failed"
+    dump = torch.load(run / "debug" / "nan_step_000002.pt", weights_only=True)
+    assert (dump["processes"], len(dump["names"])) == (2, 16)
+    assert all(value.isfinite().all() for value in dump["state_dict"].values())
 
 
 @pytest.mark.parametrize("processes", [TWO, SHARDED], ids=names)
