@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mim.checkpoint_io import AtomicCheckpointIO, newest_good, sidecar, verify
-from mim.config import instantiate, parse
+from mim.config import instantiate, parse_saved
 from mim.data.pretrain import PretrainData
 from mim.encoder import Encoder
 from mim.errors import UserError
@@ -46,7 +46,7 @@ _MATCH = 0.9  # share of the model's tensors below which a file was made for ano
 
 def load_method(run: Path) -> tuple[Method, PretrainData, Namespace]:
     """A run's method with the weights of its newest good checkpoint, its data (not opened) and its settings."""
-    config = parse([f"--config={run / 'config.yaml'}"])
+    config = parse_saved(run / "config.yaml")
     path, refused = newest_good(run / "checkpoints")
     if path is None:
         raise UserError(f"{run} has no checkpoint that can be used", why=refused[0] if refused else "it saved none yet")
@@ -125,7 +125,7 @@ def untrained_encoder(
         torch.manual_seed(seed)
         if run is None:
             return Encoder(model or _model_of(weights, trust), img_size, dynamic_img_size=dynamic_img_size).eval()
-        config = parse([f"--config={run / 'config.yaml'}"])
+        config = parse_saved(run / "config.yaml")
         if img_size is not None:
             config.model.init_args.encoder.img_size = img_size
         if dynamic_img_size:

@@ -5,6 +5,7 @@ that a run is made of; ``--help_all`` shows it.
 """
 
 import difflib
+import errno
 import importlib
 import inspect
 import os
@@ -137,8 +138,25 @@ def _answered(command: str, args: list[str], debug: bool) -> int:
             raise
         print(failure, file=sys.stderr, flush=True)
         return 2
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG or debug:
+            raise
+        print(_too_long(args), file=sys.stderr)
+        return 2
     finally:
         leave_group()
+
+
+def _too_long(args: Sequence[str]) -> UserError:
+    """The option whose value no disk takes as a name."""
+    longest = max(range(len(args)), key=lambda place: len(args[place]))
+    option, equals, value = args[longest].partition("=")
+    option, value = (option, value) if equals else (args[longest - 1], args[longest])
+    return UserError(
+        f"{option} {value[:60]}... cannot be opened",
+        why=f"a name of {len(value):,} characters",
+        hint=f"{option} with a shorter path",
+    )
 
 
 def translate(args: Sequence[str]) -> list[str]:
@@ -196,7 +214,10 @@ def _dispatch(command: str, args: list[str]) -> int:
         args = translate(args)
     module = importlib.import_module(f"mim.commands.{command}")
     if command == "pretrain":
-        status: int = module.main(args)
+        try:
+            status: int = module.main(args)
+        except UserError as error:
+            raise _in_short(error) from error
         return status
     if command == "info" and args and not args[0].startswith("-"):  # `info models "vit_small*"`
         args = [f"--{name}={value}" for name, value in zip(("what", "name"), args, strict=False)]
@@ -204,19 +225,31 @@ def _dispatch(command: str, args: list[str]) -> int:
     return 0
 
 
+def _in_short(error: UserError) -> UserError:
+    """The same mistake under the option's short name, if it has one."""
+    for name, option in PRETRAIN.items():
+        for target in (option.target, option.target.replace("init_args.", "")):  # the parser itself leaves it out
+            if f"--{target} " in error.error:
+                error = error.about(f"--{name}", instead_of=f"--{target}")
+    return error
+
+
 def _call(run: Callable[..., None], command: str, args: list[str]) -> None:
     """Runs a command whose options are the arguments of one function."""
     from jsonargparse import ArgumentError
 
     from mim.config_file import check_config_files
+    from mim.refusals import refusal
 
     check_config_files(args)
     parser = function_parser(run, command)
     try:
         options = parser.parse_args(args).as_dict()
     except ArgumentError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(reason, hint=f"python tools/{command}.py --help") from error
+        raise refusal(error, parser, f"python tools/{command}.py --help") from error
+    for name, value in options.items():
+        if value in ([], ()):
+            raise UserError(f"--{name} is empty", why="it is a list of one or more", hint=f"leave --{name} out")
     grouped = {
         name: cls(**{field.name: options.pop(field.name) for field in fields(cls)})
         for name, cls in _option_groups(run).items()

@@ -1,9 +1,7 @@
 """The schema of a run: the signatures of its parts, read by jsonargparse. A config file is data; it imports nothing."""
 
-import difflib
 import inspect
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,10 +11,11 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namesp
 from lightning import Trainer
 
 from mim.config_file import check_config_files
-from mim.data.images import printable
 from mim.data.pretrain import PretrainData
 from mim.errors import UserError
 from mim.methods import Method  # and with it every method, by class_path
+from mim.ranges import MANY, Count, Positive, Seed, Threads, Whole
+from mim.refusals import refusal
 
 # What a value may name as a class: our own building blocks. Everything else, importable or not, is refused.
 set_parsing_settings(
@@ -32,7 +31,6 @@ set_parsing_settings(
 )
 
 _HELP = "--help_all explains every option"
-_MANY = 1e9  # more steps, epochs or images than anybody counts to
 
 TRAINER_OPTIONS = {
     "accelerator",
@@ -68,16 +66,16 @@ class RunOptions:
             and loader processes beside it. Sums depend on it in the last digit, so a resumed run must not change it.
     """
 
-    epochs: float = 100.0
-    seed: int = 0
-    save_every: float | None = None
-    eval_every: float | None = None
-    log_every: int = 10
-    pictures: int = 8
+    epochs: Positive = 100.0
+    seed: Seed = 0
+    save_every: Positive | None = None
+    eval_every: Positive | None = None
+    log_every: Count = 10
+    pictures: Whole = 8
     pool: Literal["mean", "cls"] = "mean"
-    probe_images: int = 5000
+    probe_images: Count = 5000
     compile: bool = False
-    threads: int | None = None
+    threads: Threads | None = None
 
 
 def build_parser() -> ArgumentParser:
@@ -106,7 +104,16 @@ def parse(args: Sequence[str]) -> Namespace:
     try:
         return parser.parse_args(list(args))
     except ArgumentError as error:
-        raise _explain(error, parser) from error
+        raise refusal(error, parser, "--help_all") from error
+
+
+def parse_saved(file: Path) -> Namespace:
+    """The settings that a run has written down; refuses a file that no run writes."""
+    try:
+        return parse([f"--config={file}"])
+    except UserError as error:
+        hint = "another run, or a .ckpt file of this one beside --model"
+        raise UserError(f"{file} is not what a run writes", why=error.error, hint=hint) from error
 
 
 def instantiate(config: Namespace) -> Namespace:
@@ -125,17 +132,13 @@ def instantiate(config: Namespace) -> Namespace:
 
 
 def run_options(config: Namespace) -> RunOptions:
-    """The run's own options out of a parsed config; raises ``UserError`` for numbers that cannot be."""
-    options = RunOptions(**{field.name: config[field.name] for field in fields(RunOptions)})
-    positive = {"epochs": options.epochs, "save_every": options.save_every, "eval_every": options.eval_every}
-    positive |= {"log_every": options.log_every, "probe_images": options.probe_images, "threads": options.threads}
-    positive |= {"accumulate": config.trainer.get("accumulate_grad_batches")}
-    for name, value in positive.items():
-        if value is not None and not 0 < value < _MANY:
-            raise UserError(f"--{name} {value:.4g} is not between 0 and {_MANY:.0e}", hint=f"--{name} 1")
-    if options.pictures < 0:
-        raise UserError(f"--pictures {options.pictures} is below 0", hint="--pictures 8")
-    return options
+    """The run's own options out of a parsed config; Lightning's, which it does not look at itself, are looked at."""
+    parts, norm = (config.trainer.get(name) for name in ("accumulate_grad_batches", "gradient_clip_val"))
+    if parts is not None and not 0 < parts < MANY:
+        raise UserError(f"--accumulate {parts}: one micro-batch per step at least", hint="--accumulate 1")
+    if norm is not None and not norm >= 0:
+        raise UserError(f"--trainer.gradient_clip_val {norm} is below 0", hint="--trainer.gradient_clip_val 1.0")
+    return RunOptions(**{field.name: config[field.name] for field in fields(RunOptions)})
 
 
 SESSION = ("config", "out", "resume", "overwrite", "allow_change")
@@ -164,39 +167,6 @@ def changes(args: Sequence[str]) -> dict[str, tuple[Any, Any]]:
     before, now = flatten(parse(files)), flatten(parse(args))
     names = [*now, *(name for name in before if name not in now)]
     return {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}
-
-
-def _explain(error: ArgumentError, parser: ArgumentParser) -> UserError:
-    text = str(error).strip()
-    reasons, values = re.findall(_REASON, text), re.findall(r"Got value: ([^\n]*)", text)
-    values = values or re.findall(r"Given value: ([^\n]*)", text)
-    if reasons:
-        # The keys lead from the outside in; what does not fit is told last.
-        key = ".".join(dict.fromkeys(re.findall(r'Parser key "([\w.]+)"', text)))
-        given = re.sub(r"^NestedArg\(key='[\w.]*', val=(.*)\)$", r"\1", values[-1] if values else "that")
-        why = " or ".join(dict.fromkeys(map(_plain, reasons)))[:200]
-        return UserError(f"{key} cannot be {printable(given[:80])}", why=why, hint="--help_all lists every option")
-    text = re.sub(r"\s+", " ", text)
-    refusals = r"[Uu]nrecognized arguments:|does not accept (?:option|nested key)|Option(?= '[\w.]+' is not accepted)"
-    unknown = re.search(rf"(?:{refusals}) [\"'-]*([\w.]+)", text)
-    known = {action.dest.split(".")[-1]: action.dest for action in parser._actions}
-    near = difflib.get_close_matches(unknown[1].split(".")[-1], known, 1) if unknown else []
-    hint = f"did you mean --{known[near[0]]}?" if near else "--help_all lists every option"
-    return UserError(f"there is no setting {unknown[1]}" if unknown else printable(text[:400]), hint=hint)
-
-
-_REASON = re.compile(
-    r"Not a valid subclass of \w+|Expected a (?!<class 'NoneType'>|path)[^\n]+?(?=\. Got|\n|$)"
-    r"|Importing '[\w.]+' is not allowed|Unable to load config"
-)
-
-
-def _plain(reason: str) -> str:
-    """A reason of the parser in the words of people who do not write Python."""
-    reason = re.sub(r"<class '([\w.]+)'>", r"\1", reason).replace("a typing.Literal", "one of ")
-    reason = re.sub(r"Expected a dot import path string: .*", "there is no such class", reason)
-    reason = reason.replace("Unable to load config", "it is neither a set of settings nor a file of them")
-    return reason[0].lower() + reason[1:]
 
 
 def _parameters(cls: type) -> list[str]:

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Collection, Sequence
+from math import prod
 from typing import Any, Literal, cast, final
 
 import timm
@@ -18,9 +19,12 @@ from torch import Tensor, nn
 from mim.errors import UserError
 from mim.layers.positions import sincos_positions, stretch_positions
 from mim.patches import gather_tokens, patch_grid, patchify, visible_indices
+from mim.ranges import Count, ShareBelowOne
 from mim.reduction.base import TokenReduction
 from mim.reduction.schedule import KeepRate
 from mim.reduction.tokens import Tokens
+
+_MAX_PATCHES = 1 << 18  # 512 x 512
 
 
 @final
@@ -46,10 +50,10 @@ class Encoder(nn.Module):
     def __init__(
         self,
         model: str,
-        img_size: int | tuple[int, int] | None = None,
-        patch_size: int | None = None,
-        in_chans: int = 3,
-        drop_path_rate: float = 0.0,
+        img_size: Count | tuple[Count, Count] | None = None,
+        patch_size: Count | None = None,
+        in_chans: Count = 3,
+        drop_path_rate: ShareBelowOne = 0.0,
         positions: Literal["learned", "sincos"] = "learned",
         dynamic_img_size: bool = False,
         resampling: Literal["antialiased", "stretched"] = "antialiased",
@@ -73,6 +77,8 @@ class Encoder(nn.Module):
                 hint="--model local-dir:FOLDER with weights on this machine, or a network connection",
             ) from problem
         self.vit = cast(VisionTransformer, vit)
+        if not len(self.vit.blocks):
+            raise UserError(f"--model {model} with kwargs {kwargs} has no blocks", hint="a depth of 1 or more")
         self.vit.set_grad_checkpointing(grad_checkpointing)
         if reduction is not None:
             reduction.check(self.vit)
@@ -312,6 +318,13 @@ def _checked_size(
     embed = skeleton.patch_embed
     own_patch = tuple(side // cells for side, cells in zip(embed.img_size, embed.grid_size, strict=True))
     size, patch = _pair(img_size or embed.img_size), _pair(patch_size or own_patch)
+    patches = prod(side // cell for side, cell in zip(size, patch, strict=True))
+    if patches > _MAX_PATCHES:
+        raise UserError(
+            f"--img_size {_side(size)} has {patches:,} patches of {_side(patch)}, more than {_MAX_PATCHES:,}",
+            why="every patch is a token, and each of them looks at every other",
+            hint="a smaller --img_size or a larger --patch_size",
+        )
     if all(side % cell == 0 for side, cell in zip(size, patch, strict=True)):
         return size
     lower = [max(1, side // cell) * cell for side, cell in zip(size, patch, strict=True)]

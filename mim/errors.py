@@ -23,9 +23,14 @@ class UserError(Exception):
         error, why, hint = (
             text and text.replace(f"{instead_of} ", f"{option} ") for text in (self.error, self.why, self.hint)
         )
-        return UserError(error or "", why=why, hint=hint)
+        return UserError(error or "", why=why, hint=hint, alone=self.alone)
 
     def __str__(self) -> str:
         """The lines ``error:``, ``why:`` and ``try:``, each only if it says something."""
         lines = [("error:", self.error), ("why:  ", self.why), ("try:  ", self.hint)]
         return "\n".join(f"{head} {text}" for head, text in lines if text)
+
+
+def printable(path: str) -> str:
+    """The path with line breaks, terminal escapes and undecodable bytes spelled out, for messages."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in path)

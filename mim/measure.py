@@ -21,6 +21,7 @@ from mim.errors import UserError
 from mim.evaluation.bank import Bank, cached_bank
 from mim.evaluation.features import Features
 from mim.evaluation.splits import stratified_split
+from mim.outputs import check_folder
 from mim.randomness import derive_seed
 from mim.reduction import Labels
 from mim.reduction.macs import count_macs
@@ -68,6 +69,8 @@ class Measurement:
     @classmethod
     def open(cls, subject: Subject, learning: bool = False) -> "Measurement":
         """Loads the weights, then the images; joins the other processes if torchrun started several."""
+        if subject.out:
+            check_folder("--out", Path(subject.out))
         device = join_processes(subject.device)
         loaded = load_encoder(subject.weights, model=subject.model, img_size=subject.img_size, trust=subject.trust)
         encoder = loaded.encoder.to(device)

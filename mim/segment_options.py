@@ -5,6 +5,19 @@ from pathlib import Path
 from typing import Literal
 
 from mim.errors import UserError
+from mim.outputs import check_folder
+from mim.ranges import (
+    Count,
+    NotNegative,
+    Positive,
+    Processes,
+    Share,
+    ShareBelowOne,
+    SomeShare,
+    Threads,
+    Whole,
+    check_rising,
+)
 
 
 @dataclass(frozen=True)
@@ -33,13 +46,13 @@ class MaskedSubject:
     weights: str
     data: str = "builtin"
     model: str | None = None
-    crop: int | None = None
+    crop: Count | None = None
     num_classes: int | None = None
     ignore: int | str = 255
     reduce_zero_label: bool | None = None
     classes: Path | None = None
     split: str | None = None
-    num_workers: int = 0
+    num_workers: Processes = 0
     out: str | None = None
     trust: bool = False
     reduction: str | None = None
@@ -82,20 +95,20 @@ class HeadRecipe:
 
     head: Literal["linear", "knn", "upernet"] = "linear"
     finetune: bool = False
-    taps: int | list[int] | None = None
+    taps: Count | list[Whole] | None = None
     batch_norm: bool = True
-    steps: int | None = None
-    batch_size: int = 16
-    lr: float | None = None
-    warmup_steps: int | None = None
-    weight_decay: float = 0.05
-    layer_decay: float = 0.65
-    drop_path: float = 0.1
-    anneal: float = 0.0
-    scale: tuple[float, float] = (0.5, 2.0)
-    k: int = 20
-    bank: int = 50000
-    seeds: int = 1
+    steps: Count | None = None
+    batch_size: Count = 16
+    lr: Positive | None = None
+    warmup_steps: Whole | None = None
+    weight_decay: NotNegative = 0.05
+    layer_decay: SomeShare = 0.65
+    drop_path: ShareBelowOne = 0.1
+    anneal: Share = 0.0
+    scale: tuple[Positive, Positive] = (0.5, 2.0)
+    k: Count = 20
+    bank: Count = 50000
+    seeds: Count = 1
 
     def blocks(self, depth: int) -> list[int]:
         """Numbers of the blocks that the head reads, of an encoder with ``depth`` of them."""
@@ -125,27 +138,26 @@ class Scoring:
     """
 
     inference: Literal["slide", "whole"] = "slide"
-    stride: int | None = None
-    scales: tuple[float, ...] = (1.0,)
+    stride: Count | None = None
+    scales: tuple[Positive, ...] = (1.0,)
     flip: bool = False
-    pictures: int = 6
+    pictures: Whole = 6
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    devices: int | Literal["auto"] = "auto"
+    devices: Count | Literal["auto"] = "auto"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    threads: int | None = None
+    threads: Threads | None = None
 
 
 def check(subject: MaskedSubject, recipe: HeadRecipe, scoring: Scoring) -> None:
     """Refuses what could not work before anything heavy is imported."""
+    if subject.out:
+        check_folder("--out", Path(subject.out))
     if recipe.head == "knn" and recipe.finetune:
         raise UserError("--finetune: a k-NN head trains nothing", hint="--head linear --finetune true")
     if recipe.head == "upernet" and recipe.batch_size < 2:
         raise UserError("--batch_size 1: UPerNet normalises over a batch", hint="--batch_size 2")
-    if recipe.seeds < 1 or (recipe.steps is not None and recipe.steps < 1):
-        raise UserError("--seeds and --steps are at least 1", hint="--seeds 3 --steps 4000")
-    if not scoring.scales or min(scoring.scales) <= 0:
-        raise UserError(f"--scales {list(scoring.scales)}: sizes are positive", hint="--scales [0.75,1.0,1.25]")
-    if scoring.stride is not None and (scoring.stride < 1 or (subject.crop and scoring.stride > subject.crop)):
+    check_rising("--scale", recipe.scale)
+    if scoring.stride and subject.crop and scoring.stride > subject.crop:
         raise UserError(f"--stride {scoring.stride} leaves pixels out", hint="a stride from 1 to the crop")
     if subject.num_classes is not None and subject.num_classes < 2:
         raise UserError(f"--num_classes {subject.num_classes}: two or more are needed", hint="--num_classes 2")

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mim.ranges import Count, NotNegative, Positive, Processes, Share, ShareBelowOne, SomeShare, Whole
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -34,13 +36,13 @@ class Subject:
     weights: str
     data: str = "builtin"
     model: str | None = None
-    img_size: int | None = None
-    crop_pct: float = 1.0
-    val_fraction: float = 0.2
+    img_size: Count | None = None
+    crop_pct: SomeShare = 1.0
+    val_fraction: ShareBelowOne = 0.2
     classes: Literal["same", "common"] = "same"
-    max_bad: float = 0.01
-    encode_batch: int = 64
-    num_workers: int | None = None
+    max_bad: Share = 0.01
+    encode_batch: Count = 64
+    num_workers: Processes | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cache: Path = Path("runs/features")
     out: str | None = None
@@ -69,14 +71,14 @@ class HeadRecipe:
     """
 
     head: Literal["linear", "attentive", "multi_query"] = "linear"
-    lrs: tuple[float, ...] | None = None
+    lrs: tuple[Positive, ...] | None = None
     select: Literal["held_out", "on_test"] = "held_out"
-    epochs: int = 90
-    warmup_epochs: int = 10
-    batch_size: int = 256
+    epochs: Count = 90
+    warmup_epochs: Whole = 10
+    batch_size: Count = 256
     optimizer: Literal["sgd", "lars"] = "sgd"
     norm: Literal["batch", "none"] = "batch"
-    queries: int = 16
+    queries: Count = 16
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -112,21 +114,21 @@ class FinetuneRecipe:
             with its own, as in DynamicViT.
     """
 
-    epochs: float = 100.0
-    batch_size: int = 1024
-    blr: float = 5e-4
-    min_lr: float = 1e-6
-    warmup_epochs: float = 5.0
-    weight_decay: float = 0.05
-    layer_decay: float = 0.65
-    drop_path: float = 0.1
+    epochs: Positive = 100.0
+    batch_size: Count = 1024
+    blr: Positive = 5e-4
+    min_lr: NotNegative = 1e-6
+    warmup_epochs: NotNegative = 5.0
+    weight_decay: NotNegative = 0.05
+    layer_decay: SomeShare = 0.65
+    drop_path: ShareBelowOne = 0.1
     pool: Literal["mean", "cls"] = "mean"
     auto_augment: str = "rand-m9-mstd0.5-inc1"
-    erase: float = 0.25
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    label_smoothing: float = 0.1
-    ema: float = 0.0
-    scale: tuple[float, float] = (0.08, 1.0)
-    anneal: tuple[float, float] = (0.0, 0.0)
+    erase: Share = 0.25
+    mixup: NotNegative = 0.8
+    cutmix: NotNegative = 1.0
+    label_smoothing: ShareBelowOne = 0.1
+    ema: ShareBelowOne = 0.0
+    scale: tuple[SomeShare, SomeShare] = (0.08, 1.0)
+    anneal: tuple[Share, Share] = (0.0, 0.0)
     teacher: str | None = None

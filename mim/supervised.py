@@ -96,7 +96,7 @@ def open_trainer(
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-    except (ValueError, RuntimeError, MisconfigurationException) as error:
+    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise UserError(f"these devices cannot be used: {error}", hint="--devices 1 and the CPU") from error
 
 

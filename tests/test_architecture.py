@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"mim", "mim.devices", "mim.errors", "mim.randomness", "mim.patches", "mim.processes", "mim.schedules"}
     | {"mim.sharding"},
-    {"mim.config_file", "mim.layers", "mim.masking", "mim.reduction", "mim.subject", "mim.segment_options"},
+    {"mim.config_file", "mim.layers", "mim.masking", "mim.outputs", "mim.ranges", "mim.reduction", "mim.refusals"},
+    {"mim.subject", "mim.segment_options"},
     {"mim.encoder"},
     {"mim.targets"},
     {"mim.methods", "mim.evaluation", "mim.data", "mim.interop"},

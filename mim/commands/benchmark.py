@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mim.cli import CONFIGS, translate
 from mim.errors import UserError
+from mim.outputs import check_file
+from mim.ranges import Count, Processes, Threads
 from mim.subject import Subject
 
 if TYPE_CHECKING:
@@ -25,15 +27,15 @@ def run(
     config: Path = CONFIGS / "mae" / "default.yaml",
     against: str | None = None,
     model: str | None = None,
-    img_size: int | None = None,
-    batch_size: int = 8,
+    img_size: Count | None = None,
+    batch_size: Count = 8,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto",
     compile: bool = False,
-    threads: int | None = None,
-    rounds: int = 10,
+    threads: Threads | None = None,
+    rounds: Count = 10,
     data: str | None = None,
-    num_workers: int | None = None,
+    num_workers: Processes | None = None,
     json: Path | None = None,
     reduction: str | None = None,
     shares: str = "0.75,0.5",
@@ -66,6 +68,9 @@ def run(
             what they have reached over the speed of what they exported.
         out: folder for accuracy over speed; inside the run that the weights belong to unless given.
     """
+    parts = _shares(shares)
+    if json:
+        check_file("--json", json)
     for variable, level in (("KINETO_LOG_LEVEL", "99"), ("TORCH_CPP_LOG_LEVEL", "ERROR")):
         os.environ.setdefault(variable, level)  # the profiler, asked for memory, talks about much else
     import torch
@@ -82,11 +87,11 @@ def run(
         return
     if weights is not None:
         subject = Subject(weights, data or "builtin", model, img_size, num_workers=num_workers, device=device, out=out)
-        _pareto(subject, masks, reduction or "all", _shares(shares), batch_size, rounds)
+        _pareto(subject, masks, reduction or "all", parts, batch_size, rounds)
         return
     if reduction:
         model = model or "vit_base_patch16_224"
-        rows = _reductions(model, img_size, reduction, shares, batch_size, place, precision, rounds)
+        rows = _reductions(model, img_size, reduction, parts, batch_size, place, precision, rounds)
         _write(json, {"model": model, "batch_size": batch_size, "threads": torch.get_num_threads(), "rows": rows})
         return
     overrides = {"batch_size": batch_size, "model": model, "img_size": img_size, "data": data}
@@ -139,7 +144,7 @@ def _reductions(
     model: str,
     img_size: int | None,
     names: str,
-    shares: str,
+    shares: list[float],
     batch_size: int,
     place: "torch.device",
     precision: str,
@@ -153,14 +158,13 @@ def _reductions(
     from mim.reduction.recipes import RECIPES
 
     wanted = [name for name, recipe in RECIPES.items() if recipe.shortens] if names == "all" else names.split(",")
-    parts = _shares(shares)
     torch.manual_seed(0)
     sized: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     vit: Any = timm.create_model(model, **sized)
     size = vit.patch_embed.img_size
     images = torch.randn(batch_size, vit.patch_embed.proj.in_channels, *size, device=place)
     try:
-        models = contenders(vit, wanted, parts, images, precision)
+        models = contenders(vit, wanted, shares, images, precision)
     except TypeError as error:
         raise UserError(f"--model {model}: {error}", hint="--model vit_base_patch16_224") from error
     rows = measure(models, rounds)
@@ -204,9 +208,12 @@ def _finetuned(home: Path, out: str | None, place: "torch.device", batch_size: i
 
 def _shares(text: str) -> list[float]:
     try:
-        return [float(share) for share in text.split(",")]
+        shares = [float(share) for share in text.split(",")]
     except ValueError:
         raise UserError(f"--shares {text}: these are not numbers", hint="--shares 0.75,0.5") from None
+    if not all(0 < share <= 1 for share in shares):
+        raise UserError(f"--shares {text}: each is above 0, up to 1", hint="--shares 0.75,0.5")
+    return shares
 
 
 def _device(name: str) -> "torch.device":

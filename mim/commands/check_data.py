@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+from mim.outputs import check_file, check_picture
+from mim.ranges import Count
+
 
 def run(
     data: str,
-    sample: int = 2000,
+    sample: Count = 2000,
     all: bool = False,
-    channels: int = 3,
+    channels: Count = 3,
     fix: Path | None = None,
     out: Path = Path("check_data.png"),
 ) -> None:
@@ -21,6 +24,9 @@ def run(
         fix: write a .csv list of the good files here, for --data to take; reads every image.
         out: the contact sheet, a PNG.
     """
+    check_picture("--out", out)
+    if fix:
+        check_file("--fix", fix)
     from mim.data.scan import scan  # torch is imported when there is something to read: --help must not wait for it
 
     scan(data, None if all else sample, channels, fix, out)

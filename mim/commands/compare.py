@@ -3,15 +3,17 @@
 from pathlib import Path
 
 from mim.errors import UserError
+from mim.outputs import check_folder
+from mim.ranges import Count, Positive
 
 
 def run(
     runs: str = "",
     methods: str = "",
     data: str = "builtin",
-    epochs: float | None = None,
-    seeds: int = 3,
-    images: int = 6,
+    epochs: Positive | None = None,
+    seeds: Count = 3,
+    images: Count = 6,
     out: Path = Path("runs/compare"),
 ) -> None:
     """One table with mean and spread, and one page with the same images under every run.
@@ -29,8 +31,7 @@ def run(
     chosen, wanted = _split(runs), _split(methods)
     if not chosen and not wanted:
         raise UserError("there is nothing to compare", hint="--runs runs/001-mae-a,runs/002-mae-b   or   --methods mae")
-    if seeds < 1 or images < 1:
-        raise UserError("--seeds and --images must be positive", hint="--seeds 3 --images 6")
+    check_folder("--out", out)
     folders = [Path(run) for run in chosen]
     for method in wanted:
         folders += [_train(method, data, epochs, seed, out) for seed in range(seeds)]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from mim.errors import UserError
+from mim.outputs import check_file, check_folder
 
 if TYPE_CHECKING:  # torch is imported when there is something to export: --help must not wait for it
     from timm.models.vision_transformer import VisionTransformer
@@ -39,6 +40,8 @@ def run(
         raise UserError("export wants either --run or --weights", hint="--run runs/001-mae-photos")
     if run is None and out is None:
         raise UserError("export --weights needs a place to write to", hint=f"--out checkpoints/NAME{_SUFFIX[to]}")
+    if out:
+        (check_folder if to == "timm" else check_file)("--out", Path(out))
     from mim.checkpoint import export_backbone
     from mim.interop.graph import write_graph
 
@@ -63,7 +66,10 @@ def _from_run(folder: Path, data_licence: str, student: bool) -> _Parts:
     from mim.interop import ModelCard
     from mim.run import RunFolder
 
-    run = RunFolder.find(str(folder))
+    try:
+        run = RunFolder.find(str(folder))
+    except UserError as error:
+        raise error.about("--run", instead_of="--resume") from error
     assert run is not None
     method, data, config = load_method(run.path)
     facts = run.read_summary()

@@ -6,17 +6,18 @@ from typing import Literal
 
 from mim.errors import UserError
 from mim.processes import INTERRUPTED, process_rank
+from mim.ranges import Count, Positive, check_rising
 from mim.subject import FinetuneRecipe, Subject
 
 
 def run(
     subject: Subject,
     recipe: FinetuneRecipe,
-    seeds: int = 1,
+    seeds: Count = 1,
     from_scratch: bool = True,
-    eval_every: float | None = None,
-    devices: int = 1,
-    accumulate: int = 1,
+    eval_every: Positive | None = None,
+    devices: Count = 1,
+    accumulate: Count = 1,
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto",
     resume: bool = False,
 ) -> None:
@@ -33,7 +34,7 @@ def run(
         precision: auto is bf16-mixed on a GPU that has it.
         resume: go on where the same command was stopped, in the run that the weights belong to or in --out.
     """
-    _check(recipe, seeds, devices * accumulate)
+    _check(recipe, devices * accumulate)
     # torch is imported when there is something to train: --help must not wait for it.
     from mim.finetuning import Machine, best_precision, export, finish, settings_of, train
     from mim.measure import TRAINED, UNTRAINED, Measurement, Scores, finish_section
@@ -81,12 +82,10 @@ def run(
             print(f'  model   {exported}   (timm.create_model("local-dir:{exported}", pretrained=True))')
 
 
-def _check(recipe: FinetuneRecipe, seeds: int, parts: int) -> None:
+def _check(recipe: FinetuneRecipe, parts: int) -> None:
     """Refuses what could not work before anything heavy is imported."""
-    if not 0 <= recipe.anneal[0] <= recipe.anneal[1] <= 1:
-        raise UserError(f"--anneal {list(recipe.anneal)}: two rising shares of the training", hint="--anneal [0.1,0.5]")
-    if recipe.epochs <= 0 or recipe.blr <= 0 or seeds < 1 or parts < 1:
-        raise UserError("--epochs, --blr, --seeds, --devices and --accumulate must be positive", hint="--epochs 100")
+    check_rising("--anneal", recipe.anneal)
+    check_rising("--scale", recipe.scale)
     if recipe.batch_size % parts or (recipe.batch_size // parts) % 2:
         near = max(2, round(recipe.batch_size / parts / 2) * 2) * parts
         raise UserError(

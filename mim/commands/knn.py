@@ -2,17 +2,17 @@
 
 from typing import Literal
 
-from mim.errors import UserError
+from mim.ranges import Count, Positive, Whole
 from mim.subject import Subject
 
 
 def run(
     subject: Subject,
-    k: tuple[int, ...] = (10, 20, 100, 200),
-    temperature: float = 0.07,
-    layers: int = 1,
+    k: tuple[Count, ...] = (10, 20, 100, 200),
+    temperature: Positive = 0.07,
+    layers: Count = 1,
     pool: Literal["cls", "mean", "both"] = "cls",
-    seeds: int = 3,
+    seeds: Whole = 3,
 ) -> None:
     """k-NN accuracy of frozen features, beside untrained encoders.
 
@@ -24,8 +24,6 @@ def run(
         pool: class token, mean of the patch tokens, or both.
         seeds: untrained encoders to compare with.
     """
-    if not k or min(k) < 1 or temperature <= 0:
-        raise UserError(f"--k {list(k)} --temperature {temperature}: both must be positive", hint="--k [10,20]")
     # torch is imported when there is something to measure: --help must not wait for it.
     from mim.evaluation.bank import Bank
     from mim.evaluation.features import Features

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from mim.errors import UserError
+from mim.ranges import Count, Whole
 from mim.subject import HeadRecipe, Subject
 
 _NAMES = {"linear": "Linear probe", "attentive": "Attentive probe", "multi_query": "Attentive probe, several queries"}
@@ -11,10 +12,10 @@ _NAMES = {"linear": "Linear probe", "attentive": "Attentive probe", "multi_query
 def run(
     subject: Subject,
     recipe: HeadRecipe,
-    layers: int = 1,
+    layers: Count = 1,
     pool: Literal["cls", "mean", "both"] = "cls",
-    crops: int = 0,
-    seeds: int = 3,
+    crops: Whole = 0,
+    seeds: Count = 3,
 ) -> None:
     """Accuracy of a linear or attentive classifier over frozen features, beside untrained encoders.
 
@@ -27,10 +28,8 @@ def run(
             epochs is the papers' protocol, 0 takes the middle of the image in every epoch, which is far cheaper.
         seeds: repetitions, each with other initial weights, order, held-out part, and another untrained encoder.
     """
-    if min(recipe.rates) <= 0 or recipe.epochs < 1 or recipe.batch_size < 2 or seeds < 1:
-        raise UserError(
-            "--lrs, --epochs, --batch_size and --seeds must be positive", hint="--lrs [0.01,0.1] --epochs 90"
-        )
+    if recipe.batch_size < 2:
+        raise UserError("--batch_size 1: the head normalises over a batch", hint="--batch_size 256")
     # torch is imported when there is something to measure: --help must not wait for it.
     from mim.evaluation.bank import Bank
     from mim.evaluation.features import Features

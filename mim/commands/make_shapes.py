@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 from PIL import Image
 
 from mim.errors import UserError
+from mim.outputs import check_folder
+from mim.ranges import Count, Whole
 
 if TYPE_CHECKING:  # torch is imported when there is something to draw: --help must not wait for it
     from torch import Tensor
@@ -15,7 +17,7 @@ if TYPE_CHECKING:  # torch is imported when there is something to draw: --help m
 Split = Literal["train", "val"]
 
 
-def run(out: Path, train: int = 1024, val: int = 256, size: int = 64) -> None:
+def run(out: Path, train: Whole = 1024, val: Whole = 256, size: Count = 64) -> None:
     """Write the built-in shapes as PNG files: class folders of images beside class folders of masks.
 
     The layout is ``OUT/{train,val}/{images,masks}/<class>/<number>.png``, and ``OUT/mask_classes.txt`` says what the
@@ -31,6 +33,7 @@ def run(out: Path, train: int = 1024, val: int = 256, size: int = 64) -> None:
     from mim.data.shapes import ShapeSource
 
     out = Path(out)
+    check_folder("--out", out)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: the folder is not empty", hint=f"--out {out}-2   or delete it first")
     for split, count in zip(get_args(Split), (train, val), strict=True):

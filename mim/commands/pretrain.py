@@ -21,7 +21,7 @@ from mim.callbacks import Checkpoints, Evaluation, NaNDump, RunLog, Signals
 from mim.callbacks.run_log import duration
 from mim.checkpoint import ModelCard, export_backbone, init_backbone, load_method
 from mim.checkpoint_io import AtomicCheckpointIO, checkpoint_step, newest_good
-from mim.config import changes, instantiate, parse, run_options, save_config
+from mim.config import changes, instantiate, parse, parse_saved, run_options, save_config
 from mim.data.pretrain import PretrainData
 from mim.encoder import Encoder
 from mim.errors import MACHINE_ERRORS, UserError
@@ -200,10 +200,15 @@ class Pretraining:
                 enable_model_summary=False,
                 use_distributed_sampler=False,
             )
-        except (ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
-            raise UserError(
-                f"these devices cannot be used: {error}", hint="--devices 1, --trainer.accelerator cpu"
-            ) from error
+        except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
+            given = [
+                f"--trainer.{name} {value}"
+                for name, value in vars(self.config.trainer).items()
+                if name in ("accelerator", "devices", "num_nodes", "precision", "strategy")
+                and value not in ("auto", None, 1)
+            ]
+            hint = "--devices 1, --trainer.accelerator cpu"
+            raise UserError(f"{' '.join(given)} cannot be used here", why=str(error), hint=hint) from error
         parts = trainer.world_size * trainer.accumulate_grad_batches
         if plan.batch_size % parts:
             near = max(1, round(plan.batch_size / parts)) * parts
@@ -387,7 +392,11 @@ def _resumed_arguments(run: RunFolder, args: Sequence[str]) -> list[str]:
     """The saved settings with this call's options on top; refuses what would change the function computed."""
     saved = f"--config={run.config}"
     merged = [saved, *(arg for arg in args if not arg.startswith(("--config=", "--out=")))]
-    allowed = (*FREE_TO_CHANGE, *filter(None, parse(merged).allow_change.split(",")))
+    try:
+        allowed = (*FREE_TO_CHANGE, *filter(None, parse(merged).allow_change.split(",")))
+    except UserError:
+        parse_saved(run.config)  # if they are to blame, not what was added to them
+        raise
     changed = changes(merged)
     differing = {
         name: values

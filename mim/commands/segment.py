@@ -1,12 +1,12 @@
 """Semantic segmentation: ``python tools/segment.py --weights runs/001-mae-photos --data my_masks``."""
 
-from mim.errors import UserError
 from mim.processes import INTERRUPTED, process_rank
+from mim.ranges import Count
 from mim.segment_options import HeadRecipe, MaskedSubject, Scoring, check
 
 
 def run(
-    subject: MaskedSubject, recipe: HeadRecipe, scoring: Scoring, resume: bool = False, save_every: int = 1000
+    subject: MaskedSubject, recipe: HeadRecipe, scoring: Scoring, resume: bool = False, save_every: Count = 1000
 ) -> None:
     """Trains a segmentation head, or the whole encoder, and scores it beside an encoder that was never trained.
 
@@ -17,8 +17,6 @@ def run(
         resume: go on where the same command was stopped, in the run that the weights belong to or in --out.
         save_every: steps between two checkpoints, of which two are kept while a head trains.
     """
-    if save_every < 1:
-        raise UserError("--save_every must be positive", hint="--save_every 1000")
     check(subject, recipe, scoring)
     # torch is imported when there is something to measure: --help must not wait for it.
     from mim.segmenting import Segmentation

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from mim.errors import UserError
+from mim.outputs import check_picture
+from mim.ranges import Count
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,9 +22,9 @@ def run(
     data: str = "builtin",
     reduction: str | None = None,
     policy: str | None = None,
-    images: int = 4,
-    columns: int = 5,
-    img_size: int | None = None,
+    images: Count = 4,
+    columns: Count = 5,
+    img_size: Count | None = None,
     out: Path = Path("visualize.png"),
     trust: bool = False,
 ) -> None:
@@ -45,8 +47,7 @@ def run(
     """
     if weights is None and model is None:
         raise UserError("there is no model to look into", hint="--weights runs/001-mae-photos   or   --model NAME")
-    if images < 1 or columns < 1:
-        raise UserError("--images and --columns must be positive", hint="--images 4 --columns 5")
+    check_picture("--out", out)
     if reduction and policy:
         raise UserError("--reduction and --policy are two pictures", hint="one of them, then the other")
     loaded = _load(weights, model, img_size, trust)
@@ -61,11 +62,8 @@ def run(
         picture = strip(batch, {}, loaded.encoder, loaded.mean, loaded.std)
     from mim.pictures import save_strip
 
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_strip(picture, out)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}", hint="--out another/file.png") from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_strip(picture, out)
     print(f"  weights {loaded.note}\n  picture {out}")
 
 

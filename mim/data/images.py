@@ -30,6 +30,8 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from mim.errors import printable
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 """Pillow decoders in use (``.npy`` has our own); none starts a program or follows references. JPEG covers MPO."""
 SUFFIXES = (
@@ -174,11 +176,6 @@ def read_colours(path: Path) -> NDArray[np.uint8]:
         return _exact_pixels(_read_file(path), mode="RGB")
     except Exception as error:  # as in read_image
         raise ImageError(_printable(path), _reason(error)) from None
-
-
-def printable(path: str) -> str:
-    """The path with line breaks, terminal escapes and undecodable bytes spelled out, for messages."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in path)
 
 
 def _exact_pixels(data: bytes, mode: str | None = None) -> NDArray[Any]:
@@ -385,7 +382,7 @@ def _full_scale(values: NDArray[Any]) -> NDArray[np.uint8]:
         tops = [1 if kind == "b" else 65535]
     else:
         tops = [1, 255, 65535] if kind == "f" else [255, 65535, int(np.iinfo(values.dtype).max)]
-    largest = values.max()
+    largest = values.max().item()  # exact in any type, and nothing overflows when it is compared
     top = next((top for top in tops if largest <= top), None)
     if top is None:
         raise ValueError(f"holds values up to {largest:g}; floats must lie in 0..1, 0..255 or 0..65535")

@@ -48,7 +48,7 @@ def scan(data: str, sample: int | None, channels: int, fix: Path | None, out: Pa
         fix: list of the good files to write; reads every image.
         out: contact sheet to write.
     """
-    train, held_out = open_source(data, channels)
+    train, held_out = open_source(data, channels, otherwise="python tools/make_shapes.py --out shapes   draws some")
     if fix and not isinstance(train, FolderSource | ListSource):
         raise UserError(f"--fix {fix}: a list names files, not members of tar files", hint="leave --fix out")
     if fix and fix.suffix.lower() != ".csv":

@@ -7,8 +7,11 @@ the file and against the limit for images before anything is read.
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator
+from itertools import islice
+from math import prod
 from typing import NamedTuple
 
 from braceexpand import braceexpand
@@ -20,6 +23,8 @@ MAX_HEADER_BYTES = 1 << 20
 """Extended headers (long names) above 1 MiB are refused."""
 MAX_LABEL_BYTES = 1 << 16
 """Label members above 64 KiB are no labels."""
+MAX_SHARDS = 10**6
+"""Tar files that one pattern may name."""
 
 
 class Member(NamedTuple):
@@ -53,8 +58,13 @@ class Member(NamedTuple):
 
 def expand_shards(pattern: str) -> list[str]:
     """The tar files that a pattern such as ``train-{0000..0099}.tar`` names; raises ``UserError`` if one is missing."""
+    spans = [(int(start), int(end)) for start, end in re.findall(r"{(-?\d+)\.\.(-?\d+)", pattern)]
+    count = prod(abs(end - start) + 1 for start, end in spans)
+    if count > MAX_SHARDS:  # before it is expanded: that would take all memory
+        hint = "--data 'train-{0000..0099}.tar'"
+        raise UserError(f"--data {pattern} names {count:,} tar files, more than {MAX_SHARDS:,}", hint=hint)
     try:
-        shards = list(braceexpand(pattern))
+        shards = list(islice(braceexpand(pattern), MAX_SHARDS))
     except ValueError as error:
         raise UserError(f"--data {pattern}: {error}", hint="--data 'train-{0000..0099}.tar'") from None
     missing = [shard for shard in shards if not os.path.isfile(shard)]

@@ -16,10 +16,10 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from mim.data.images import SUFFIXES, ImageError, printable, read_image
+from mim.data.images import SUFFIXES, ImageError, read_image
 from mim.data.loading import reading
 from mim.data.shards import Member, expand_shards, read_label, read_part, tar_members
-from mim.errors import UserError
+from mim.errors import UserError, printable
 
 HELD_OUT = ("val", "valid", "validation", "test")
 """Folders beside ``train/`` that hold the held-out images, the first found wins."""
@@ -187,7 +187,12 @@ class TarSource(FileSource):
             raise ImageError(self.describe(index), error.strerror or str(error)) from None
 
 
-def open_source(data: str, channels: int = 3, same_classes: bool = True) -> tuple[FileSource, FileSource | None]:
+def open_source(
+    data: str,
+    channels: int = 3,
+    same_classes: bool = True,
+    otherwise: str | None = "leave --data out for the built-in images",
+) -> tuple[FileSource, FileSource | None]:
     """What ``--data`` names: training images, and held-out ones if the folder sets some apart.
 
     Args:
@@ -196,6 +201,7 @@ def open_source(data: str, channels: int = 3, same_classes: bool = True) -> tupl
             that holds ``images/`` beside ``masks/``, only the images count.
         channels: of the images.
         same_classes: refuse parts whose classes differ.
+        otherwise: what to try if there is no such place.
 
     Raises:
         UserError: if there is nothing to read, or the parts have different classes.
@@ -214,7 +220,7 @@ def open_source(data: str, channels: int = 3, same_classes: bool = True) -> tupl
         return ListSource(path, channels), None
     if path.suffix.lower() == ".tar" and (path.is_file() or "{" in data):
         return TarSource(str(path), channels), None
-    raise _not_a_source(data, path)
+    raise _not_a_source(data, path, otherwise)
 
 
 # Folders -------------------------------------------------------------------------------------------------------------
@@ -323,7 +329,7 @@ def _no_images(
     )
 
 
-def _not_a_source(data: str, path: Path) -> UserError:
+def _not_a_source(data: str, path: Path, otherwise: str | None) -> UserError:
     if path.is_file():
         why = "a folder, a .txt or .csv list, or .tar files are expected"
         return UserError(f"--data {data} is a file of another type", why=why, hint="unpack it into a folder")
@@ -332,11 +338,12 @@ def _not_a_source(data: str, path: Path) -> UserError:
     nearby = {name for name in nearby if name.endswith(("/", ".txt", ".csv", ".tar")) and not name.startswith(".")}
     wanted = path.absolute().relative_to(folder).parts[0]
     close = difflib.get_close_matches(wanted, sorted(nearby), n=3, cutoff=0.5)
-    hint = "leave --data out for the built-in images"
+    hint = otherwise
     if close:
         # Shown as the user would type it: relative if the mistake was.
         best = Path(*path.parts[: len(path.parts) - len(path.absolute().relative_to(folder).parts)], close[0])
-        hint = f"--data {best}        (found here: {', '.join(close)})      or   {hint}"
+        hint = f"--data {best}        (found here: {', '.join(close)})"
+        hint += f"      or   {otherwise}" if otherwise else ""
     what = "file" if path.suffix else "folder"
     return UserError(f"--data {data}: no such {what}", hint=hint)
 

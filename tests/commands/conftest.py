@@ -1,31 +1,13 @@
-"""What evaluations measure in tests: a tiny timm folder and a few drawn images."""
+"""What evaluations measure in tests: a few drawn images."""
 
 import signal
 import time
 from pathlib import Path
 
 import pytest
-import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
-from mim.checkpoint import export_backbone
 from mim.data.shapes import ShapeSource
-from mim.encoder import Encoder
-from mim.interop import ModelCard
-
-
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory):
-    """A timm folder of an encoder whose positions and norms differ from their initial values."""
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        encoder = Encoder("test_vit", img_size=32, patch_size=8)
-        for parameter in encoder.parameters():
-            parameter.data += 0.02 * torch.randn_like(parameter)
-    folder = tmp_path_factory.mktemp("weights") / "backbone"
-    card = ModelCard(method="MAE", data="shapes", data_licence="cc0-1.0")
-    export_backbone(encoder.vit, folder, mean=[0.5] * 3, std=[0.25] * 3, card=card, model_args={})
-    return str(folder)
 
 
 @pytest.fixture

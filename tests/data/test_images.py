@@ -48,10 +48,11 @@ def test_an_image_that_can_be_read_has_a_header(case: Case):
         assert case.truth is None or sorted((header.height, header.width)) == sorted(case.truth.shape[:2])
 
 
-def test_rotten_bytes_never_raise_anything_else():
-    generator = np.random.default_rng(0)
+@pytest.mark.parametrize(("seed", "count"), [(0, 600), pytest.param(1, 10_000, marks=pytest.mark.slow)])
+def test_rotten_bytes_never_raise_anything_else(seed, count):
+    generator = np.random.default_rng(seed)
     files = [case.data for case in legal() if len(case.data) < 20_000]
-    for _ in range(600):
+    for _ in range(count):
         data = bytearray(files[generator.integers(len(files))])
         for place in generator.integers(len(data), size=generator.integers(1, 6)):
             data[place] = generator.integers(256)
@@ -110,6 +111,22 @@ def test_grey_from_a_colour_picture(fmt):
     grey = read_image(encode(image, fmt), channels=1)
     assert grey.shape == (1, 4, 5)
     assert grey.float().mean().item() == pytest.approx(0.299 * 200 + 0.587 * 100 + 0.114 * 50, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "expected"),
+    [
+        (2000, np.float16, 8),
+        (255, np.float16, 255),
+        (2**63 - 1, np.int64, 255),
+        (2**64 - 1, np.uint64, 255),
+        (2**62, np.int64, 128),
+        (65535, np.int64, 255),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_numbers_at_the_end_of_their_type_are_scaled_without_a_warning(value, kind, expected):
+    assert read_image(npy(np.full((8, 8), value, kind))).unique().tolist() == [expected]
 
 
 def test_a_colour_array_becomes_grey():

@@ -1,0 +1,68 @@
+"""Numbers that an option may be: a signature names the range, the help shows it, and the parser refuses all others.
+
+To a type checker, and to whoever calls from Python, each is a plain ``int`` or ``float``.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from jsonargparse.typing import register_type
+
+from mim.errors import UserError
+
+MANY = 10**9
+"""More steps, epochs or images than anybody counts to."""
+
+
+def _numbers(kind: type[float], words: str, low: float, high: float = MANY, *, open_ends: str = "") -> Any:  # noqa: ANN401
+    """The type of the numbers from ``low`` to ``high``; ``open_ends`` names those of the two that do not belong to it.
+
+    Values stay plain numbers: jsonargparse's own restricted types would put their classes into checkpoints.
+    """
+
+    def checked(value: object) -> float:
+        ends = {"low": low, "high": high}
+        try:
+            number = kind(value)  # type: ignore[arg-type]  # what is no number raises
+        except (ValueError, TypeError, OverflowError):
+            number = math.nan
+        odd = isinstance(value, bool) or (kind is int and isinstance(value, float))
+        if odd or not low <= number <= high or number in (ends[end] for end in open_ends.split()):
+            raise ValueError(value)
+        return number
+
+    made = type(words, (kind,), {})
+    register_type(made, kind, checked)
+    return made
+
+
+if TYPE_CHECKING:
+    Count: TypeAlias = int
+    Whole: TypeAlias = int
+    Processes: TypeAlias = int
+    Threads: TypeAlias = int
+    Seed: TypeAlias = int
+    Positive: TypeAlias = float
+    NotNegative: TypeAlias = float
+    Share: TypeAlias = float
+    SomeShare: TypeAlias = float
+    ShareBelowOne: TypeAlias = float
+else:
+    Count = _numbers(int, "int from 1 to 1e9", 1)
+    Whole = _numbers(int, "int from 0 to 1e9", 0)
+    Processes = _numbers(int, "int from 0 to 1024", 0, 1024)
+    Threads = _numbers(int, "int from 1 to 1024", 1, 1024)
+    Seed = _numbers(int, "int from 0 to 2^63 - 1", 0, 2**63 - 1)
+    Positive = _numbers(float, "float above 0 to 1e9", 0, open_ends="low")
+    NotNegative = _numbers(float, "float from 0 to 1e9", 0)
+    Share = _numbers(float, "float from 0 to 1", 0, 1)
+    SomeShare = _numbers(float, "float above 0 to 1", 0, 1, open_ends="low")
+    ShareBelowOne = _numbers(float, "float from 0 to below 1", 0, 1, open_ends="high")
+
+
+def check_rising(option: str, ends: tuple[float, float]) -> None:
+    """Refuses a smallest and a largest that are the wrong way round."""
+    low, high = ends
+    if low > high:
+        why = "the smaller number comes first"
+        raise UserError(f"{option} [{low:g},{high:g}] is no range", why=why, hint=f"{option} [{high:g},{low:g}]")
