@@ -10,7 +10,7 @@ from mim.cli import main
 
 TINY = str(Path(__file__).parents[1] / "tiny.yaml")
 MODEL = "--model.init_args."
-SMALL = ["--data", "classes"]
+SMALL = ["--data", "rotten"]
 REDUCED = ["--reduction", "tome", "--model", "test_vit", "--rounds", "1"]
 MISTAKES = {
     "data that is not there": (["--data", "nowhere"], "nowhere"),
