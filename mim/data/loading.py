@@ -24,6 +24,10 @@ STALL = 120
 _LONGEST_NAME = 1024
 
 
+class NothingReadableError(RuntimeError):
+    """So many images in a row cannot be read that it is hardly the images."""
+
+
 class WatchedLoader(DataLoader[Any]):
     """A loader whose processes outlive the signals that stop a run, never hang for ever, and note what they read.
 
@@ -73,8 +77,14 @@ def reading(name: str) -> Iterator[None]:
 
 
 def loader_failure(error: Exception, hint: str) -> UserError | None:
-    """A loader process that died or hung, with the file in its hands; None if the error tells of anything else."""
+    """A loader process that died, hung, or found no image; None if the error tells of anything else.
+
+    The first two are told with the file that the process had in its hands.
+    """
     text = str(error).strip().rstrip(".")
+    if isinstance(error, NothingReadableError):  # behind a traceback, if it comes out of a loader process
+        found = text.rpartition(f"{NothingReadableError.__name__}: ")[2]
+        return UserError(found, why="a disk or a network share that is gone looks like that", hint=hint, alone=True)
     stalled, died = (text.startswith(f"DataLoader {what}") for what in ("timed out", "worker (pid"))
     if not (stalled or died or isinstance(error, EOFError | ConnectionError)):  # the latter two: in mid-sentence
         return None

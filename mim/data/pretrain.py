@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, default_collate
 
 from mim.data.builtin import PhotoSource
 from mim.data.images import ImageError
-from mim.data.loading import EndlessLoader, WatchedLoader
+from mim.data.loading import EndlessLoader, NothingReadableError, WatchedLoader
 from mim.data.sampler import Key, Shard, StepSampler
 from mim.data.shapes import ShapeSource
 from mim.data.sources import Source, open_source
@@ -255,7 +255,7 @@ class Crops(Dataset[Sample]):
             except ImageError as error:
                 bad.append((error.path, error.reason))
                 if len(bad) > 100:
-                    raise RuntimeError(f"100 unreadable images in a row, last {error.path}: {error.reason}") from error
+                    raise NothingReadableError(f"100 images in a row cannot be read, last {error}") from error
                 index = int(torch.randint(len(self.source), (1,), generator=substitutes))
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator: key it for this image
             torch.default_generator.manual_seed(derive_seed(self.seed, "crop", *key))

@@ -11,6 +11,7 @@ from mim.data.images import ImageError
 from mim.data.pretrain import BadFiles, BadFileWarning, Centers, Crops, PretrainData, collate
 from mim.data.views import SingleView
 from mim.errors import UserError
+from mim.failures import explained
 from mim.randomness import RowGenerator, derive_seed
 
 
@@ -128,9 +129,13 @@ def test_a_substitute_that_is_unreadable_is_replaced_and_named_too():
     assert bad[0] == ("0.jpg", "truncated")
 
 
-def test_a_set_without_any_good_image_does_not_search_for_ever():
-    with pytest.raises(RuntimeError, match="100 unreadable images"):
-        _ = crops(count=3, bad=[0, 1, 2])[0, 0]
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_set_without_any_good_image_does_not_search_for_ever(workers):
+    with pytest.raises(RuntimeError) as stop:
+        next(iter(DataLoader(crops(count=3, bad=[0, 1, 2]), batch_sampler=[[(0, 0)]], num_workers=workers)))
+    found = explained(stop.value, loader_hint="again")
+    assert found.error.startswith("100 images in a row cannot be read, last ")
+    assert len(str(found).splitlines()) == 3
 
 
 def test_collate_joins_views_labels_and_bad_files():
