@@ -98,7 +98,7 @@ def test_a_policy_of_the_wrong_type_is_answered_in_plain_words(tmp_path):
     with pytest.raises(UserError) as mistake:
         parse([f"--config={tmp_path / 'mine.yaml'}"])
     assert str(mistake.value).splitlines()[:2] == [
-        "error: model.masking cannot be 3",
+        "error: --model.masking cannot be 3",
         "why:   not a valid subclass of Masking",
     ]
 
