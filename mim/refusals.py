@@ -11,7 +11,8 @@ _REASON = re.compile(
     r"Not a valid subclass of \w+|Expected a (?!<class 'NoneType'>|path)[^\n]+?(?=\. Got|\n|$)"
     r"|Not of type [^:\n]+|Importing '[\w.]+' is not allowed|Unable to load config"
 )
-_GIVEN = re.compile(r"(?:Got value|Given value|Not of type [^:\n]+): ([^\n]*)")
+_GIVEN = [rf"{words}: ([^\n]*)" for words in (r"Not of type [^:\n]+", "Got value", "Given value")]
+"""How the parser introduces a value, the innermost first."""
 
 
 def refusal(error: ArgumentError, parser: ArgumentParser, everything: str) -> UserError:
@@ -24,7 +25,8 @@ def refusal(error: ArgumentError, parser: ArgumentParser, everything: str) -> Us
     """
     hint = f"{everything} lists every option"
     text = str(error).strip()
-    reasons, values = re.findall(_REASON, text), re.findall(_GIVEN, text)
+    reasons = re.findall(_REASON, text)
+    values = next(filter(None, (re.findall(given, text) for given in _GIVEN)), [])
     if reasons:
         # The keys lead from the outside in; what does not fit is told last.
         key = ".".join(dict.fromkeys(re.findall(r'Parser key "([\w.]+)"', text)))

@@ -96,11 +96,11 @@ def test_an_image_that_changes_is_looked_at_again(weights, photos):
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["--k", "[0]"], "--k [0]"),
+        (["--k", "[0]"], "--k cannot be 0"),
         (["--layers", "99"], "99 layers cannot be read"),
-        (["--crop_pct", "2"], "--crop_pct 2"),
+        (["--crop_pct", "2"], "--crop_pct cannot be 2"),
         (["--device", "cuda"], "--device cuda"),
-        (["--val_fraction", "1.5", "--data", "photos/train"], "--val_fraction 1.5"),
+        (["--val_fraction", "1.5", "--data", "photos/train"], "--val_fraction cannot be 1.5"),
     ],
 )
 def test_mistakes_end_in_a_message(weights, photos, args, expected, capsys, monkeypatch):

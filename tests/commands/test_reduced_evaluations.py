@@ -113,7 +113,7 @@ def test_segmentation_reads_features_that_were_put_back(weights, masks, options)
         (knn, ["--reduction", "cropr"], "python tools/finetune.py --reduction cropr"),
         (knn, ["--reduction", "nonsense"], "--reduction nonsense: there is no such reduction"),
         (knn, ["--reduction", "."], "holds no reduction"),
-        (finetune, ["--reduction", "tome", "--anneal", "[0.5,0.1]"], "--anneal [0.5, 0.1]"),
+        (finetune, ["--reduction", "tome", "--anneal", "[0.5,0.1]"], "--anneal [0.5,0.1]"),
         (segment, ["--reduction", "cropr"], "random until they are trained"),
     ],
 )

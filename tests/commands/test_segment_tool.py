@@ -140,7 +140,7 @@ def test_a_wrong_value_found_while_training_ends_the_same_way(weights, masks, ca
         (["--taps", "99"], "--taps 99"),
         (["--head", "upernet", "--taps", "1"], "reads four blocks"),
         (["--head", "knn", "--finetune", "true"], "k-NN head trains nothing"),
-        (["--stride", "0"], "--stride 0"),
+        (["--stride", "0"], "--stride cannot be 0"),
         (["--crop", "33"], "does not divide by the patch size"),
         (["--data", "nowhere"], "no such folder"),
     ],

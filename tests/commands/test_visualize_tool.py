@@ -103,7 +103,7 @@ def test_columns_are_spread_and_end_with_the_last():
         (["--reduction", "nowhere.yaml"], "--reduction nowhere.yaml"),
         (["--policy", "hard"], "--policy hard: there is no such policy"),
         (["--policy", "all", "--reduction", "tome"], "two pictures"),
-        (["--images", "0"], "--images and --columns must be positive"),
+        (["--images", "0"], "--images cannot be 0"),
         (["--out", "/proc/no.png"], "--out /proc/no.png cannot be written"),
     ],
 )

@@ -98,9 +98,16 @@ def test_a_policy_of_the_wrong_type_is_answered_in_plain_words(tmp_path):
     with pytest.raises(UserError) as mistake:
         parse([f"--config={tmp_path / 'mine.yaml'}"])
     assert str(mistake.value).splitlines()[:2] == [
-        "error: model.masking cannot be 3",
+        "error: --model.masking cannot be 3",
         "why:   not a valid subclass of Masking",
     ]
+
+
+def test_a_number_outside_its_range_is_named_wherever_it_stands(tmp_path):
+    (tmp_path / "mine.yaml").write_text(TINY.replace("img_size: 32", "img_size: 0"))
+    with pytest.raises(UserError) as mistake:
+        parse([f"--config={tmp_path / 'mine.yaml'}"])
+    assert str(mistake.value).splitlines()[0] == "error: --model.encoder.img_size cannot be 0"
 
 
 def test_the_recipe_that_the_hostile_ones_are_made_from_is_fine(tmp_path):
