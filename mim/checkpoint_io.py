@@ -17,7 +17,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor, nn
 
 from mim import __version__
-from mim.errors import UserError
+from mim.errors import MachineError, UserError
 from mim.interop import refuse_compressed
 from mim.sharding import local
 
@@ -232,9 +232,28 @@ def _link(path: Path) -> None:
         os.replace(temporary, path.with_name("last.ckpt"))
 
 
-def _no_room(error: OSError, path: Path, size: int) -> UserError:
+def check_room(folder: Path, module: nn.Module) -> None:
+    """Refuses a disk that cannot hold the checkpoints of a new run, trained with AdamW.
+
+    Raises:
+        UserError: if it has less room than they need.
+    """
+    trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+    size = sum(tensor.nbytes for tensor in module.state_dict().values()) + 2 * trained  # and both moments
+    needed = (KEEP + 2) * size
+    home = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    free = shutil.disk_usage(home).free
+    if free < needed:
+        raise UserError(
+            f"--out {folder}: checkpoints need {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free",
+            why=f"{size / 2**20:,.0f} MiB each: {KEEP} are kept, the next is written beside them, one is in reserve",
+            hint="--out another/disk   or make room",
+        )
+
+
+def _no_room(error: OSError, path: Path, size: int) -> MachineError:
     free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-    return UserError(
+    return MachineError(
         f"{path} cannot be written: {error.strerror}",
         why=f"it needs {size / 2**20:.0f} MiB and as much again in reserve; {free / 2**20:.0f} MiB are free",
         hint="make room, then  python tools/pretrain.py --resume RUN   (the checkpoint before is intact)",

@@ -102,7 +102,11 @@ RESUMABLE = {"pretrain", "finetune", "segment"}
 
 
 def main(command: str | None = None, args: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0 done, 2 a mistake of the user, 75 interrupted and resumable."""
+    """Runs a command and returns its exit status.
+
+    0 done, 2 a mistake of the user, 3 numbers that are not finite, 4 a failure of the machine, 75 interrupted and
+    resumable.
+    """
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
@@ -127,7 +131,7 @@ def _answered(command: str, args: list[str], debug: bool) -> int:
             traceback.print_exc()
         if process_rank() == 0 or error.alone:
             print(error, file=sys.stderr, flush=True)
-        return 2
+        return error.status
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -137,7 +141,7 @@ def _answered(command: str, args: list[str], debug: bool) -> int:
         if (failure := explained(error)) is None or debug:
             raise
         print(failure, file=sys.stderr, flush=True)
-        return 2
+        return failure.status
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG or debug:
             raise

@@ -1,11 +1,13 @@
-"""The one error that a user's mistake ends in: three lines, no traceback."""
+"""The errors that end a command in three lines, without a traceback."""
+
+from typing import ClassVar
 
 MACHINE_ERRORS = (RuntimeError, MemoryError, EOFError, ConnectionResetError, ConnectionRefusedError)
 """What memory that ran out and processes that died can end in; :func:`mim.failures.explained` tells them from bugs."""
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; the command line prints it in three lines and exits with status 2.
+    """A mistake that the user can mend; the command line prints it in three lines and exits with its status, 2.
 
     Args:
         error: what is wrong and where, naming the option or file.
@@ -13,6 +15,8 @@ class UserError(Exception):
         hint: a command or setting that works.
         alone: it happened to one process among several, which then says so itself; what happens to all is said once.
     """
+
+    status: ClassVar[int] = 2
 
     def __init__(self, error: str, *, why: str | None = None, hint: str | None = None, alone: bool = False) -> None:
         super().__init__(error)
@@ -29,6 +33,18 @@ class UserError(Exception):
         """The lines ``error:``, ``why:`` and ``try:``, each only if it says something."""
         lines = [("error:", self.error), ("why:  ", self.why), ("try:  ", self.hint)]
         return "\n".join(f"{head} {text}" for head, text in lines if text)
+
+
+class DivergedError(UserError):
+    """Numbers are not finite: the same command would end the same way again."""
+
+    status: ClassVar[int] = 3
+
+
+class MachineError(UserError):
+    """Memory, a disk or another process failed: the same command may well end better."""
+
+    status: ClassVar[int] = 4
 
 
 def printable(path: str) -> str:

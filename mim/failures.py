@@ -3,7 +3,7 @@
 import torch
 
 from mim.data.loading import loader_failure
-from mim.errors import UserError
+from mim.errors import MachineError
 
 
 def explained(
@@ -12,7 +12,7 @@ def explained(
     at: str = "",
     memory_hint: str = "a smaller --batch_size or --img_size, fewer --num_workers",
     loader_hint: str = "fewer --num_workers, if memory was short",
-) -> UserError | None:
+) -> MachineError | None:
     """The three lines for memory that ran out and for loader processes that died or hung; None for any other error.
 
     Args:
@@ -23,7 +23,7 @@ def explained(
     """
     if out_of_memory(error):
         why = next((part for part in str(error).split(". ") if "allocate" in part.lower()), None)
-        return UserError(f"out of memory{at}", why=why, hint=memory_hint, alone=True)
+        return MachineError(f"out of memory{at}", why=why, hint=memory_hint, alone=True)
     return loader_failure(error, loader_hint)
 
 

@@ -19,7 +19,7 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from mim.data.pretrain import BadFileWarning
-from mim.errors import UserError
+from mim.errors import MachineError, UserError
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 """What a disk answers that is full, read-only, forbidden or broken."""
@@ -119,10 +119,10 @@ class RunFolder:
         facts = {"python": platform.python_version(), "system": platform.platform(), **versions()}
         (self.path / "env.txt").write_text("\n".join(f"{name} {value}" for name, value in facts.items()) + "\n")
 
-    def unwritable(self, error: OSError) -> UserError:
+    def unwritable(self, error: OSError) -> MachineError:
         """What to tell if something of the run cannot be written."""
         home = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.is_dir())
-        return UserError(
+        return MachineError(
             f"{error.filename or self.path} cannot be written: {error.strerror}",
             why=f"{shutil.disk_usage(home).free / 2**20:.0f} MiB are free there",
             hint=f"make room, then  python tools/pretrain.py --resume {self.path}   (saved checkpoints are intact)",

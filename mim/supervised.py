@@ -1,6 +1,7 @@
 """What every training with labels shares: it can be stopped between two steps and goes on to the same weights."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from mim.callbacks.run_log import duration
 from mim.checkpoint_io import AtomicCheckpointIO, checkpoint_step, newest_good
 from mim.data.finetune import FinetuneData
 from mim.data.segmentation import SegmentationData
-from mim.errors import UserError
+from mim.errors import DivergedError, UserError
 from mim.measure import TRAINED
 from mim.methods import NonFiniteError
 
@@ -120,14 +121,14 @@ def fit(
 
     Raises:
         StoppedError: after a signal.
-        UserError: if the weights are no longer finite.
+        DivergedError: if the weights are no longer finite.
     """
     checkpoint = newest_good(folder / "checkpoints")[0] if resume else None
     data.first_step = checkpoint_step(checkpoint) if checkpoint else 0
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint and str(checkpoint), weights_only=True)
     except NonFiniteError as error:
-        raise UserError(f"training failed: {error}", hint=hint) from error
+        raise DivergedError(f"training failed: {error}", hint=hint) from error
     if trainer.global_step < trainer.max_steps:
         raise StoppedError
 
@@ -164,7 +165,9 @@ def training_folder(root: Path, who: str, seed: int) -> Path:
 def keep_result(folder: Path, name: str, result: object) -> None:
     """Writes a finished training's result into its folder, in place of its checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(json.dumps(result, indent=1) + "\n")
+    temporary = folder / f".{name}.tmp"  # a later call takes it as finished if it is there
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(temporary, folder / name)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 

@@ -15,6 +15,7 @@ import torch
 from mim.checkpoint_io import (
     KEEP,
     AtomicCheckpointIO,
+    check_room,
     checkpoint_name,
     checkpoint_step,
     checkpoints,
@@ -127,6 +128,17 @@ def test_a_disk_without_reserve_is_refused_before_a_byte_is_written(tmp_path, mo
     assert "needs 4 MiB" in stop.value.why
     assert "7 MiB are free" in stop.value.why
     assert newest_good(tmp_path) == (good, [])
+
+
+def test_a_new_run_is_refused_if_its_checkpoints_have_no_room(tmp_path, monkeypatch):
+    module = torch.nn.Linear(255, 1024)  # a MiB
+    module.register_buffer("teacher", torch.zeros(512, 256))  # half of one, without moments
+    needed = 4 * 3.5 * 2**20
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    check_room(tmp_path / "not" / "there", module)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    with pytest.raises(UserError, match="checkpoints need 14 MiB, 14 MiB are free"):
+        check_room(tmp_path / "not" / "there", module)
 
 
 def test_old_checkpoints_are_not_removed_before_the_new_one_stands(tmp_path, monkeypatch):

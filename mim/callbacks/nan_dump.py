@@ -39,8 +39,12 @@ class NaNDump(Callback):
 
     def _write(self, trainer: Trainer, method: Method, step: int, weights: dict[str, torch.Tensor]) -> list[str]:
         views, labels, names = self.data.batch(step)
+        dump = self.run.nan_dump(step)
         state = {"step": step, "plan": asdict(method.plan), "views": views, "labels": labels, "names": names}
         state |= {"accumulate": trainer.accumulate_grad_batches, "processes": trainer.world_size}
-        self.run.debug.mkdir(exist_ok=True)
-        torch.save(state | {"state_dict": weights}, self.run.nan_dump(step))
+        try:
+            self.run.debug.mkdir(exist_ok=True)
+            torch.save(state | {"state_dict": weights}, dump)
+        except (OSError, RuntimeError):  # as torch tells of a full disk; that the step was not finite matters more
+            dump.unlink(missing_ok=True)
         return names

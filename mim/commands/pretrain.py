@@ -20,11 +20,11 @@ from mim import __version__
 from mim.callbacks import Checkpoints, Evaluation, NaNDump, RunLog, Signals
 from mim.callbacks.run_log import duration
 from mim.checkpoint import ModelCard, export_backbone, init_backbone, load_method
-from mim.checkpoint_io import AtomicCheckpointIO, checkpoint_step, newest_good
+from mim.checkpoint_io import AtomicCheckpointIO, check_room, checkpoint_step, newest_good
 from mim.config import changes, instantiate, parse, parse_saved, run_options, save_config
 from mim.data.pretrain import PretrainData
 from mim.encoder import Encoder
-from mim.errors import MACHINE_ERRORS, UserError
+from mim.errors import MACHINE_ERRORS, DivergedError, MachineError, UserError
 from mim.failures import explained
 from mim.methods import Method, NonFiniteError, Plan
 from mim.processes import INTERRUPTED, process_rank
@@ -89,6 +89,8 @@ class Pretraining:
 
     def _train(self, args: Sequence[str]) -> int:
         trainer = self._trainer()
+        if self.resumed is None:
+            check_room(self.folder.path, self.method)
         checkpoint = self._checkpoint()
         initialised = None
         if checkpoint is None and self.config.init:  # before there is a folder: what does not fit leaves none
@@ -349,17 +351,18 @@ class Pretraining:
             "    features = model.forward_features(images)\n"
         )
 
-    def _diverged(self, error: NonFiniteError) -> UserError:
+    def _diverged(self, error: NonFiniteError) -> DivergedError:
         last, _ = newest_good(self.folder.checkpoints)
-        batch = f"batch ({', '.join(error.names[:3])}, ...)"
-        return UserError(
+        dump = self.folder.nan_dump(error.step)
+        kept = f"are in {dump}" if dump.exists() else f"could not be written to {dump}"
+        return DivergedError(
             f"{error}; the optimizer did not take it",
-            why=f"{batch}, seed and weights are in {self.folder.nan_dump(error.step)}; "
+            why=f"batch ({', '.join(error.names[:3])}, ...), seed and weights {kept}; "
             f"last good checkpoint: {last or 'none yet'}",
             hint="--trainer.precision 32-true   or a lower --blr   or   --trainer.gradient_clip_val 1.0",
         )
 
-    def _lost_process(self, trainer: Trainer) -> UserError | None:
+    def _lost_process(self, trainer: Trainer) -> MachineError | None:
         """Names a process that this one started and that is gone: the backend tells of a closed connection alone."""
         for rank, process in enumerate(getattr(trainer.strategy.launcher, "procs", []), start=1):
             with suppress(subprocess.TimeoutExpired):
@@ -367,14 +370,14 @@ class Pretraining:
                 if status == 0:
                     continue
                 how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
-                return UserError(
+                return MachineError(
                     f"process {rank} of {trainer.world_size} died ({how}), so the others ended, too",
                     why="its own message, if it had the time for one, is above; out of memory is what kills silently",
                     hint=f"python tools/pretrain.py --resume {self.folder.path}",
                 )
         return None
 
-    def _failure(self, error: Exception, trainer: Trainer) -> UserError | None:
+    def _failure(self, error: Exception, trainer: Trainer) -> MachineError | None:
         """Memory or a loader process, if it was one of them."""
         per_device = self.plan.batch_size // trainer.world_size // trainer.accumulate_grad_batches
         accumulate = trainer.accumulate_grad_batches * 4

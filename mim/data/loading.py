@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mim.errors import UserError
+from mim.errors import MachineError
 
 STALL = 120
 """Seconds after which a loader process that delivers nothing ends the run instead of hanging it."""
@@ -76,7 +76,7 @@ def reading(name: str) -> Iterator[None]:
         _row[: len(text)] = 0
 
 
-def loader_failure(error: Exception, hint: str) -> UserError | None:
+def loader_failure(error: Exception, hint: str) -> MachineError | None:
     """A loader process that died, hung, or found no image; None if the error tells of anything else.
 
     The first two are told with the file that the process had in its hands.
@@ -84,7 +84,7 @@ def loader_failure(error: Exception, hint: str) -> UserError | None:
     text = str(error).strip().rstrip(".")
     if isinstance(error, NothingReadableError):  # behind a traceback, if it comes out of a loader process
         found = text.rpartition(f"{NothingReadableError.__name__}: ")[2]
-        return UserError(found, why="a disk or a network share that is gone looks like that", hint=hint, alone=True)
+        return MachineError(found, why="a disk or a network share that is gone looks like that", hint=hint, alone=True)
     stalled, died = (text.startswith(f"DataLoader {what}") for what in ("timed out", "worker (pid"))
     if not (stalled or died or isinstance(error, EOFError | ConnectionError)):  # the latter two: in mid-sentence
         return None
@@ -92,7 +92,7 @@ def loader_failure(error: Exception, hint: str) -> UserError | None:
     rows = [row for loader in WatchedLoader.in_use for row in loader.in_hands()]
     files = sorted({name for pid, name in rows if name and (stalled or pid not in alive)})
     what = f"a loader process gave nothing for {STALL} s" if stalled else "a loader process died"
-    return UserError(
+    return MachineError(
         what + (f" while it read {', '.join(files)}" if files else ""),
         why=f"torch says: {text or type(error).__name__}",
         hint=hint,

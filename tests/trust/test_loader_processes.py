@@ -27,7 +27,7 @@ def test_a_run_whose_loader_process_is_killed_ends_soon_and_goes_on_exactly(numb
     os.kill(chance.choice(kin), signal.SIGKILL)
     struck = time.monotonic()
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 2, output
+    assert process.returncode == 4, output
     assert time.monotonic() - struck < 30  # 10 s on a machine that does nothing else
     assert "error: a loader process died" in output
     assert f"--resume {run}" in output
@@ -47,7 +47,7 @@ def test_a_run_without_memory_ends_in_three_lines_and_goes_on_exactly(folder, tm
     limit = pages * os.sysconf("SC_PAGE_SIZE")  # what it has, and no more
     resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, limit))
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 2, output
+    assert process.returncode == 4, output
     assert "error: out of memory" in output
     assert "Traceback" not in output
     assert unreadable(run) == []

@@ -154,7 +154,7 @@ def test_a_process_that_is_killed_ends_all_within_a_minute(who, processes, tmp_p
 def test_a_nan_in_one_of_them_stops_all_and_leaves_one_dump(processes, tmp_path):
     run = tmp_path / "run"
     status, output = finish(*SETTINGS["mae"], *processes, "--out", run, script="tests/trust/poisoned.py")
-    assert status == 2, output
+    assert status == 3, output
     assert output.count("error: not finite at step 3") == output.count("error: ") == 1
     assert "Traceback" not in output
     assert json.loads((run / "summary.json").read_text())["status"] == "failed"
@@ -183,7 +183,7 @@ def test_a_full_disk_ends_all_in_three_lines(processes, tmp_path):
     kin = family(process.pid)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2, output
+    assert process.returncode == 4, output
     assert [line[:7] for line in output.splitlines()[-3:]] == ["error: ", "why:   ", "try:   "]
     assert "Traceback" not in output
     assert orphans(kin) == []

@@ -67,7 +67,7 @@ def test_a_full_disk_ends_in_three_lines_and_the_run_goes_on_exactly(limit, fold
     wait_for_steps(process, 9)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2, output
+    assert process.returncode == 4, output
     assert "cannot be written" in output
     assert "Traceback" not in output
     assert unreadable(run) == leftovers(run) == []
@@ -128,24 +128,20 @@ def fill(path):
     return ballast
 
 
-@pytest.mark.parametrize("moment", ["before the start", *MOMENTS])
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_disk_without_a_byte_left_ends_in_three_lines_and_the_run_goes_on_exactly(moment, folder, disk):
     trial = Trial("mae", folder)
     whole, run = trial.whole(), disk / "run"
     args, env = [*trial.settings, "--out", run, "--resume", "auto"], {"TMPDIR": str(disk)}
-    if moment in MOMENTS:
-        process = start(*args, env=env)
-        said = MOMENTS[moment](process, run)
-        process.send_signal(signal.SIGSTOP)
-        ballast, before = fill(disk), checkpoints(run)
-        process.send_signal(signal.SIGCONT)
-    else:
-        ballast, before, said = fill(disk), [], []
-        process = start(*args, env=env)
+    process = start(*args, env=env)
+    said = MOMENTS[moment](process, run)
+    process.send_signal(signal.SIGSTOP)
+    ballast, before = fill(disk), checkpoints(run)
+    process.send_signal(signal.SIGCONT)
     output = "".join(said) + process.communicate(timeout=120)[0]
-    assert process.returncode == 2, output
+    assert process.returncode == 4, output
     error, why, hint = output.splitlines()[-3:]
-    assert error.startswith((f"error: {run}", f"error: --out {run}"))
+    assert error.startswith(f"error: {run}")
     assert error.endswith("cannot be written: No space left on device")
     assert why.startswith("why:   ")
     assert why.endswith("0 MiB are free") or why.endswith("0 MiB are free there")
@@ -157,3 +153,13 @@ def test_a_disk_without_a_byte_left_ends_in_three_lines_and_the_run_goes_on_exac
     status, output = finish(*args, env=env)
     assert status == 0, output
     assert differences(whole, run) == []
+
+
+def test_a_disk_that_is_full_before_the_start_is_refused(disk):
+    fill(disk)
+    status, output = finish(*Trial("mae", disk).settings, "--out", disk / "run", env={"TMPDIR": str(disk)})
+    assert status == 2, output
+    error, why, _ = output.splitlines()[-3:]
+    assert re.fullmatch(rf"error: --out {disk}/run: checkpoints need \d MiB, 0 MiB are free", error)
+    assert why == "why:   1 MiB each: 2 are kept, the next is written beside them, one is in reserve"
+    assert not (disk / "run").exists()
