@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The tests of a file share what one of them has trained.
+IN_PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test test-slow test-versions audit lock lint types install clean
 
@@ -9,7 +11,7 @@ demo: install
 	$(BIN)/python tools/pretrain.py
 
 test: install lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

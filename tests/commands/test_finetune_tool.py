@@ -80,7 +80,7 @@ def start(weights, photos, *args):
 
 
 def test_a_stopped_training_goes_on_to_the_same_weights(weights, photos, stop_after_a_checkpoint):
-    long = ["--epochs", 40, "--eval_every", 1, "--from_scratch", "false"]
+    long = ["--epochs", 12, "--eval_every", 1, "--from_scratch", "false"]
     assert finetune(weights, photos, *long, "--out", "whole") == 0
     process = start(weights, photos, *long, "--out", "stopped")
     stop_after_a_checkpoint(process, "stopped")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,9 +26,12 @@ def train(out, *args, config=TINY):
     return main("pretrain", ["--config", config, "--out", str(out), *map(str, args)])
 
 
+def last_checkpoint(run):
+    return max(Path(run, "checkpoints").glob("step-*.ckpt"))
+
+
 def final_state(run):
-    path = max(Path(run, "checkpoints").glob("step-*.ckpt"))
-    return torch.load(path, weights_only=True)
+    return torch.load(last_checkpoint(run), weights_only=True)
 
 
 def losses(run):
@@ -153,10 +157,9 @@ def strike(process, number, after):
     return process.returncode
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_the_step_exits_75_and_resumes_bit_exactly(run, tmp_path, number):
+def test_a_signal_saves_the_step_exits_75_and_resumes_bit_exactly(run, tmp_path):
     out = tmp_path / "run"
-    assert strike(start("--config", TINY, "--out", out, "--num_workers", 2), number, after=1) == 75
+    assert strike(start("--config", TINY, "--out", out, "--num_workers", 2), signal.SIGTERM, after=1) == 75
     assert json.loads((out / "summary.json").read_text())["status"] == "interrupted"
     assert main("pretrain", ["--resume", str(out), "--num_workers", "0"]) == 0
     assert_bit_identical(run, out)
@@ -193,8 +196,8 @@ def test_ten_sigkills_and_resumes_are_bit_exact(run, tmp_path, workers):
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, tmp_path, capsys):
     out = tmp_path / "run"
-    assert strike(start("--config", TINY, "--out", out), signal.SIGTERM, after=5) == 75
-    newest = max((out / "checkpoints").glob("step-*.ckpt"))
+    shutil.copytree(run, out, symlinks=True)
+    newest = last_checkpoint(out)
     damaged = bytearray(newest.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     newest.write_bytes(damaged)
@@ -206,7 +209,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, tmp_path,
 def test_resume_auto_starts_and_then_continues(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "run"
-    assert strike(start("--config", TINY, "--out", out, "--resume", "auto"), signal.SIGTERM, after=1) == 75
+    assert strike(start("--config", TINY, "--out", out, "--resume", "auto"), signal.SIGINT, after=1) == 75
     assert train(out, "--resume", "auto") == 0
     assert_bit_identical(run, out)
 
@@ -226,19 +229,6 @@ def largest_difference(run, other):
             difference = torch.cat([difference.chunk(3)[0], difference.chunk(3)[2]])
         largest = max(largest, float(difference.max()))
     return largest
-
-
-def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
-    """Float sums are taken in another order, so equal to rounding only: 1e-6 after 24 AdamW steps (weights up to 1)."""
-    exact, two = ["--model.init_args.encoder.drop_path_rate", 0], ["--devices", 2, "--trainer.accelerator", "cpu"]
-    assert train(tmp_path / "one", *exact, config=TINY_HPM) == 0
-    for strategy in ("ddp", "fsdp"):
-        out = tmp_path / strategy
-        process = start("--config", TINY_HPM, "--out", out, *exact, *two, "--strategy", strategy)
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output
-        assert largest_difference(tmp_path / "one", out) < 1e-6
-        assert losses(tmp_path / "one") == pytest.approx(losses(out), abs=1e-5)
 
 
 def test_accumulation_equals_the_whole_batch(tmp_path):
@@ -335,10 +325,6 @@ def test_the_teacher_is_what_is_exported_and_what_another_run_starts_from(taught
     assert main("export", ["--run", str(taught), "--out", str(tmp_path / "student"), "--student", "true"]) == 0
     student = timm.create_model(f"local-dir:{tmp_path / 'student'}", pretrained=True)
     assert torch.equal(student.norm.weight, state["encoder.vit.norm.weight"])
-
-
-def last_checkpoint(run):
-    return max(Path(run, "checkpoints").glob("step-*.ckpt"))
 
 
 def test_a_teacher_and_its_centers_are_the_same_on_two_processes_and_over_micro_batches(taught, tmp_path):

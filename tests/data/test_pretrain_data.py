@@ -231,6 +231,31 @@ def test_ranks_and_micro_batches_load_the_global_batch():
         assert torch.equal(torch.cat(micro_batches), images)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_processes_and_their_workers_draw_nothing_twice_and_together_what_one_draws():
+    """A thousand images for three epochs: crops in four workers of each of two processes, and numbers for masks."""
+
+    class Draw(SingleView):
+        def crop(self, image):
+            return [torch.rand(4)]
+
+    def draws(world_size, workers):
+        found = []
+        for rank in range(world_size):
+            data = attach(opened(batch_size=50, count=1000), rank, world_size, max_steps=60)
+            data.views, data.num_workers, rows = Draw(), workers, 50 // world_size
+            for step, (views, _, keys, _) in enumerate(data.train_dataloader()):
+                masks = RowGenerator.for_rows(derive_seed(0, "rows", step), rank * rows, rows).rand(4)
+                colours = RowGenerator(keys).rand(4)
+                found += [(step, rank, *row.tolist()) for row in torch.cat([views[0], masks, colours], 1)]
+        return torch.tensor([numbers for _, _, *numbers in sorted(found, key=lambda row: row[:2])], dtype=torch.float64)
+
+    one, two = draws(1, 0), draws(2, 4)
+    assert torch.equal(one, two)
+    for kind in one.split(4, dim=1):
+        assert len(kind.unique(dim=0)) == 3000
+
+
 def test_the_batch_of_a_step_can_be_looked_at_later():
     data = attach(opened(bad=[3]))
     batches = [(data.views(v, RowGenerator(keys))[0], labels) for v, labels, keys, _ in data.train_dataloader()]

@@ -1,11 +1,16 @@
 """A file that cannot be read turns up in the middle of a run: named, counted and judged by all processes alike."""
 
 import json
+import re
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from hostile import bad, legal
 from PIL import Image
-from strikes import ROOT, SETTINGS, checkpoints, finish, step_of
+from strikes import ROOT, SETTINGS, checkpoints, family, finish, start, step_of
 
 from mim.cli import main
 
@@ -69,3 +74,37 @@ def test_what_the_second_process_finds_counts_for_all(strategy, photos, tmp_path
     assert summary(tolerant)["bad_files"] == 1
     one, other = (torch.load(checkpoints(run)[-1], weights_only=True)["state_dict"] for run in (strict, tolerant))
     assert all(torch.equal(value, other[name]) for name, value in one.items())  # the stop has changed nothing
+
+
+def memory_of(process, most):
+    """Keeps in ``most`` what a process and all that it started held at most, in MiB; shared pages count once."""
+    while process.poll() is None:
+        held = 0
+        for pid in [process.pid, *family(process.pid)]:
+            try:
+                held += int(re.search(r"Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text())[1])
+            except (OSError, TypeError):  # it has just ended
+                continue
+        most[0] = max(most[0], held / 1024)
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_run_over_nothing_but_hostile_files_names_every_bad_one_and_stays_small(tmp_path):
+    folder, run = tmp_path / "photos", tmp_path / "run"
+    folder.mkdir()
+    fine, broken = list(legal()), list(bad())
+    for case in (*fine, *broken):
+        (folder / case.name).write_bytes(case.data)
+    rest = ["--epochs", "3", "--max_bad", "1", "--num_workers", "2", "--out", run]
+    process, most = start(*SETTINGS["mae"], "--data", folder, *rest), [0]
+    watch = threading.Thread(target=memory_of, args=(process, most))
+    watch.start()
+    output, _ = process.communicate(timeout=300)
+    watch.join()
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
+    named = {line.split("\t")[0].rpartition("/")[2] for line in (run / "bad_files.txt").read_text().splitlines()}
+    assert named == {case.name for case in broken}
+    print(f"{len(fine)} legal and {len(broken)} bad files: {most[0]:.0f} MiB at most")
+    assert 100 < most[0] < 4096

@@ -1,10 +1,13 @@
 """Nothing reaches for the network: no line of code could, no import does, and no default run either."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from mim.cli import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 # Told by the interpreter itself, whoever does it: our code, torch, Lightning or timm.
@@ -58,3 +61,39 @@ def test_a_run_opens_no_connection(tmp_path):
 def test_nor_does_one_of_another_method_with_workers(method, tmp_path):
     config = {"ibot": "tests/tiny-ibot.yaml", "hpm": "tests/tiny_hpm.yaml"}[method]
     spied(RUN, "--config", config, "--num_workers", "2", "--out", tmp_path / "run", watch_all=False)
+
+
+# The folder that the first writes, the run that the third makes, and what the others do with them.
+ALL = {
+    "make_shapes": "--out shapes-there --train 48 --val 24 --size 32",
+    "check_data": "--data shapes-there",
+    "pretrain": f"--config {ROOT}/tests/tiny.yaml --num_workers 2 --out run",
+    "knn": "--weights run --data shapes --seeds 1 --num_workers 2",
+    "linear_probe": "--weights run --data shapes --seeds 1 --epochs 1",
+    "finetune": "--weights run --data shapes --seeds 1 --epochs 0.2 --warmup_epochs 0 --from_scratch false",
+    "segment": "--weights run --data shapes-there --crop 32 --seeds 1 --steps 2 --warmup_steps 0",
+    "visualize": "--weights run --data shapes --images 2",
+    "compare": "--runs run,run --images 2 --data shapes",
+    "export": "--run run --to onnx --out model.onnx",
+    "benchmark": f"--config {ROOT}/tests/tiny.yaml --batch_size 4 --rounds 1 --data shapes",
+    "info": "run run",
+}
+
+
+@pytest.mark.slow
+def test_every_command_works_without_any_network(tmp_path):
+    alone = ["unshare", "--net", "--map-root-user"]
+    if subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("a network namespace of one's own is not allowed here")
+    assert set(ALL) == set(COMMANDS)
+    env = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"} | {"OMP_NUM_THREADS": "1"}
+    for command, args in ALL.items():
+        result = subprocess.run(
+            [*alone, sys.executable, str(ROOT / "tools" / f"{command}.py"), *args.split()],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, f"{command}: {result.stdout[-1000:]}{result.stderr[-2000:]}"
