@@ -70,6 +70,7 @@ class Pretraining:
                 hint="--mask_ratio 0.75   or smaller patches",
             )
         self.data.open(encoder.img_size, encoder.in_chans, self.options.seed)
+        self.data.views.check(encoder.patch_size)
         batch_size, images = self.data.batch_size, len(self.data.source)
         self.plan = self.method.plan = Plan(
             max_steps=max(1, round(self.options.epochs * images / batch_size)),

@@ -23,7 +23,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from mim.devices import send
+from mim.errors import UserError
 from mim.randomness import RowGenerator
+from mim.ranges import Count, Positive, Share, SomeShare, Whole, check_rising
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -47,6 +49,13 @@ class Views(nn.Module):
         self.size = size
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    def check(self, patch_size: tuple[int, int]) -> None:
+        """Refuses views, other than those of the encoder's own size, that patches of this height and width cannot tile.
+
+        Raises:
+            UserError: that names the option to change.
+        """
 
     def crop(self, image: Tensor) -> list[Tensor]:
         """Cuts ``(C, H, W)`` uint8 into ``V`` views ``(C, H_v, W_v)`` uint8; draws from torch's global generator."""
@@ -85,8 +94,13 @@ class SingleView(Views):
     """
 
     def __init__(
-        self, scale: tuple[float, float] = (0.2, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3), flip: float = 0.5
+        self,
+        scale: tuple[SomeShare, SomeShare] = (0.2, 1.0),
+        ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3),
+        flip: Share = 0.5,
     ) -> None:
+        check_rising("--data.views.init_args.scale", scale)
+        check_rising("--data.views.init_args.ratio", ratio)
         self.scale, self.ratio, self.flip = scale, ratio, flip
         super().__init__()
 
@@ -123,13 +137,16 @@ class MultiCrop(Views):
 
     def __init__(
         self,
-        global_scale: tuple[float, float] = (0.25, 1.0),
-        local_scale: tuple[float, float] = (0.05, 0.25),
-        local_crops: int = 10,
-        local_size: int = 96,
-        flip: float = 0.5,
-        blur: tuple[float, float] = (0.1, 2.0),
+        global_scale: tuple[SomeShare, SomeShare] = (0.25, 1.0),
+        local_scale: tuple[SomeShare, SomeShare] = (0.05, 0.25),
+        local_crops: Whole = 10,
+        local_size: Count = 96,
+        flip: Share = 0.5,
+        blur: tuple[Positive, Positive] = (0.1, 2.0),
     ) -> None:
+        check_rising("--data.views.init_args.global_scale", global_scale)
+        check_rising("--data.views.init_args.local_scale", local_scale)
+        check_rising("--data.views.init_args.blur", blur)
         self.global_scale, self.local_scale, self.flip = global_scale, local_scale, flip
         self.local_crops, self.local_size, self.blur = local_crops, local_size, blur
         super().__init__()
@@ -141,6 +158,16 @@ class MultiCrop(Views):
         small = (self.local_size, self.local_size)
         self.large_crop = v2.Compose([v2.RandomResizedCrop(size, self.global_scale, interpolation=bicubic), flip])
         self.small_crop = v2.Compose([v2.RandomResizedCrop(small, self.local_scale, interpolation=bicubic), flip])
+
+    def check(self, patch_size: tuple[int, int]) -> None:
+        """See :meth:`Views.check`."""
+        step = math.lcm(*patch_size)
+        if self.local_crops and self.local_size % step:
+            option = "--data.views.init_args.local_size"
+            raise UserError(
+                f"{option} {self.local_size} does not divide into patches of {patch_size[0]} x {patch_size[1]}",
+                hint=f"{option} {math.ceil(self.local_size / step) * step}",
+            )
 
     def crop(self, image: Tensor) -> list[Tensor]:
         """Two global crops ``(C, H, W)`` and the small ones, all uint8."""

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -10,6 +11,7 @@ from mim.cli import main
 
 TINY = str(Path(__file__).parents[1] / "tiny.yaml")
 MODEL = "--model.init_args."
+VIEWS = "--data.views.init_args."
 SMALL = ["--data", "rotten"]
 REDUCED = ["--reduction", "tome", "--model", "test_vit", "--rounds", "1"]
 MISTAKES = {
@@ -64,6 +66,12 @@ MISTAKES = {
     "a negative patch": (["--patch_size", "-8"], "--patch_size"),
     "lines at no steps": (["--log_every", "0"], "--log_every cannot be 0"),
     "fewer pictures than none": (["--pictures", "-1"], "--pictures"),
+    "crops from large to small": (["--data.views", "SingleView", VIEWS + "scale", "[0.9,0.2]"], VIEWS + "scale"),
+    "crops larger than their image": (["--data.views", "SingleView", VIEWS + "scale", "[0.1,2]"], "scale"),
+    "a flip more often than always": (["--data.views", "SingleView", VIEWS + "flip", "3"], "flip"),
+    "small crops that do not divide": (["--data.views", "MultiCrop", VIEWS + "local_size", "30"], "local_size 30"),
+    "fewer small crops than none": (["--data.views", "MultiCrop", VIEWS + "local_crops", "-1"], "local_crops"),
+    "a blur without a width": (["--data.views", "MultiCrop", VIEWS + "blur", "[0,0]"], "blur"),
     "blocks that are always dropped": ([MODEL + "encoder.drop_path_rate", "2"], "drop_path_rate"),
     "a model without blocks": ([MODEL + "encoder.kwargs", "{depth: 0}"], "no blocks"),
     "gradients cut to less than nothing": (["--trainer.gradient_clip_val", "-1"], "gradient_clip_val"),
@@ -180,6 +188,11 @@ def mistake(place, tmp_path, capsys):
         return text
 
     return make
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_one(mistake, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**20))
+    mistake("pretrain", ["--config", TINY, "--out", "new"], "--out new: checkpoints need")
 
 
 @pytest.mark.parametrize(("args", "named"), MISTAKES.values(), ids=MISTAKES)
