@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mim.encoder import Encoder
 from mim.errors import UserError
 from mim.patches import gather_tokens, patch_statistics, patchify, pixel_targets
+from mim.ranges import Positive
 
 
 class Target(nn.Module):
@@ -95,7 +96,7 @@ class FeatureTarget(Target):
         self,
         model: str,
         mean: tuple[float, ...] = (0.485, 0.456, 0.406),
-        std: tuple[float, ...] = (0.229, 0.224, 0.225),
+        std: tuple[Positive, ...] = (0.229, 0.224, 0.225),
     ) -> None:
         super().__init__()
         try:

@@ -25,6 +25,7 @@ from mim.masking import HardPatchMasking
 from mim.methods.base import Batch, Method, OptimConfig
 from mim.patches import gather_tokens, replace_patches, visible_indices
 from mim.randomness import RowGenerator
+from mim.ranges import Count, Share
 from mim.schedules import linear
 from mim.targets import Target
 
@@ -45,8 +46,8 @@ class DifficultyConfig:
     """
 
     loss: Literal["relative", "absolute"] = "relative"
-    units: int = 768
-    momentum: tuple[float, float] = (0.999, 0.9999)
+    units: Count = 768
+    momentum: tuple[Share, Share] = (0.999, 0.9999)
 
 
 class HPM(Method):
@@ -72,9 +73,9 @@ class HPM(Method):
         masking: HardPatchMasking,
         target: Target,
         difficulty: DifficultyConfig = DifficultyConfig(),
-        decoder_width: int = 512,
-        decoder_depth: int = 8,
-        decoder_heads: int = 16,
+        decoder_width: Count = 512,
+        decoder_depth: Count = 8,
+        decoder_heads: Count = 16,
         optim: OptimConfig = OptimConfig(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(encoder, masking, optim)

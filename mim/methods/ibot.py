@@ -29,6 +29,7 @@ from mim.masking import Masking
 from mim.methods.base import Batch, Method, OptimConfig
 from mim.patches import patchify, unpatchify
 from mim.randomness import RowGenerator
+from mim.ranges import Count, NotNegative, Positive, Share, Whole
 from mim.schedules import cosine, linear
 from mim.sharding import total
 
@@ -48,9 +49,9 @@ class HeadConfig:
         unit_prototypes: prototypes keep length 1 (ViT-B and larger); else their length is learned (ViT-S).
     """
 
-    prototypes: int = 8192
-    hidden: int = 2048
-    bottleneck: int = 256
+    prototypes: Count = 8192
+    hidden: Count = 2048
+    bottleneck: Count = 256
     shared: bool = True
     unit_prototypes: bool = False
 
@@ -68,12 +69,12 @@ class TeacherConfig:
         center_momentum: share of the centres that a step keeps.
     """
 
-    momentum: float = 0.996
-    start_temperature: float = 0.04
-    temperature: float = 0.07
-    patch_temperature: float = 0.07
-    warmup_epochs: int = 30
-    center_momentum: float = 0.9
+    momentum: Share = 0.996
+    start_temperature: Positive = 0.04
+    temperature: Positive = 0.07
+    patch_temperature: Positive = 0.07
+    warmup_epochs: Whole = 30
+    center_momentum: Share = 0.9
 
 
 class IBOT(Method):
@@ -100,8 +101,8 @@ class IBOT(Method):
         masking: Masking,
         head: HeadConfig = HeadConfig(),
         teacher: TeacherConfig = TeacherConfig(),
-        freeze_epochs: float = 1.0,
-        clip: float | None = 3.0,
+        freeze_epochs: NotNegative = 1.0,
+        clip: Positive | None = 3.0,
         optim: OptimConfig = OptimConfig(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(encoder, masking, optim)

@@ -19,6 +19,7 @@ from mim.masking import Masking
 from mim.methods.base import Batch, Method, OptimConfig
 from mim.patches import replace_patches, visible_indices
 from mim.randomness import RowGenerator
+from mim.ranges import Count
 from mim.targets import PixelTarget
 
 
@@ -42,9 +43,9 @@ class MAE(Method):
         self,
         encoder: Encoder,
         masking: Masking,
-        decoder_width: int = 512,
-        decoder_depth: int = 8,
-        decoder_heads: int = 16,
+        decoder_width: Count = 512,
+        decoder_depth: Count = 8,
+        decoder_heads: Count = 16,
         standardise: bool = True,
         optim: OptimConfig = OptimConfig(),  # noqa: B008 - frozen
     ) -> None:

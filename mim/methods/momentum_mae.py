@@ -14,6 +14,7 @@ from mim.encoder import Encoder
 from mim.masking import AttentionMasking
 from mim.methods.mae import MAE
 from mim.randomness import RowGenerator
+from mim.ranges import Share
 from mim.schedules import cosine
 
 
@@ -34,7 +35,7 @@ class MomentumMAE(MAE):
         self,
         encoder: Encoder,
         masking: AttentionMasking,
-        momentum: float = 0.996,
+        momentum: Share = 0.996,
         **mae: Any,  # noqa: ANN401 - checked by MAE
     ) -> None:
         super().__init__(encoder, masking, **mae)

@@ -66,6 +66,7 @@ MISTAKES = {
     "a negative patch": (["--patch_size", "-8"], "--patch_size"),
     "lines at no steps": (["--log_every", "0"], "--log_every cannot be 0"),
     "fewer pictures than none": (["--pictures", "-1"], "--pictures"),
+    "a decoder without blocks": ([MODEL + "decoder_depth", "0"], "decoder_depth cannot be 0"),
     "crops from large to small": (["--data.views", "SingleView", VIEWS + "scale", "[0.9,0.2]"], VIEWS + "scale"),
     "crops larger than their image": (["--data.views", "SingleView", VIEWS + "scale", "[0.1,2]"], "scale"),
     "a flip more often than always": (["--data.views", "SingleView", VIEWS + "flip", "3"], "flip"),
@@ -188,6 +189,22 @@ def mistake(place, tmp_path, capsys):
         return text
 
     return make
+
+
+@pytest.mark.parametrize(
+    ("config", "option", "value"),
+    [
+        ("tiny-ibot.yaml", "head.prototypes", "0"),
+        ("tiny-ibot.yaml", "teacher.momentum", "100"),
+        ("tiny-ibot.yaml", "teacher.temperature", "-1"),
+        ("tiny-ibot.yaml", "freeze_epochs", "-1"),
+        ("tiny_hpm.yaml", "difficulty.momentum", "[0.9,2]"),
+        ("tiny_hpm.yaml", "difficulty.units", "0"),
+    ],
+)
+def test_so_is_what_a_teacher_cannot_be(config, option, value, mistake):
+    args = ["--config", TINY.replace("tiny.yaml", config), MODEL + option, value, "--out", "new"]
+    mistake("pretrain", args, f"--model.{option} cannot be ")
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_one(mistake, monkeypatch):
