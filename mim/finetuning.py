@@ -94,6 +94,7 @@ def train(
         precision=machine.precision,
         accumulate=machine.accumulate,
         validate_every=every,
+        bad_files=data.bad_files,
     )
     fit(trainer, module, data, folder, resume, "a lower --blr   or   --warmup_epochs 20")
     trainer.validate(module, data, verbose=False)

@@ -16,6 +16,7 @@ from mim.callbacks import Checkpoints, Signals
 from mim.callbacks.run_log import duration
 from mim.checkpoint_io import AtomicCheckpointIO, checkpoint_step, newest_good
 from mim.data.finetune import FinetuneData
+from mim.data.pretrain import BadFiles
 from mim.data.segmentation import SegmentationData
 from mim.errors import DivergedError, UserError
 from mim.measure import TRAINED
@@ -60,6 +61,7 @@ def open_trainer(
     precision: str,
     accumulate: int = 1,
     validate_every: int | None = None,
+    bad_files: BadFiles | None = None,
 ) -> Trainer:
     """Lightning's trainer for a number of steps, with checkpoints in ``folder / "checkpoints"``.
 
@@ -72,6 +74,7 @@ def open_trainer(
         precision: as Lightning names it.
         accumulate: micro-batches per step.
         validate_every: optimizer steps between two looks at the scored images; none before the end unless given.
+        bad_files: unreadable ones that this process meets; all processes judge them together.
 
     Raises:
         UserError: if there are no such devices.
@@ -89,7 +92,7 @@ def open_trainer(
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             sync_batchnorm=torch.cuda.is_available() and accelerator != "cpu",
-            callbacks=[signals, Progress(), Checkpoints(folder / "checkpoints", save_every, signals)],
+            callbacks=[signals, Progress(), Checkpoints(folder / "checkpoints", save_every, signals, bad_files)],
             plugins=[AtomicCheckpointIO()],
             logger=False,
             enable_checkpointing=False,

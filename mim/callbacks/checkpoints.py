@@ -90,6 +90,11 @@ class Checkpoints(Callback):
         if self.stopped:
             trainer.should_stop = True
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judges the files that were scored, too."""
+        self._listen(trainer)
+        self.bad_files.stop_if_too_many()
+
     def _listen(self, trainer: Trainer) -> None:
         """Asks whether anything happened to any process, and only then what; all processes do so together."""
         happened = self.signals.received is not None or bool(self.bad_files.news)

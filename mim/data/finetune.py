@@ -70,7 +70,6 @@ class FinetuneData(L.LightningDataModule):
         """Takes the unreadable files out of a batch and counts them."""
         pixels, labels, *_, bad = batch
         self.bad_files.add(*bad)
-        self.bad_files.stop_if_too_many()
         return pixels, labels
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401 - Lightning's signature

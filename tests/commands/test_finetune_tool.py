@@ -110,6 +110,33 @@ def test_two_processes_equal_one_and_count_every_image_once(weights, photos):
             torch.testing.assert_close(value, exported("two")[name], atol=2e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_an_unreadable_image_is_named_and_judged(weights, photos, part, capsys):
+    broken = min((photos / part / "arrow").iterdir())
+    broken.write_bytes(broken.read_bytes()[:100])
+    assert finetune(weights, photos, "--from_scratch", "false", "--max_bad", 0, "--out", "result") == 2
+    text = capsys.readouterr().err
+    assert "1 of 51 images are unreadable" in text
+    assert str(broken) in text
+    assert finetune(weights, photos, "--from_scratch", "false", "--max_bad", 0.1, "--out", "tolerant") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_an_unreadable_image_of_any_process_stops_all(weights, photos, part):
+    broken = max((photos / part / "cross").iterdir())
+    broken.write_bytes(broken.read_bytes()[:100])
+    once = ["--from_scratch", "false", "--devices", 2, "--out", "result"]
+    process = start(weights, photos, *once, "--max_bad", 0)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert output.count("error: 1 of 51 images are unreadable") == 1
+    assert str(broken) in output
+    process = start(weights, photos, *once, "--max_bad", 0.1, "--resume", "true")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+
+
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
