@@ -124,7 +124,7 @@ class Pretraining:
         try:
             trainer.fit(self.method, self.data, ckpt_path=checkpoint and str(checkpoint), weights_only=True)
         except NonFiniteError as error:
-            raise self._diverged(error) from error
+            raise self._diverged(error, trainer) from error
         except MACHINE_ERRORS as error:
             if (failure := self._failure(error, trainer) or self._lost_process(trainer)) is None:
                 raise
@@ -352,7 +352,7 @@ class Pretraining:
             "    features = model.forward_features(images)\n"
         )
 
-    def _diverged(self, error: NonFiniteError) -> DivergedError:
+    def _diverged(self, error: NonFiniteError, trainer: Trainer) -> DivergedError:
         last, _ = newest_good(self.folder.checkpoints)
         dump = self.folder.nan_dump(error.step)
         kept = f"are in {dump}" if dump.exists() else f"could not be written to {dump}"
@@ -360,7 +360,8 @@ class Pretraining:
             f"{error}; the optimizer did not take it",
             why=f"batch ({', '.join(error.names[:3])}, ...), seed and weights {kept}; "
             f"last good checkpoint: {last or 'none yet'}",
-            hint="--trainer.precision 32-true   or a lower --blr   or   --trainer.gradient_clip_val 1.0",
+            hint=("" if trainer.precision == "32-true" else "--precision 32-true   or   ")
+            + "a lower --blr   or   --trainer.gradient_clip_val 1.0",
         )
 
     def _lost_process(self, trainer: Trainer) -> MachineError | None:
