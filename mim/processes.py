@@ -23,6 +23,9 @@ _STARTER = "MIM_STARTED_BY"
 _starter = 0
 """Id of the process of this run that started this one; 0 if none did."""
 
+_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""What gloo says to the others when a process has gone, which has its own message."""
+
 _PATIENCE = 10.0
 """Seconds that a process which failed gives the one that started it to end first, and to tell why."""
 
@@ -53,8 +56,8 @@ def leaving_on_signals() -> Iterator[None]:
     threading.Thread(target=_watch, args=(arrivals, starter), daemon=True).start()
     try:
         yield
-    except Exception:  # a bug, whose traceback would be lost with this process
-        if starter:
+    except Exception as error:  # a bug, whose traceback would be lost with this process; or another one has gone
+        if starter and not any(words in str(error) for words in _GONE):
             traceback.print_exc()
         let_the_first_end()
         raise
