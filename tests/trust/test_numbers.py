@@ -175,9 +175,8 @@ def test_the_dump_of_a_nan_replays_its_step_bit_for_bit(parts, tmp_path, monkeyp
 def test_a_dump_that_cannot_be_written_does_not_hide_what_happened(parts, tmp_path, monkeypatch):
     method, data = parts()
     monkeypatch.setattr(method, "training_step", lambda *args: sum(p.sum() for p in method.parameters()) * torch.nan)
-    monkeypatch.setattr(
-        torch, "save", lambda state, path: path.write_bytes(b"half") and path.open("x")
-    )  # as a full disk
+    # As on a full disk: something is written, then an OSError.
+    monkeypatch.setattr(torch, "save", lambda state, path: path.write_bytes(b"half") and path.open("x"))
     run = RunFolder(tmp_path)
     with pytest.raises(NonFiniteError, match="not finite at step 1") as stop:
         trainer_of(NaNDump(run, data)).fit(method, data)
