@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from mim.errors import MachineError
 
@@ -48,6 +49,13 @@ class WatchedLoader(DataLoader[Any]):
         super().__init__(dataset, num_workers=num_workers, timeout=timeout, worker_init_fn=begin, **settings)
         self.in_use.add(self)
 
+    def __iter__(self) -> Any:  # noqa: ANN401 - torch's own, which no name of its is public for
+        """Batches; the death of a process is heard of at once."""
+        # torch sets its handler for that once, and after each training Lightning puts back what it had found.
+        if signal.getsignal(signal.SIGCHLD) in (signal.SIG_DFL, signal.SIG_IGN):
+            signal_handling._SIGCHLD_handler_set = False
+        return super().__iter__()
+
     def in_hands(self) -> Iterator[tuple[int, str]]:
         """Number of each process, and the file that it reads or read last before it died; empty between two files."""
         for pid, name in zip(self.pids.tolist(), self.names.numpy(), strict=True):
@@ -79,7 +87,7 @@ def reading(name: str) -> Iterator[None]:
 def loader_failure(error: Exception, hint: str) -> MachineError | None:
     """A loader process that died, hung, or found no image; None if the error tells of anything else.
 
-    The first two are told with the file that the process had in its hands.
+    The first two are told with the file that the process had in its hands, and end the other processes.
     """
     text = str(error).strip().rstrip(".")
     if isinstance(error, NothingReadableError):  # behind a traceback, if it comes out of a loader process
@@ -91,6 +99,7 @@ def loader_failure(error: Exception, hint: str) -> MachineError | None:
     alive = {process.pid for process in multiprocessing.active_children()}
     rows = [row for loader in WatchedLoader.in_use for row in loader.in_hands()]
     files = sorted({name for pid, name in rows if name and (stalled or pid not in alive)})
+    _end_all()
     what = f"a loader process gave nothing for {STALL} s" if stalled else "a loader process died"
     return MachineError(
         what + (f" while it read {', '.join(files)}" if files else ""),
@@ -103,6 +112,7 @@ def loader_failure(error: Exception, hint: str) -> MachineError | None:
 @atexit.register
 def _end_all() -> None:
     """Ends what is left: loader processes do not listen to the signal with which Python asks them to leave."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each of them
     for process in multiprocessing.active_children():
         process.kill()
 
