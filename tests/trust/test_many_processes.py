@@ -171,7 +171,7 @@ def test_a_signal_to_any_of_them_saves_and_ends_with_75(to, processes, tmp_path)
     ranks = {"all": [process.pid, *family(process.pid)[:1]], "the first": [process.pid]}
     for pid in ranks.get(to, family(process.pid)[:1]):
         os.kill(pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=30)
     assert process.returncode == 75, output
     assert len(checkpoints(tmp_path / "run")) == 1
 
