@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The tests of a file share what one of them has trained.
-IN_PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile
+# The tests of a file share what one of them has trained. Files with many tests are not the long ones.
+IN_PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-slow test-versions audit lock lint types install clean
 

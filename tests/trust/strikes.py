@@ -147,9 +147,14 @@ def done(run: Path) -> bool:
     return (run / "summary.json").is_file() and json.loads((run / "summary.json").read_text())["status"] == "done"
 
 
+def final_state(run: Path) -> dict[str, object]:
+    """What the last checkpoint holds."""
+    return torch.load(checkpoints(run)[-1], weights_only=True)
+
+
 def differences(run: Path, other: Path) -> list[str]:
     """What is not equal to the bit in two finished runs: state of the last checkpoint, metrics, exported weights."""
-    first, second = (dict(leaves(torch.load(checkpoints(r)[-1], weights_only=True))) for r in (run, other))
+    first, second = (dict(leaves(final_state(folder))) for folder in (run, other))
     found = [f"{name} is in one of them" for name in first.keys() ^ second.keys()]
     for name in first.keys() & second.keys():
         mine, theirs = first[name], second[name]
