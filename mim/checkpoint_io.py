@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from mim import __version__
 from mim.errors import MachineError, UserError
 from mim.interop import refuse_compressed
+from mim.outputs import free_bytes
 from mim.sharding import local
 
 KEEP = 2
@@ -42,7 +42,7 @@ class AtomicCheckpointIO(CheckpointIO):
         size = sum(tensor.nbytes for _, tensor in _tensors(checkpoint))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if shutil.disk_usage(path.parent).free < 2 * size:  # the file, and as much again so that others can breathe
+            if free_bytes(path) < 2 * size:  # the file, and as much again so that others can breathe
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with temporary.open("wb") as file:
                 writer = _HashingWriter(file)
@@ -241,8 +241,7 @@ def check_room(folder: Path, module: nn.Module) -> None:
     trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
     size = sum(tensor.nbytes for tensor in module.state_dict().values()) + 2 * trained  # and both moments
     needed = (KEEP + 2) * size
-    home = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-    free = shutil.disk_usage(home).free
+    free = free_bytes(folder)
     if free < needed:
         raise UserError(
             f"--out {folder}: checkpoints need {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free",
@@ -252,9 +251,9 @@ def check_room(folder: Path, module: nn.Module) -> None:
 
 
 def _no_room(error: OSError, path: Path, size: int) -> MachineError:
-    free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
+    needed, free = size / 2**20, free_bytes(path) / 2**20
     return MachineError(
         f"{path} cannot be written: {error.strerror}",
-        why=f"it needs {size / 2**20:.0f} MiB and as much again in reserve; {free / 2**20:.0f} MiB are free",
+        why=f"it needs {needed:.0f} MiB and as much again in reserve; {free:.0f} MiB are free",
         hint="make room, then  python tools/pretrain.py --resume RUN   (the checkpoint before is intact)",
     )

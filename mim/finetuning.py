@@ -78,7 +78,7 @@ def train(
         recipe.batch_size,
         measurement.workers,
         seed,
-        BadFiles(measurement.subject.max_bad, measurement.subject.data),
+        BadFiles(measurement.subject.max_bad, measurement.subject.data, go_on="--resume true"),
     )
     reduction = measurement.reduce(encoder, seed).reduction
     vit = classifier(encoder, classes, recipe, seed)

@@ -1,5 +1,6 @@
 """What a command is going to write, looked at before it works for minutes: a place without room for it is a mistake."""
 
+import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,11 @@ def check_folder(option: str, folder: Path) -> None:
         for made in missing:
             with suppress(OSError):  # it was never made
                 made.rmdir()
+
+
+def free_bytes(path: Path) -> int:
+    """Room for a file or folder, there already or not."""
+    return shutil.disk_usage(next(place for place in (path, *path.absolute().parents) if place.is_dir())).free
 
 
 def check_file(option: str, file: Path) -> None:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from mim.data.pretrain import BadFileWarning
 from mim.errors import MachineError, UserError
+from mim.outputs import free_bytes
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 """What a disk answers that is full, read-only, forbidden or broken."""
@@ -121,10 +122,9 @@ class RunFolder:
 
     def unwritable(self, error: OSError) -> MachineError:
         """What to tell if something of the run cannot be written."""
-        home = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.is_dir())
         return MachineError(
             f"{error.filename or self.path} cannot be written: {error.strerror}",
-            why=f"{shutil.disk_usage(home).free / 2**20:.0f} MiB are free there",
+            why=f"{free_bytes(self.path) / 2**20:.0f} MiB are free there",
             hint=f"make room, then  python tools/pretrain.py --resume {self.path}   (saved checkpoints are intact)",
         )
 

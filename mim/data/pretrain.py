@@ -167,10 +167,11 @@ class BadFiles:
     Args:
         limit: share of all files above which :meth:`stop_if_too_many` raises.
         data: where the files are, as the user gave it.
+        go_on: option that lets the command go on where it stopped, for those without a log.
     """
 
-    def __init__(self, limit: float, data: str) -> None:
-        self.limit, self.data = limit, data
+    def __init__(self, limit: float, data: str, go_on: str = "") -> None:
+        self.limit, self.data, self.go_on = limit, data, go_on
         self.total = 0
         self.reasons: dict[str, str] = {}
         self.news: list[Bad] = []  # what the other processes of a run have not been told yet
@@ -211,7 +212,7 @@ class BadFiles:
         if not self.too_many(seen):
             return
         share = len(self.reasons) / seen
-        tolerant = f"--max_bad {min(1.0, max(0.05, 2 * share)):.2g}"
+        tolerant = f"{self.go_on} --max_bad {min(1.0, max(0.05, 2 * share)):.2g}".strip()
         hint = f"python tools/check_data.py --data {shlex.quote(self.data)} --fix good.csv   then   --data good.csv"
         if self._log is not None:
             hint = f"python tools/pretrain.py --resume {self._log.parent} {tolerant}"

@@ -118,6 +118,7 @@ def test_an_unreadable_image_is_named_and_judged(weights, photos, part, capsys):
     text = capsys.readouterr().err
     assert "1 of 51 images are unreadable" in text
     assert str(broken) in text
+    assert "(or --resume true --max_bad 0.05)" in text
     assert finetune(weights, photos, "--from_scratch", "false", "--max_bad", 0.1, "--out", "tolerant") == 0
 
 
