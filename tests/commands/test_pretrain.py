@@ -105,7 +105,8 @@ def test_workers_do_not_change_the_weights(run, tmp_path):
 
 def test_killed_then_stopped_then_resumed_bit_exactly(run, tmp_path):
     out, args = tmp_path / "run", ["--resume", "auto"]
-    for number, status, steps, workers in ((signal.SIGKILL, -signal.SIGKILL, 6, 0), (signal.SIGTERM, 75, 2, 2)):
+    strikes = [(signal.SIGKILL, -signal.SIGKILL, 6), (signal.SIGTERM, 75, 2), (signal.SIGINT, 75, 1)]
+    for workers, (number, status, steps) in zip((0, 2, 0), strikes, strict=True):
         process = start(*TINY, "--out", out, *args, "--num_workers", workers)
         wait_for_steps(process, steps)
         process.send_signal(number)

@@ -32,20 +32,21 @@ def losses(run):
     return [float(row["train/loss"]) for row in rows(run) if row["train/loss"]]
 
 
+def trained(config, folder):
+    """An uninterrupted run."""
+    torch.set_num_threads(1)
+    assert train(config, folder) == 0
+    return folder
+
+
 @pytest.fixture(scope="module")
 def attmask(tmp_path_factory):
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("attmask") / "whole"
-    assert train(ATTMASK, folder) == 0
-    return folder
+    return trained(ATTMASK, tmp_path_factory.mktemp("attmask") / "whole")
 
 
 @pytest.fixture(scope="module")
 def hpm(tmp_path_factory):
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("hpm") / "whole"
-    assert train(HPM, folder) == 0
-    return folder
+    return trained(HPM, tmp_path_factory.mktemp("hpm") / "whole")
 
 
 def test_teacher_centers_and_schedules_survive_a_kill_bit_exactly(attmask, tmp_path):

@@ -31,11 +31,12 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("strikes")
 
 
-@pytest.mark.parametrize("aimed", [False, True], ids=["at random", "while saving"])
+@pytest.mark.parametrize(("aimed", "workers"), [(False, 0), (False, 2), (True, 2)])
 @pytest.mark.parametrize("method", SETTINGS)
-def test_a_killed_run_ends_as_if_nobody_had_touched_it(method, aimed, folder):
-    trial = Trial(method, folder, workers=2, accumulate=2, aimed=aimed)
-    trial.play(3, random.Random(repr((method, aimed))))
+def test_a_killed_run_ends_as_if_nobody_had_touched_it(method, aimed, workers, folder):
+    """At random moments, or while it saves."""
+    trial = Trial(method, folder, workers=workers, accumulate=2, aimed=aimed)
+    trial.play(3, random.Random(repr((method, aimed, workers))))
     assert trial.problems == []
 
 
