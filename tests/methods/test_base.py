@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mim.encoder import Encoder
+from mim.layers.teacher import Teacher
 from mim.masking import RandomMasking
 from mim.methods import Method, NonFiniteError, OptimConfig, Plan
 
@@ -168,12 +169,43 @@ def test_what_draws_globally_is_a_function_of_the_step(monkeypatch):
     assert draws[0] == draws[2] != draws[1]
 
 
+# Teachers ------------------------------------------------------------------------------------------------------------
+
+
+class Taught(Mean):
+    """A method that has a teacher and writes nothing to start it."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.teacher = Teacher(self.encoder)
+        self.started_as = {}
+
+    def on_fit_start(self):
+        self.started_as = copy.deepcopy(self.teacher.module.state_dict())
+
+
+def test_weights_given_to_the_student_are_the_teachers_first_ones_although_no_method_says_so():
+    method = Taught(Encoder("test_vit", 16, 8), RandomMasking(), OptimConfig())
+    torch.nn.init.normal_(method.encoder.vit.cls_token)  # as --init fills it
+    given = copy.deepcopy(method.encoder.state_dict())
+    fit(method, 1)
+    assert_equal_states(method.started_as, given)
+
+
 # Length --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("max_steps", "text"), [(400, "20"), (100, "5.0"), (10, "0.50")])
 def test_passes_are_written_as_precisely_as_the_run_is_long(max_steps, text):
     assert Plan(max_steps=max_steps, steps_per_epoch=10).epochs_at(max_steps // 2) == text
+
+
+@pytest.mark.parametrize(("images", "batch_size"), [(1281167, 4096), (1024, 10), (7, 64), (3, 7), (10**6 + 3, 3)])
+def test_an_epoch_ends_with_the_step_in_which_the_last_image_is_seen(images, batch_size):
+    plan = Plan(steps_per_epoch=images / batch_size, batch_size=batch_size)
+    for epoch in (0, 1, 2, 3, 299, 800):
+        for step in {max(0, epoch * images // batch_size + shift) for shift in (-1, 0, 1)}:
+            assert plan.epoch(step) == step * batch_size // images
 
 
 def test_progress_is_the_share_of_steps_done(monkeypatch):

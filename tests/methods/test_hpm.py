@@ -425,12 +425,13 @@ def test_the_teacher_moves_once_per_optimizer_step(accumulate):
     del method.log, method.log_dict
     method.plan = Plan(max_steps=4, steps_per_epoch=2, batch_size=25600)
     expected, students = copy.deepcopy(method.teacher.module.state_dict()), []
+    student = nn.ModuleDict({name: getattr(method, name) for name in ("encoder", "fill", "difficulty")})
     names = [name for name in expected if expected[name].is_floating_point()]
 
     class Watch(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if (batch_idx + 1) % accumulate == 0:
-                students.append(copy.deepcopy(method._judge().state_dict()))
+                students.append(copy.deepcopy(student.state_dict()))
 
     fit(method, 4, callbacks=[Watch()], accumulate_grad_batches=accumulate)
     assert len(students) == 4

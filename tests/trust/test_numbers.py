@@ -104,7 +104,7 @@ def test_nan_anywhere_stops_the_run_before_the_optimizer(method):
         torch.manual_seed(0)
         if where != "input":  # the one before has left its marks
             method.nonfinite_step.fill_(-1)
-            method.suspect.fill_(False)
+            method.skip_step.fill_(False)
         with pytest.raises(NonFiniteError, match=rf"not finite at step {BAD + 1}: ") as stop:
             fit(method, where)
         assert stop.value.step == BAD
@@ -191,7 +191,7 @@ def test_all_state_of_a_method_is_in_its_checkpoint(name, monkeypatch):
     method = instantiate(parse(translate(SETTINGS[name]))).model
     saved = {id(value) for value in method.state_dict(keep_vars=True).values()}
     # A checkpoint is never written while one of the first two is set; positions are a fixed table.
-    allowed = {"nonfinite_step", "suspect", "positions"}
+    allowed = {"nonfinite_step", "skip_step", "positions"}
     for path, module in method.named_modules():
         for key, value in (*vars(module).items(), *module._buffers.items()):
             if isinstance(value, torch.Tensor) and id(value) not in saved and key not in allowed:
