@@ -63,12 +63,8 @@ class Pretraining:
         objects = self._instantiate(self.options.seed)
         self.method: Method = objects.model
         self.data: PretrainData = objects.data
-        encoder, patches = self.method.evaluated, math.prod(self.method.encoder.grid)
-        if self.method.masking.visible_count(patches) in (0, patches):
-            raise UserError(
-                f"{self.method.masking} hides all or none of {patches} patches, so nothing can be learnt",
-                hint="--mask_ratio 0.75   or smaller patches",
-            )
+        self.method.check()
+        encoder = self.method.evaluated
         self.data.open(encoder.img_size, encoder.in_chans, self.options.seed)
         self.data.views.check(encoder.patch_size)
         batch_size, images = self.data.batch_size, len(self.data.source)
@@ -252,7 +248,7 @@ class Pretraining:
             f"          checked {count:,}: {len(data.bad_files.reasons)} unreadable, smallest {width}x{height}",
             f"  model   {backbone / 1e6:.1f} M parameters, {trainable / 1e6:.1f} M trained with its heads; "
             f"{size} px / {patch} = {grid[0]}x{grid[1]} = {patches} patches",
-            f"  mask    {method.masking}{_hidden(method)} of {patches} patches",
+            f"  mask    {method.mask_words()}",
             f"  optim   blr {method.optim.blr:.2e} x {plan.batch_size} / 256 -> lr {method.peak_lr:.2e}, "
             f"warm-up {method.warmup_steps:,} steps, AdamW, weight decay {method.optim.weight_decay}",
             f"  batch   {plan.batch_size} = {trainer.world_size} device x {per_device} x {accumulate} accumulate; "
@@ -418,18 +414,6 @@ def _resumed_arguments(run: RunFolder, args: Sequence[str]) -> list[str]:
     if "epochs" in changed:
         print(f"note: epochs {changed['epochs'][0]} -> {changed['epochs'][1]}: schedules are stretched", flush=True)
     return merged
-
-
-def _hidden(method: Method) -> str:
-    """How many patches the policy hides: always the same number, or counted on masks that it draws."""
-    patches = math.prod(method.encoder.grid)
-    if (visible := method.masking.visible_count(patches)) is not None:
-        return f" hides {patches - visible}"
-    if method.masking.guided:
-        return ""
-    counts = method.masking(64, method.encoder.grid).sum(1)
-    low, high = int(counts.min()), int(counts.max())
-    return f" hides {low}" + (f" to {high}" if high > low else "")
 
 
 def _best_precision(accelerator: str) -> str:

@@ -1,5 +1,6 @@
 """What every pretraining method shares: optimizer, position in the run, keyed randomness, the guard against NaN."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 
 from mim.distributed.sharding import shard, total
 from mim.encoder import Encoder
+from mim.errors import UserError
 from mim.layers.teacher import Teacher
 from mim.masking.base import Masking
 from mim.randomness import RowGenerator, derive_seed
@@ -111,14 +113,16 @@ class Method(L.LightningModule):
 
     Args:
         encoder: the student; what is exported unless the method says otherwise.
-        masking: the policy that hides patches.
+        masking: the policy that hides patches; None for a method that has several, or none.
         optim: learning rate, weight decay and warm-up.
     """
 
     nonfinite_step: Tensor
     skip_step: Tensor
 
-    def __init__(self, encoder: Encoder, masking: Masking, optim: OptimConfig) -> None:
+    masking: Masking | None
+
+    def __init__(self, encoder: Encoder, masking: Masking | None, optim: OptimConfig) -> None:
         super().__init__()
         self.kind = type(self).__name__  # sharding gives the object a class of its own
         self.encoder = encoder
@@ -190,6 +194,29 @@ class Method(L.LightningModule):
         """What is wrong, and why, judged by the newest numbers that the method logged; None if nothing is."""
         return None
 
+    def check(self) -> None:
+        """Refuses what can never learn, before data are opened; a method with other parts checks those, too.
+
+        Raises:
+            UserError: for a policy that hides all patches of every image, or none.
+        """
+        patches = math.prod(self.encoder.grid)
+        for policy in self._policies():
+            if policy.visible_count(patches) in (0, patches):
+                raise UserError(
+                    f"{policy} hides all or none of {patches} patches, so nothing can be learnt",
+                    hint="--mask_ratio 0.75   or smaller patches",
+                )
+
+    def mask_words(self) -> str:
+        """What is hidden of an image, as a run prints it before it starts."""
+        patches = math.prod(self.encoder.grid)
+        words = [f"{policy}{policy.count_words(self.encoder.grid)} of {patches} patches" for policy in self._policies()]
+        return "; ".join(words) or "nothing is hidden"
+
+    def _policies(self) -> list[Masking]:
+        return [module for module in self.modules() if isinstance(module, Masking)]
+
     def visualize(self, images: Tensor) -> dict[str, Tensor]:
         """Named pictures ``(B, C, H, W)`` of what is done to ``images``, normalised alike, or maps ``(B, h, w)``."""
         return {}
@@ -242,6 +269,11 @@ class Method(L.LightningModule):
             bad = flag > 0
         first = bad & (self.nonfinite_step < 0)
         self.nonfinite_step.copy_(torch.where(first, self.global_step, self.nonfinite_step))
+        # What is not fused does not read found_inf, and on a CPU nobody goes on after such a step.
+        fused = all(group.get("fused") for group in optimizer.param_groups)
+        assert fused or self.device.type == "cpu", (
+            f"only a fused optimizer skips steps that are not finite: {optimizer}"
+        )
         optimizer.found_inf = self.step_was_skipped.float()  # type: ignore[attr-defined]  # read by fused AdamW
         if self.device.type == "cpu":
             self.raise_if_nonfinite()

@@ -93,6 +93,7 @@ class IBOT(Method):
         optim: learning rate, weight decay and warm-up.
     """
 
+    masking: Masking
     centers: Tensor
 
     def __init__(

@@ -23,7 +23,7 @@ class MomentumMAE(MAE):
 
     Args:
         encoder: the ViT to train, with a class token.
-        masking: ``AttentionMasking`` that hides by one ratio: ``low`` equal to ``high``, and ``whole: 0``.
+        masking: ``AttentionMasking`` that hides by one ratio: ``low`` equal to ``high``, and ``unmasked_share: 0``.
         momentum: share of the teacher that a step keeps, at the first step; it rises to 1 along half a cosine.
         mae: what else :class:`MAE` takes.
     """

@@ -26,7 +26,7 @@ def build(standardise=True, **kwargs):
     torch.manual_seed(0)
     kwargs = {"embed_dim": 16, "depth": 2, "num_heads": 2} | kwargs
     encoder = Encoder("vit_tiny_patch16_224", 32, 8, positions="sincos", kwargs=kwargs)
-    return MAE(encoder, RandomMasking(), 16, 2, 2, standardise)
+    return MAE(encoder, RandomMasking(), PixelTarget(standardise), 16, 2, 2)
 
 
 def build_hpm(standardise=True, **kwargs):

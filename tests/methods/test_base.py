@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mim.encoder import Encoder
+from mim.errors import UserError
 from mim.layers.teacher import Teacher
 from mim.masking import RandomMasking
 from mim.methods import Method, NonFiniteError, OptimConfig, Plan
@@ -125,6 +126,35 @@ def test_a_scale_of_a_group_multiplies_its_learning_rate(monkeypatch):
     monkeypatch.setattr(L.LightningModule, "optimizer_step", lambda *_: None)
     method.optimizer_step(0, 0, optimizer)
     assert [group["lr"] for group in optimizer.param_groups] == [method.peak_lr * 0.5, method.peak_lr]
+
+
+# Masks ---------------------------------------------------------------------------------------------------------------
+
+
+class TwoPolicies(Mean):
+    """A method with policies of other names than ``masking``."""
+
+    def __init__(self, *policies):
+        kwargs = {"embed_dim": 16, "depth": 1, "num_heads": 2}
+        super().__init__(Encoder("test_vit", 32, 8, kwargs=kwargs), None, OptimConfig())
+        self.policies = torch.nn.ModuleList(policies)
+
+
+def test_every_policy_of_a_method_is_described():
+    words = TwoPolicies(RandomMasking(0.75), RandomMasking(0.5)).mask_words()
+    assert words == ("RandomMasking(ratio=0.75) hides 12 of 16 patches; RandomMasking(ratio=0.5) hides 8 of 16 patches")
+
+
+def test_a_method_without_a_policy_hides_nothing_and_may():
+    method = TwoPolicies()
+    assert method.mask_words() == "nothing is hidden"
+    method.check()
+
+
+@pytest.mark.parametrize("policies", [[RandomMasking(0.0)], [RandomMasking(0.5), RandomMasking(0.0)]])
+def test_a_policy_that_hides_nothing_is_refused_wherever_a_method_keeps_it(policies):
+    with pytest.raises(UserError, match="hides all or none of 16 patches"):
+        TwoPolicies(*policies).check()
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
@@ -282,6 +312,21 @@ def test_a_bad_micro_batch_spoils_the_step_that_it_belongs_to():
     method.encoder.vit.norm.weight.register_hook(lambda gradient: gradient * next(factors))
     with pytest.raises(NonFiniteError, match="at step 2"):
         fit(method, 3, accumulate_grad_batches=2)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_only_a_fused_optimizer_is_allowed_where_nobody_waits_for_the_gradient(fused, monkeypatch):
+    """On a GPU the optimizer alone refuses a step that is not finite, and only a fused one knows how."""
+    method = build()
+    optimizer = torch.optim.AdamW(method.parameters(), fused=fused)
+    method.encoder(IMAGES).mean().backward()
+    monkeypatch.setattr(Method, "device", torch.device("cuda"))
+    if fused:
+        method.on_before_optimizer_step(optimizer)
+        assert optimizer.found_inf == 0
+    else:
+        with pytest.raises(AssertionError, match="only a fused optimizer skips"):
+            method.on_before_optimizer_step(optimizer)
 
 
 def test_finite_steps_are_taken():

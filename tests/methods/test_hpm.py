@@ -189,7 +189,7 @@ def test_the_loss_equals_a_slow_loop(standardise, encoder):
 
 def test_without_ranking_the_loss_is_that_of_mae_with_the_same_mask_and_weights(images):
     method = build(start=0.0)
-    mae = MAE(Encoder("test_vit", 32, 8), RandomMasking(), 16, 1, 2, standardise=False)
+    mae = MAE(Encoder("test_vit", 32, 8), RandomMasking(), PixelTarget(), 16, 1, 2)
     silence(mae)
     mae.encoder, mae.decoder.fill, mae.decoder.trunk = method.encoder, method.fill, method.reconstruction
     step(method, images)

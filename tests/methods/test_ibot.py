@@ -199,7 +199,7 @@ def test_chunks_do_not_change_the_loss(views, monkeypatch):
     torch.testing.assert_close(step(method, views), whole)
 
 
-@pytest.mark.parametrize("masking", [BlockMasking(0.3, 0.6, 0.3), AttentionMasking(whole=0.0, low=0.3)])
+@pytest.mark.parametrize("masking", [BlockMasking(0.3, 0.6, 0.3), AttentionMasking(unmasked_share=0.0, low=0.3)])
 def test_every_trainable_parameter_gets_a_gradient_and_the_teacher_none(views, masking):
     method = quiet(build(masking, shared=False))
     step(method, views).backward()
@@ -209,7 +209,7 @@ def test_every_trainable_parameter_gets_a_gradient_and_the_teacher_none(views, m
 
 
 def test_gradients_are_the_same_when_the_mask_is_a_constant(views):
-    method = quiet(build(AttentionMasking(whole=0.0, low=0.3)))
+    method = quiet(build(AttentionMasking(unmasked_share=0.0, low=0.3)))
     step(method, views).backward()
     guided = method.encoder.vit.blocks[0].attn.qkv.weight.grad.clone()
     fixed = Fixed()
@@ -246,7 +246,9 @@ def test_hidden_places_of_a_device_are_not_counted():
 
 
 def test_a_step_moves_teacher_and_centers_as_the_paper_says(views):
-    method = build(BlockMasking(whole=0.0), plan=Plan(max_steps=10, steps_per_epoch=5, batch_size=4), drop_path=0.5)
+    method = build(
+        BlockMasking(unmasked_share=0.0), plan=Plan(max_steps=10, steps_per_epoch=5, batch_size=4), drop_path=0.5
+    )
     before, student = copy.deepcopy(method.teacher.module.state_dict()), copy.deepcopy(method.encoder.state_dict())
     torch.testing.assert_close(dict(method.teacher.module["encoder"].state_dict()), dict(student))
     _, _, taught, patches = outputs(method.eval(), views, torch.zeros(8, 16, dtype=torch.bool))

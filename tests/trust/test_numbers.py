@@ -16,7 +16,7 @@ from mim.run.config import instantiate, parse
 from mim.run.folder import RunFolder
 
 STEPS, BAD = 5, 2
-GUIDED = ["class_path=AttentionMasking", "init_args.low=0.75", "init_args.high=0.75", "init_args.whole=0"]
+GUIDED = ["class_path=AttentionMasking", "init_args.low=0.75", "init_args.high=0.75", "init_args.unmasked_share=0"]
 METHODS = SETTINGS | {
     "momentum_mae": [*SETTINGS["mae"], "--model.class_path=MomentumMAE"]
     + [f"--model.init_args.masking.{setting}" for setting in GUIDED]
