@@ -94,6 +94,9 @@ COMMANDS = {
     "check_data": "look at a data set before training on it",
     "make_shapes": "write the generated shapes as folders of images and masks",
     "benchmark": "measure speed and memory of a training step and of the loader",
+    "benchmark_reduction": "measure what token reductions save at inference",
+    "pareto": "draw accuracy over speed of token reductions that need no training",
+    "pareto_finetuned": "draw accuracy over speed of what was fine-tuned with token reductions",
     "info": "list methods, models, configs, or what a run holds",
 }
 
@@ -300,5 +303,5 @@ def _pretrain_help() -> str:
 
 
 def _commands_help() -> str:
-    rows = [f"  {name:<14}{text}" for name, text in COMMANDS.items()]
+    rows = [f"  {name:<20}{text}" for name, text in COMMANDS.items()]
     return "\n".join([f"mim {__version__}: python -m mim COMMAND [--help]   or   python tools/COMMAND.py", "", *rows])

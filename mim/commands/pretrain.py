@@ -20,6 +20,7 @@ from mim import __version__
 from mim.callbacks import Checkpoints, Evaluation, NaNDump, RunLog, Signals
 from mim.callbacks.run_log import duration
 from mim.data.pretrain import PretrainData
+from mim.distributed.devices import best_precision
 from mim.distributed.processes import INTERRUPTED, process_rank
 from mim.distributed.sharding import ShardedStrategy
 from mim.encoder import Encoder
@@ -185,7 +186,9 @@ class Pretraining:
         plan, settings = self.plan, dict(vars(self.config.trainer))
         if settings.get("strategy") == "fsdp":  # Lightning's own of that name is the first version
             settings["strategy"] = ShardedStrategy()
-        settings["precision"] = settings.get("precision") or _best_precision(settings.get("accelerator", "auto"))
+        settings["precision"] = settings.get("precision") or best_precision(
+            settings.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+        )
         try:
             trainer = Trainer(
                 **settings,
@@ -414,8 +417,3 @@ def _resumed_arguments(run: RunFolder, args: Sequence[str]) -> list[str]:
     if "epochs" in changed:
         print(f"note: epochs {changed['epochs'][0]} -> {changed['epochs'][1]}: schedules are stretched", flush=True)
     return merged
-
-
-def _best_precision(accelerator: str) -> str:
-    cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return "bf16-mixed" if cuda and torch.cuda.is_bf16_supported() else "32-true"

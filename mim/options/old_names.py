@@ -58,7 +58,7 @@ def _renamed(node: Node, path: str = "") -> bool:
 
 
 def _with_target(model: MappingNode) -> bool:
-    """MAE's ``standardise`` becomes that of its target, in place; whether it did: beside a target it is refused later."""
+    """MAE's ``standardise`` becomes that of its target, in place; beside a target it is refused later."""
     if any(key.value == "target" for key, _ in model.value):
         return False
     for place, (key, value) in enumerate(model.value):

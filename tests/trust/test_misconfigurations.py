@@ -139,8 +139,13 @@ OTHERS = {
     "make_shapes: an output without room": ("make_shapes", ["--out", "/proc/x"], "--out"),
     "make_shapes: images below none": ("make_shapes", ["--out", "new", "--train", "-1"], "--train"),
     "make_shapes: images of no size": ("make_shapes", ["--out", "new", "--size", "0"], "--size"),
-    "benchmark: shares that are none": ("benchmark", [*REDUCED, "--shares", "2,-1"], "--shares"),
-    "benchmark: numbers below a file": ("benchmark", [*REDUCED, "--json", "text.md/x.json"], "--json"),
+    "benchmark: loader processes without images": ("benchmark", ["--num_workers", "2"], "--num_workers"),
+    "benchmark_reduction: shares that are none": ("benchmark_reduction", [*REDUCED, "--shares", "2,-1"], "--shares"),
+    "benchmark_reduction: numbers below a file": (
+        "benchmark_reduction",
+        [*REDUCED, "--json", "text.md/x.json"],
+        "--json",
+    ),
 }
 
 

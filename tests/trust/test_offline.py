@@ -76,6 +76,9 @@ ALL = {
     "compare": "--runs run,run --images 2 --data shapes",
     "export": "--run run --to onnx --out model.onnx",
     "benchmark": f"--config {ROOT}/tests/tiny.yaml --batch_size 4 --rounds 1 --data shapes",
+    "benchmark_reduction": "--reduction tome --shares 0.8 --model test_vit --batch_size 1 --rounds 1",
+    "pareto": "--weights run --data shapes --reduction tome --shares 0.8 --batch_size 1 --rounds 1",
+    "pareto_finetuned": "--finetuned run --batch_size 1 --rounds 1",
     "info": "run run",
 }
 
