@@ -139,9 +139,9 @@ def _answered(command: str, args: list[str], debug: bool) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MACHINE_ERRORS as error:
-        from mim.run.failures import explained
+        from mim.run.failures import as_machine_error
 
-        if (failure := explained(error)) is None or debug:
+        if (failure := as_machine_error(error)) is None or debug:
             raise
         print(failure, file=sys.stderr, flush=True)
         return failure.status

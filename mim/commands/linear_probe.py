@@ -33,7 +33,7 @@ def run(
     # torch is imported when there is something to measure: --help must not wait for it.
     from mim.evaluation.bank import Bank
     from mim.evaluation.features import Features
-    from mim.evaluation.heads import Outcome, confusion, probe_head
+    from mim.evaluation.rate_selection import Outcome, confusion, probe_head
     from mim.report.confusion import save_confusion
     from mim.transfer.measurement import TRAINED, UNTRAINED, Measurement, Scores, finish_section, share_out
 

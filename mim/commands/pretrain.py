@@ -29,7 +29,7 @@ from mim.methods import Method, NonFiniteError, Plan
 from mim.report import write_report
 from mim.run.checkpoint_files import AtomicCheckpointIO, check_room, checkpoint_step, newest_good
 from mim.run.config import changes, instantiate, parse, parse_saved, run_options, save_config
-from mim.run.failures import explained
+from mim.run.failures import as_machine_error
 from mim.run.folder import UNWRITABLE, RunFolder, git_commit, quieten, versions
 from mim.run.weights import ModelCard, export_backbone, init_backbone, load_method
 
@@ -356,7 +356,7 @@ class Pretraining:
         dump = self.folder.nan_dump(error.step)
         kept = f"are in {dump}" if dump.exists() else f"could not be written to {dump}"
         return DivergedError(
-            f"{error}; the optimizer did not take it",
+            f"{error}; the optimizer skipped the step",
             why=f"batch ({', '.join(error.names[:3])}, ...), seed and weights {kept}; "
             f"last good checkpoint: {last or 'none yet'}",
             hint=("" if trainer.precision == "32-true" else "--precision 32-true   or   ")
@@ -364,7 +364,7 @@ class Pretraining:
         )
 
     def _lost_process(self, trainer: Trainer) -> MachineError | None:
-        """Names a process that this one started and that is gone: the backend tells of a closed connection alone."""
+        """Names a rank that this process started and that died: the backend itself reports a closed connection only."""
         for rank, process in enumerate(getattr(trainer.strategy.launcher, "procs", []), start=1):
             with suppress(subprocess.TimeoutExpired):
                 status = process.wait(timeout=2)  # it may still be writing its own error
@@ -372,8 +372,8 @@ class Pretraining:
                     continue
                 how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
                 return MachineError(
-                    f"process {rank} of {trainer.world_size} died ({how}), so the others ended, too",
-                    why="its own message, if it had the time for one, is above; out of memory is what kills silently",
+                    f"process {rank} of {trainer.world_size} died ({how}), so all others were stopped",
+                    why="look above for its own error; if there is none, it was probably killed for lack of memory",
                     hint=f"python tools/pretrain.py --resume {self.folder.path}",
                 )
         return None
@@ -382,7 +382,7 @@ class Pretraining:
         """Memory or a loader process, if it was one of them."""
         per_device = self.plan.batch_size // trainer.world_size // trainer.accumulate_grad_batches
         accumulate = trainer.accumulate_grad_batches * 4
-        return explained(
+        return as_machine_error(
             error,
             at=f" at batch {per_device} per device",
             memory_hint=f"--accumulate {accumulate}   (same global batch and learning rate), --precision bf16-mixed, "

@@ -43,7 +43,7 @@ class Teacher(nn.Module):
             momentum: share of itself that the teacher keeps, 0 to 1.
             unless: scalar bool on the device of the weights; where it is true the teacher stays as it is.
         """
-        moved = torch.where(unless, 0.0, 1 - momentum)  # on the device, so that nobody waits for it
+        moved = torch.where(unless, 0.0, 1 - momentum)  # on the device: no synchronisation
         for own, other in self._pairs():
             if own.is_floating_point():
                 own.lerp_(other, moved)

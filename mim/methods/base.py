@@ -91,7 +91,7 @@ class Plan:
 
 
 class NonFiniteError(Exception):
-    """Something of a step was NaN or infinite; the optimizer did not take it.
+    """A loss or gradient was NaN or infinite; the optimizer skipped that step.
 
     Args:
         step: optimizer steps finished before the bad one.
@@ -129,7 +129,7 @@ class Method(L.LightningModule):
         self.masking = masking
         self.optim = optim
         self.plan = Plan()
-        # First step with a non-finite gradient, -1 if none; on the device, so that looking for it does not wait.
+        # First step with a non-finite gradient, -1 if none; on the device, so that setting it needs no synchronisation.
         self.register_buffer("nonfinite_step", torch.tensor(-1), persistent=False)
         self.register_buffer("skip_step", torch.tensor(False), persistent=False)  # see skip_step_unless_finite
 
@@ -260,7 +260,7 @@ class Method(L.LightningModule):
         return self.nonfinite_step >= 0
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Makes a fused optimizer skip a step that is not finite, and all after it, without waiting for the device."""
+        """Makes a fused optimizer skip a non-finite step and all later ones, without synchronising with the device."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         bad = ~total(torch.nn.utils.get_total_norm(gradients)).isfinite() | self.skip_step
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -269,7 +269,7 @@ class Method(L.LightningModule):
             bad = flag > 0
         first = bad & (self.nonfinite_step < 0)
         self.nonfinite_step.copy_(torch.where(first, self.global_step, self.nonfinite_step))
-        # What is not fused does not read found_inf, and on a CPU nobody goes on after such a step.
+        # Only fused optimizers read found_inf; on a CPU raise_if_nonfinite below ends the run before the step.
         fused = all(group.get("fused") for group in optimizer.param_groups)
         assert fused or self.device.type == "cpu", (
             f"only a fused optimizer skips steps that are not finite: {optimizer}"

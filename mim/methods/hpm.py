@@ -5,7 +5,7 @@ Learn, beside the reconstruction, which hidden patches will be hard to reconstru
 Deviations:
     The share of hardest patches moves at every step unless ``HardPatchMasking.stairs`` asks for one stair per epoch, as
     in the reference: a run here is one sequence of steps, and the two differ by a stair at most.
-    The teacher averages only what predicts difficulty, since nobody looks at the pixels it would reconstruct.
+    The teacher averages only what predicts difficulty, since its reconstruction would not be used.
     The ranking loss takes logits instead of probabilities plus 1e-6, and every pair once, which gives the same mean.
 """
 
@@ -101,7 +101,9 @@ class HPM(Method):
         mask = self.draw(scores, len(images), self.row_generator(len(images), batch_idx))  # (B, N)
         prediction, difficulty, hidden = self.predict(images, mask)
         error = self.target.error(prediction, self.target(images, self.encoder.grid, hidden))  # (B, M)
-        truth = error.detach()  # nobody learns to make patches easy to rank; the predictor's input is not detached
+        truth = (
+            error.detach()
+        )  # a constant: patches must not become easy to rank; the predictor's input is not detached
         pairs = hidden_pairs(difficulty, truth)
         reconstruction = error.mean()
         ranking = ranking_loss(*pairs) if self.settings.loss == "relative" else regression_loss(difficulty, truth)

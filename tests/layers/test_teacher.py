@@ -25,7 +25,7 @@ def moved(student):
     return student
 
 
-def test_it_begins_as_a_copy_that_shares_nothing_with_the_student():
+def test_a_teacher_begins_as_a_copy_that_shares_nothing_with_the_student():
     student = Student()
     before = copy.deepcopy(student.teacher.state_dict())
     moved(student)
@@ -57,7 +57,7 @@ def test_an_update_after_a_skipped_step_changes_nothing_whatever_the_student_hol
     assert all(torch.equal(value, before[name]) for name, value in student.teacher.state_dict().items())
 
 
-def test_it_never_trains():
+def test_a_teacher_never_trains():
     student = Student().train()
     student.eval().train()
     assert student.map.training

@@ -521,7 +521,7 @@ def settings(masking):
     }
 
 
-def test_a_config_file_builds_it():
+def test_a_config_file_builds_hpm():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Method, "model")
     masking = {"class_path": "HardPatchMasking", "init_args": {"ratio": 0.5, "end": 1.0, "stairs": 7}}

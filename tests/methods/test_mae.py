@@ -253,7 +253,7 @@ def test_without_a_target_pixels_are_predicted_standardised_as_in_the_released_m
     assert MAE(encoder, RandomMasking(), decoder_width=16, decoder_heads=2).target.standardise
 
 
-def test_a_config_file_builds_it():
+def test_a_config_file_builds_mae():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Method, "model")
     encoder = {"model": "test_vit", "img_size": [32, 64], "patch_size": 8, "positions": "sincos"}

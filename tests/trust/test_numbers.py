@@ -118,7 +118,7 @@ def test_nan_anywhere_stops_the_run_before_the_optimizer(method):
             method.mean_logits.clear()
 
 
-def test_nobody_takes_it_either_where_nobody_looks_until_later(method, monkeypatch):
+def test_steps_after_a_nan_change_nothing_where_nobody_looks_until_later(method, monkeypatch):
     """As on a GPU, which is not waited for: the steps after the bad one run and change nothing, the teacher neither."""
     monkeypatch.setattr(Method, "raise_if_nonfinite", lambda self: None)
     poison = fit(method, "input")

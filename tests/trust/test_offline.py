@@ -58,7 +58,7 @@ def test_a_run_opens_no_connection(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ibot", "hpm"])
-def test_nor_does_one_of_another_method_with_workers(method, tmp_path):
+def test_a_run_of_another_method_with_workers_opens_no_connection(method, tmp_path):
     config = {"ibot": "tests/tiny-ibot.yaml", "hpm": "tests/tiny_hpm.yaml"}[method]
     spied(RUN, "--config", config, "--num_workers", "2", "--out", tmp_path / "run", watch_all=False)
 
