@@ -101,9 +101,7 @@ class HPM(Method):
         mask = self.draw(scores, len(images), self.row_generator(len(images), batch_idx))  # (B, N)
         prediction, difficulty, hidden = self.predict(images, mask)
         error = self.target.error(prediction, self.target(images, self.encoder.grid, hidden))  # (B, M)
-        truth = (
-            error.detach()
-        )  # a constant: patches must not become easy to rank; the predictor's input is not detached
+        truth = error.detach()  # patches must not become easy to rank; the predictor's input is not detached
         pairs = hidden_pairs(difficulty, truth)
         reconstruction = error.mean()
         ranking = ranking_loss(*pairs) if self.settings.loss == "relative" else regression_loss(difficulty, truth)
