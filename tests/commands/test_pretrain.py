@@ -103,6 +103,7 @@ def test_workers_do_not_change_the_weights(run, tmp_path):
     assert differences(run, tmp_path / "run") == []
 
 
+@pytest.mark.middle
 def test_a_run_that_was_killed_then_stopped_then_resumed_ends_bit_exactly(run, tmp_path):
     out, args = tmp_path / "run", ["--resume", "auto"]
     strikes = [(signal.SIGKILL, -signal.SIGKILL, 6), (signal.SIGTERM, 75, 2), (signal.SIGINT, 75, 1)]

@@ -143,6 +143,7 @@ def test_every_setting_of_a_reduction_has_a_section_of_its_own(reduction, folder
     assert section_name("knn", reduction) == folder
 
 
+@pytest.mark.middle
 def test_a_trained_reduction_outlives_the_file_that_described_it(weights, photos):
     """What was exported is all that is needed to score with it, or to train on from it."""
     Path("mine.yaml").write_text(
@@ -158,6 +159,7 @@ def test_a_trained_reduction_outlives_the_file_that_described_it(weights, photos
     assert not torch.equal(states[0]["routers.0.queries"], states[1]["routers.0.queries"])
 
 
+@pytest.mark.middle
 def test_a_reduced_model_learns_from_the_whole_one(weights, photos, capsys):
     assert finetune(weights, photos, "--out", "whole", "--epochs", 1) == 0
     options = ["--out", "tuned", "--reduction", "dynamicvit:0.6", "--teacher", "whole/export", "--ema", 0.9]
