@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mim.cli import CONFIGS, translate
 from mim.errors import UserError
-from mim.options.classification import Subject
+from mim.options.classification import ClassificationOptions
 from mim.options.outputs import check_file
 from mim.options.ranges import Count, Processes, Threads
 
@@ -86,8 +86,10 @@ def run(
         _finetuned(finetuned, out, place, batch_size, rounds)
         return
     if weights is not None:
-        subject = Subject(weights, data or "builtin", model, img_size, num_workers=num_workers, device=device, out=out)
-        _pareto(subject, masks, reduction or "all", parts, batch_size, rounds)
+        options = ClassificationOptions(
+            weights, data or "builtin", model, num_workers, device, out=out, img_size=img_size
+        )
+        _pareto(options, masks, reduction or "all", parts, batch_size, rounds)
         return
     if reduction:
         model = model or "vit_base_patch16_224"
@@ -177,7 +179,9 @@ def _reductions(
     return rows
 
 
-def _pareto(subject: Subject, masks: str | None, names: str, shares: list[float], batch_size: int, rounds: int) -> None:
+def _pareto(
+    options: ClassificationOptions, masks: str | None, names: str, shares: list[float], batch_size: int, rounds: int
+) -> None:
     """Scores and times every reduction that needs no training, and writes the page."""
     from mim.benchmark.pareto import protocol, sweep
     from mim.benchmark.pareto_page import write
@@ -190,10 +194,10 @@ def _pareto(subject: Subject, masks: str | None, names: str, shares: list[float]
         if recipe(name).trained:
             hint = f"--reduction {','.join(free)}"
             raise UserError(f"--reduction {name}: its scores are random until they are trained", hint=hint)
-    points = sweep(subject, masks, wanted, shares, batch_size, rounds)
-    words = protocol(points, subject, masks, batch_size, rounds)
-    facts = {"weights": subject.weights, "data": subject.data, "masks": masks}
-    write(points, evaluation_folder(subject.weights, subject.out, "pareto"), words, facts)
+    points = sweep(options, masks, wanted, shares, batch_size, rounds)
+    words = protocol(points, options, masks, batch_size, rounds)
+    facts = {"weights": options.weights, "data": options.data, "masks": masks}
+    write(points, evaluation_folder(options.weights, options.out, "pareto"), words, facts)
 
 
 def _finetuned(home: Path, out: str | None, place: "torch.device", batch_size: int, rounds: int) -> None:
