@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 MACHINE_ERRORS = (RuntimeError, MemoryError, EOFError, ConnectionResetError, ConnectionRefusedError)
-"""What exhausted memory and dead processes can end in; :func:`mim.run.failures.explained` tells them from bugs."""
+"""What exhausted memory and dead processes end in; :func:`mim.run.failures.as_machine_error` tells them from bugs."""
 
 
 class UserError(Exception):

@@ -36,7 +36,7 @@ def run(
 
     from mim.evaluation.bank import Bank
     from mim.evaluation.features import Features
-    from mim.evaluation.heads import Outcome, probe_head
+    from mim.evaluation.rate_selection import Outcome, probe_head
     from mim.report.confusion import save_confusion
     from mim.transfer.classification import Classification
     from mim.transfer.measurement import PRETRAINED, UNTRAINED, finish_section, share_out

@@ -1,4 +1,4 @@
-"""Between processor and accelerator."""
+"""Between processor and accelerator: in which precision, and how tensors get there."""
 
 from typing import Literal
 

@@ -10,8 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from mim.evaluation.attentive import MultiQueryPooling, fit_attentive
 from mim.evaluation.bank import Bank
 from mim.evaluation.batches import shuffled
-from mim.evaluation.heads import probe_head
-from mim.evaluation.linear_heads import LinearHeads, fit_linear
+from mim.evaluation.linear_probe import LinearHeads, fit_linear
+from mim.evaluation.rate_selection import probe_head
 from mim.options.classification import ProbeRecipe
 from mim.schedules import warmup_cosine
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mim.evaluation.attentive import fit_attentive
 from mim.evaluation.bank import Bank
-from mim.evaluation.linear_heads import fit_linear
+from mim.evaluation.linear_probe import fit_linear
 from mim.evaluation.splits import stratified_split
 from mim.options.classification import ProbeRecipe
 
