@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mim import __version__
-from mim.distributed.processes import leave_group, leaving_on_signals, let_the_first_end, process_rank
-from mim.errors import MACHINE_ERRORS, UserError
+from mim.distributed.processes import INTERRUPTED, leave_group, leaving_on_signals, let_the_first_end, process_rank
+from mim.errors import MACHINE_ERRORS, StoppedError, UserError
 
 if TYPE_CHECKING:  # even this parser takes a moment to import: help and typing mistakes come first
     from jsonargparse import ArgumentParser
@@ -135,6 +135,9 @@ def _answered(command: str, args: list[str], debug: bool) -> int:
         if process_rank() == 0 or error.alone:
             print(error, file=sys.stderr, flush=True)
         return error.status
+    except StoppedError:
+        print("stopped by a signal, saved; go on with  --resume true", flush=True)
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

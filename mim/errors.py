@@ -47,6 +47,10 @@ class MachineError(UserError):
     status: ClassVar[int] = 4
 
 
+class StoppedError(Exception):
+    """A signal came; the step that was running is saved, and the same command can go on with ``--resume``."""
+
+
 def printable(path: str) -> str:
     """The path with line breaks, terminal escapes and undecodable bytes spelled out, for messages."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in path)

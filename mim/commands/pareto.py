@@ -3,7 +3,7 @@
 from typing import Literal
 
 from mim.errors import UserError
-from mim.options.classification import Subject
+from mim.options.classification import ClassificationOptions
 from mim.options.ranges import Count, Processes, Threads
 from mim.options.shares import parse_shares
 
@@ -56,8 +56,8 @@ def run(
         if recipe(name).trained:
             hint = f"--reduction {','.join(free)}"
             raise UserError(f"--reduction {name}: its scores are random until they are trained", hint=hint)
-    subject = Subject(weights, data, model, img_size, num_workers=num_workers, device=device, out=out, trust=trust)
-    points = sweep(subject, masks, wanted, parts, batch_size, rounds)
-    words = protocol(points, subject, masks, batch_size, rounds)
+    options = ClassificationOptions(weights, data, model, num_workers, device, out=out, trust=trust, img_size=img_size)
+    points = sweep(options, masks, wanted, parts, batch_size, rounds)
+    words = protocol(points, options, masks, batch_size, rounds)
     facts = {"weights": weights, "data": data, "masks": masks}
     write(points, evaluation_folder(weights, out, "pareto"), words, facts)

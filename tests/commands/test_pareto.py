@@ -67,7 +67,7 @@ def test_fine_tunings_are_points_of_one_page(weights, photos, tmp_path, capsys):
     assert finetuned(weights, photos, "cropr", "--reduction", "cropr:2") == 0
     make_shapes.run(tmp_path / "masks", train=4, val=2, size=32)
     segment = ["--weights", weights, "--data", "masks", "--steps", "2", "--batch_size", "4", "--finetune", "true"]
-    segment += ["--accelerator", "cpu", "--devices", "1", "--pictures", "0"]
+    segment += ["--device", "cpu", "--num_workers", "0", "--devices", "1", "--pictures", "0"]
     assert main("segment", [*segment, "--out", "tuned/segment"]) == 0
     assert main("segment", [*segment, "--out", "tuned/dtop", "--reduction", "dtop:0.6"]) == 0
     page = ["--finetuned", "tuned", "--out", "page", "--rounds", "1", "--batch_size", "2", "--device", "cpu"]

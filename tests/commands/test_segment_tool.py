@@ -16,7 +16,20 @@ from mim.cli import main
 from mim.commands import make_shapes
 
 ROOT = Path(__file__).parents[2]
-TINY = ["--steps", "3", "--batch_size", "4", "--accelerator", "cpu", "--threads", "1", "--pictures", "2"]
+TINY = [
+    "--steps",
+    "3",
+    "--batch_size",
+    "4",
+    "--device",
+    "cpu",
+    "--num_workers",
+    "0",
+    "--threads",
+    "1",
+    "--pictures",
+    "2",
+]
 
 
 @pytest.fixture(autouse=True)
