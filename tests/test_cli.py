@@ -2,11 +2,10 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 
-from mim.cli import COMMANDS, PRETRAIN, main, translate
+from mim.cli import COMMANDS, main, translate
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c != "pretrain"])
@@ -27,10 +26,17 @@ def test_help_does_not_import_torch(command):
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
 
 
-def test_help_of_pretrain_fits_one_screen_and_takes_under_a_second_of_cpu(capsys):
-    start = time.process_time()
+def test_help_of_pretrain_imports_no_parser_and_no_library_for_numbers():
+    """What takes long is importing; a clock would measure the machine."""
+    code = (
+        "import sys\nfrom mim.cli import main\nmain('pretrain', ['--help'])\n"
+        "sys.exit(bool({'torch', 'lightning', 'timm', 'numpy', 'jsonargparse', 'yaml', 'PIL'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_help_of_pretrain_fits_one_screen(capsys):
     assert main("pretrain", ["--help"]) == 0
-    assert time.process_time() - start < 1
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 45
     assert max(map(len, lines)) <= 120
@@ -84,7 +90,3 @@ def test_an_unknown_command_is_answered_with_the_nearest():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 2
     assert "pretrain" in result.stderr
-
-
-def test_every_short_option_explains_itself():
-    assert all(option.text for option in PRETRAIN.values())

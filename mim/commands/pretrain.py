@@ -410,10 +410,14 @@ def _resumed_arguments(run: RunFolder, args: Sequence[str]) -> list[str]:
     if differing:
         rows = [f"         {name:<40} {old} -> {new}" for name, (old, new) in differing.items()]
         raise UserError(
-            "\n".join([f"--resume {run.path}: {len(rows)} settings differ from the saved run", *rows]),
+            "\n".join([f"--resume {run.path}: {_counted(rows)} from the saved run", *rows]),
             why="resuming continues the same schedule and optimizer",
             hint=f"drop them,  or  --allow_change {','.join(differing)},  or start fresh:  --init {run.path}",
         )
     if "epochs" in changed:
         print(f"note: epochs {changed['epochs'][0]} -> {changed['epochs'][1]}: schedules are stretched", flush=True)
     return merged
+
+
+def _counted(rows: Sequence[str]) -> str:
+    return "1 setting differs" if len(rows) == 1 else f"{len(rows)} settings differ"

@@ -38,6 +38,20 @@ def test_every_short_option_exists_in_the_full_schema(name, known):
     assert PRETRAIN[name].target in known | {"model.init_args.masking.init_args.ratio"}
 
 
+@pytest.mark.parametrize("name", sorted(PRETRAIN))
+def test_a_short_option_is_explained_in_words_of_its_own(name):
+    texts = [option.text.partition("   [")[0] for option in PRETRAIN.values()]
+    text = PRETRAIN[name].text.partition("   [")[0]
+    assert len(text.split()) > 1
+    assert texts.count(text) == 1
+
+
+@pytest.mark.parametrize("name", ["seed", "log_every", "pictures", "pool", "probe_images", "max_bad", "data"])
+def test_the_default_that_the_help_shows_is_that_of_the_schema(name):
+    shown = PRETRAIN[name].text.partition("   [")[2].removesuffix("]")
+    assert shown == str(build_parser().get_defaults()[PRETRAIN[name].target])
+
+
 def test_the_mask_ratio_reaches_the_policy():
     config = parse([TINY, f"--{PRETRAIN['mask_ratio'].target}=0.6"])
     assert config.model.init_args.masking.init_args.ratio == 0.6
