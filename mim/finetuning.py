@@ -121,8 +121,7 @@ def export(module: Finetune, measurement: Measurement, folder: Path, command: st
     model = module.evaluated.cpu().eval()
     vit: VisionTransformer = model.vit if isinstance(model, TokenReducedViT) else model
     statistics = measurement.loaded
-    extra = {"fc_norm": module.recipe.pool == "mean"}
-    difference = export_backbone(vit, folder, mean=statistics.mean, std=statistics.std, card=card, model_args=extra)
+    difference = export_backbone(vit, folder, mean=statistics.mean, std=statistics.std, card=card)
     if isinstance(model, TokenReducedViT):
         save_reduction(model.reduction, folder)
         static = model.static(_some_images(measurement))

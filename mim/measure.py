@@ -132,7 +132,13 @@ class Measurement:
         return f"{size} px, centre crop {self.subject.crop_pct:g}; {self.split}{in_words(self.loaded.encoder)}"
 
     def write(
-        self, folder: Path, title: str, protocol: str, scores: Scores, details: dict[str, Any] | None = None
+        self,
+        folder: Path,
+        title: str,
+        protocol: str,
+        scores: Scores,
+        pool: str,
+        details: dict[str, Any] | None = None,
     ) -> None:
         """Prints the results and writes them into the folder, to be followed by pictures and :func:`finish_section`."""
         metrics = {
@@ -144,7 +150,7 @@ class Measurement:
         rows = [[what, *(spread(by.get(who, [])) for who in (TRAINED, UNTRAINED))] for what, by in scores.items()]
         print(text_table(["", TRAINED, UNTRAINED], rows))
         content = {"title": title, "protocol": protocol, "metrics": metrics | (details or {})}
-        content |= {"weights": self.subject.weights, "data": self.subject.data, "note": self.loaded.note}
+        content |= {"weights": self.subject.weights, "data": self.subject.data, "note": self.loaded.note, "pool": pool}
         content |= reduction_facts(self.loaded.encoder, self.subject.reduction)
         (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
 

@@ -22,28 +22,34 @@ KNN, MIOU = "20-NN top-1", "mIoU"
 
 
 def sweep(
-    subject: Subject, masks: str | None, names: Sequence[str], shares: Sequence[float], batch_size: int, rounds: int
+    measurement: Measurement,
+    features: Features,
+    masks: str | None,
+    names: Sequence[str],
+    shares: Sequence[float],
+    batch_size: int,
+    rounds: int,
 ) -> list[Point]:
     """Speed, 20-NN accuracy and, if there are masks, mIoU of a k-NN head; the whole model comes first.
 
     Args:
-        subject: weights and labelled images.
+        measurement: weights and labelled images.
+        features: what stands for an image.
         masks: images with masks, as ``segment`` takes them.
         names: recipes that need no training.
         shares: of the model's multiply-adds that each is set to.
         batch_size: of the timed forward passes, on noise.
         rounds: of turns.
     """
-    measurement = Measurement.open(subject)
     vit = measurement.loaded.encoder.vit
     reductions: list[tuple[str, TokenReduction | None]] = [("none", None)]
     reductions += [(name, recipe(name).fit(vit, share).eval()) for name in names for share in shares]
     points = [Point(name, reduction, {}, {}) for name, reduction in reductions]
     for point, row in zip(points, _speeds(measurement, points, batch_size, rounds), strict=True):
         point.speed = row | {"device": measurement.device.type}
-    segmentation = _segmentation(subject, masks) if masks else None
+    segmentation = _segmentation(measurement.subject, masks) if masks else None
     for point in points:
-        point.scores[KNN] = _knn(measurement, point.reduction)
+        point.scores[KNN] = _knn(measurement, features, point.reduction)
         if segmentation is not None:
             segmentation.reduction = point.reduction
             point.scores[MIOU] = segmentation.score(TRAINED, 0, Path())[0].miou
@@ -63,11 +69,11 @@ def _speeds(measurement: Measurement, points: Sequence[Point], batch_size: int, 
     return measure(models, rounds)
 
 
-def _knn(measurement: Measurement, reduction: TokenReduction | None) -> float:
-    """On features of the patches' mean, which every encoder has, from reduced images on both sides."""
+def _knn(measurement: Measurement, features: Features, reduction: TokenReduction | None) -> float:
+    """From reduced images on both sides."""
     encoder = measurement.loaded.encoder
     encoder.reduction = reduction
-    (bank,), queries = measurement.banks(encoder, Features(pool="mean"))
+    (bank,), queries = measurement.banks(encoder, features)
     encoder.reduction = None
     return knn_accuracy(*bank, *queries, k=20)
 
@@ -79,12 +85,14 @@ def _segmentation(subject: Subject, masks: str) -> Segmentation:
     return Segmentation(asked, HeadRecipe(head="knn", bank=10000), scoring)
 
 
-def protocol(points: Sequence[Point], subject: Subject, masks: str | None, batch_size: int, rounds: int) -> str:
+def protocol(
+    points: Sequence[Point], subject: Subject, features: Features, masks: str | None, batch_size: int, rounds: int
+) -> str:
     """How the numbers of :func:`sweep` came about, in words."""
     dense = f"; mIoU: k-NN head on {masks}, reduced patches put back" if masks else ""
     return (
-        f"Weights as they are, reduced where features are learnt from and where they are scored. 20-NN: mean of patch "
-        f"tokens, {subject.data}{dense}. {timing_in_words(points, batch_size, rounds)}"
+        f"Weights as they are, reduced where features are learnt from and where they are scored. 20-NN: "
+        f"{features.describe()}, {subject.data}{dense}. {timing_in_words(points, batch_size, rounds)}"
     )
 
 

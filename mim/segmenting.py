@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import asdict
+from math import lcm, prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,13 @@ class Segmentation:
         self.loaded: LoadedEncoder = load_encoder(subject.weights, **self._opening)
         encoder = self.loaded.encoder
         if encoder.img_size[0] != encoder.img_size[1]:
-            raise UserError(f"--weights {subject.weights} sees {encoder.img_size}, not squares", hint="--crop 224")
+            step = lcm(*encoder.patch_size)
+            near = max(1, round(sqrt(prod(encoder.img_size)) / step)) * step
+            raise UserError(
+                f"--weights {subject.weights} sees {encoder.img_size}, not squares",
+                why="crops are square",
+                hint=f"--crop {near}   (positions are resized)",
+            )
         self.crop = encoder.img_size[0]
         self.taps = recipe.blocks(len(encoder.vit.blocks))
         built_in = subject.data in ("builtin", "shapes")
@@ -129,7 +136,7 @@ class Segmentation:
         shown += ", mirrored too" if how.flip else ""
         ignored = ", ".join(map(str, self.data.numbers.ignore))
         return (
-            f"{encoder}, {recipe.head} head on blocks {blocks}, {self.crop} px crops; {learning}; "
+            f"{encoder}, {recipe.head} head on the patch tokens of blocks {blocks}, {self.crop} px crops; {learning}; "
             f"scored with {shown} at the masks' full size, {ignored} ignored{in_words(self.loaded.encoder)}."
         )
 
@@ -279,9 +286,7 @@ class Segmentation:
             notes=(self.protocol(), f"Classes, in order: {', '.join(self.data.names)}"),
         )
         model = model.cpu()
-        export_backbone(model.encoder.vit, folder, mean=loaded.mean, std=loaded.std, card=card, model_args={})
-        if model.encoder.reduction is not None:
-            save_reduction(model.encoder.reduction, folder)
+        export_backbone(model.encoder.vit, folder, mean=loaded.mean, std=loaded.std, card=card, pool=loaded.pool)
         save_file({name: value.contiguous() for name, value in model.head.state_dict().items()}, folder / HEAD_FILE)
         if model.encoder.reduction is not None:
             save_reduction(model.encoder.reduction, folder)
@@ -306,7 +311,12 @@ class Segmentation:
                 name: round(iou, 4) if iou == iou else "absent" for name, iou in zip(self.data.names, ious, strict=True)
             }
         content = {"title": f"Semantic segmentation, {self.recipe.head} head", "protocol": protocol, "metrics": metrics}
-        content |= {"weights": self.subject.weights, "data": self.subject.data, "note": self.loaded.note}
+        content |= {
+            "weights": self.subject.weights,
+            "data": self.subject.data,
+            "note": self.loaded.note,
+            "pool": "tokens",
+        }
         content |= reduction_facts(self.loaded.encoder, self.subject.reduction)
         (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
         finish_section(folder)

@@ -41,6 +41,7 @@ def run(
     shares: str = "0.75,0.5",
     weights: str | None = None,
     masks: str | None = None,
+    pool: Literal["cls", "mean"] | None = None,
     finetuned: Path | None = None,
     out: str | None = None,
 ) -> None:
@@ -64,6 +65,7 @@ def run(
         shares: of the model's multiply-adds that each reduction is set to, with commas.
         weights: trained weights; draws accuracy over speed for every reduction that needs no training, 20-NN on --data.
         masks: images with masks, as builtin; draws the mIoU of a k-NN head, too.
+        pool: of the 20-NN: class token or mean of the patch tokens; what the run or the model pools by unless given.
         finetuned: a run, or a folder of results, in which an encoder was fine-tuned with and without reductions; draws
             what they have reached over the speed of what they exported.
         out: folder for accuracy over speed; inside the run that the weights belong to unless given.
@@ -87,7 +89,7 @@ def run(
         return
     if weights is not None:
         subject = Subject(weights, data or "builtin", model, img_size, num_workers=num_workers, device=device, out=out)
-        _pareto(subject, masks, reduction or "all", parts, batch_size, rounds)
+        _pareto(subject, pool, masks, reduction or "all", parts, batch_size, rounds)
         return
     if reduction:
         model = model or "vit_base_patch16_224"
@@ -177,8 +179,18 @@ def _reductions(
     return rows
 
 
-def _pareto(subject: Subject, masks: str | None, names: str, shares: list[float], batch_size: int, rounds: int) -> None:
+def _pareto(
+    subject: Subject,
+    pool: Literal["cls", "mean"] | None,
+    masks: str | None,
+    names: str,
+    shares: list[float],
+    batch_size: int,
+    rounds: int,
+) -> None:
     """Scores and times every reduction that needs no training, and writes the page."""
+    from mim.evaluation.features import Features
+    from mim.measure import Measurement
     from mim.pareto import protocol, sweep
     from mim.pareto_page import write
     from mim.reduction.recipes import RECIPES, recipe
@@ -190,9 +202,11 @@ def _pareto(subject: Subject, masks: str | None, names: str, shares: list[float]
         if recipe(name).trained:
             hint = f"--reduction {','.join(free)}"
             raise UserError(f"--reduction {name}: its scores are random until they are trained", hint=hint)
-    points = sweep(subject, masks, wanted, shares, batch_size, rounds)
-    words = protocol(points, subject, masks, batch_size, rounds)
-    facts = {"weights": subject.weights, "data": subject.data, "masks": masks}
+    measurement = Measurement.open(subject)
+    features = Features(pool=pool or measurement.loaded.pool)
+    points = sweep(measurement, features, masks, wanted, shares, batch_size, rounds)
+    words = protocol(points, subject, features, masks, batch_size, rounds)
+    facts = {"weights": subject.weights, "data": subject.data, "masks": masks, "pool": features.pool}
     write(points, evaluation_folder(subject.weights, subject.out, "pareto"), words, facts)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from typing import Literal
 
 from mim.errors import UserError
@@ -45,6 +46,7 @@ def run(
     rank = process_rank()
     quieten(rank)
     measurement = Measurement.open(subject, learning=True)
+    recipe = replace(recipe, pool=recipe.pool or measurement.loaded.pool)
     kind = best_precision(measurement.device) if precision == "auto" else precision
     machine = Machine(devices, accumulate, kind, eval_every or recipe.epochs / 10)
     root = measurement.folder("finetune")
@@ -76,7 +78,7 @@ def run(
     if rank == 0:
         protocol = f"{_protocol(recipe)}; {measurement.protocol()}; after the last epoch."
         pictures_of_first(root)
-        measurement.write(root, "Fine-tuning", protocol, scores)
+        measurement.write(root, "Fine-tuning", protocol, scores, str(recipe.pool))
         finish_section(root)
         if exported is not None:
             print(f'  model   {exported}   (timm.create_model("local-dir:{exported}", pretrained=True))')

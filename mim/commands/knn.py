@@ -11,7 +11,7 @@ def run(
     k: tuple[Count, ...] = (10, 20, 100, 200),
     temperature: Positive = 0.07,
     layers: Count = 1,
-    pool: Literal["cls", "mean", "both"] = "cls",
+    pool: Literal["cls", "mean", "both"] | None = None,
     seeds: Whole = 3,
 ) -> None:
     """k-NN accuracy of frozen features, beside untrained encoders.
@@ -21,7 +21,7 @@ def run(
         k: numbers of neighbours that vote, as [10,20].
         temperature: of the votes.
         layers: last blocks whose features are put end to end.
-        pool: class token, mean of the patch tokens, or both.
+        pool: class token, mean of the patch tokens, or both; what the run or the model pools by unless given.
         seeds: untrained encoders to compare with.
     """
     # torch is imported when there is something to measure: --help must not wait for it.
@@ -30,7 +30,8 @@ def run(
     from mim.evaluation.knn import knn_accuracies
     from mim.measure import TRAINED, UNTRAINED, Measurement, Scores, finish_section, share_out
 
-    measurement, features = Measurement.open(subject), Features(layers, pool)
+    measurement = Measurement.open(subject)
+    features = Features(layers, pool or measurement.loaded.pool)
     encoders = [(TRAINED, measurement.loaded.encoder)]
     encoders += [(UNTRAINED, measurement.untrained(seed)) for seed in range(seeds)]
     banks = [measurement.banks(encoder, features) for _, encoder in encoders]
@@ -49,5 +50,5 @@ def run(
         votes = f"votes exp(cosine / {temperature:g})"
         protocol = f"frozen encoder, {features.describe()}, {measurement.protocol()}; {votes}."
         folder = measurement.folder("knn")
-        measurement.write(folder, "k-NN classification", protocol, scores)
+        measurement.write(folder, "k-NN classification", protocol, scores, features.pool)
         finish_section(folder)

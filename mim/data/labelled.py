@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from mim.data.builtin import PhotoSource
+from mim.data.builtin import PhotoSource, check_colour
 from mim.data.images import ImageError
 from mim.data.loading import WatchedLoader
 from mim.data.pretrain import Bad
@@ -82,6 +82,8 @@ def open_labelled(data: str, channels: int = 3, classes: Literal["same", "common
     Raises:
         UserError: if there is nothing to read, labels are missing, or classes differ.
     """
+    if data in ("builtin", "shapes"):
+        check_colour(data, channels)
     if data == "builtin":
         photos = PhotoSource("train")
         return LabelledImages(photos, PhotoSource("test"), photos.classes, "builtin")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from mim.data.builtin import PhotoSource
+from mim.data.builtin import PhotoSource, check_colour
 from mim.data.images import ImageError
 from mim.data.loading import EndlessLoader, NothingReadableError, WatchedLoader
 from mim.data.sampler import Key, Shard, StepSampler
@@ -306,6 +306,8 @@ def _collate_readable(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor,
 
 
 def _open(path: str, channels: int) -> tuple[Source, Source | None]:
+    if path in ("builtin", "shapes"):
+        check_colour(path, channels)
     if path == "builtin":
         return PhotoSource("train"), PhotoSource("test")
     if path == "shapes":
