@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,6 +24,8 @@ from mim.interop.reading import CHECKSUMS, sha256
 from mim.randomness import keyed_generator
 
 _WEIGHTS, _CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
+_OWN = (_WEIGHTS, _CONFIG, _CARD, CHECKSUMS, "head.safetensors", "reduction.*", "static-*.yaml")
+"""What an export consists of, with what fine-tuning puts beside it: replaced together."""
 _POOLING = {"cls": "token", "mean": "avg"}  # timm's names
 _POOLED = {"token": "class token", "avg": "mean of the patch tokens", "map": "attention pooling", "": "every token"}
 
@@ -212,9 +215,8 @@ def _reload_difference(trained: VisionTransformer, folder: Path) -> float:
 def _refuse_to_replace(folder: Path) -> None:
     if folder.is_file():
         raise UserError(f"{folder} is a file", hint="the name of a new folder")
-    foreign = (
-        {entry.name for entry in folder.iterdir()} - {_WEIGHTS, _CONFIG, _CARD, CHECKSUMS} if folder.exists() else ()
-    )
+    names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+    foreign = {name for name in names if not any(fnmatch(name, own) for own in _OWN)}
     if foreign:
         raise UserError(
             f"{folder} holds other files, so the export does not replace it",
