@@ -17,22 +17,22 @@ import timm
 import torch
 from PIL import Image
 
-from mim.checkpoint import load_encoder, load_method, untrained_encoder
 from mim.commands import benchmark, export, finetune, knn, linear_probe, pretrain, segment, visualize
-from mim.compare import collect, strips, tables
 from mim.data.pretrain import PretrainData
 from mim.encoder import Encoder
 from mim.evaluation.bank import Bank
 from mim.evaluation.features import Features, extract
 from mim.evaluation.heads import probe_head
 from mim.evaluation.knn import knn_accuracy
-from mim.pictures import strip
-from mim.reduction_io import build_reduction
+from mim.options.classification import FinetuneRecipe, HeadRecipe, Subject
+from mim.options.segmentation import HeadRecipe as MaskRecipe
+from mim.options.segmentation import MaskedSubject, Scoring
+from mim.pictures.strips import strip
+from mim.pictures.tokens import reduction_strip, states_of
+from mim.reduction.files import build_reduction
 from mim.report import write_report
-from mim.segment_options import HeadRecipe as MaskRecipe
-from mim.segment_options import MaskedSubject, Scoring
-from mim.subject import FinetuneRecipe, HeadRecipe, Subject
-from mim.token_pictures import reduction_strip, states_of
+from mim.run.comparison import collect, strips, tables
+from mim.run.weights import load_encoder, load_method, untrained_encoder
 
 CHANNELS = (1, 3, 4, 6)
 SIZES = {"square": (16, 16), "wide": (16, 24)}
