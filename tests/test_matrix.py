@@ -107,18 +107,20 @@ class Trained:
 
 
 def photos(root: Path, channels: int) -> None:
-    """Class folders and masked images, 12 to learn from and 4 to score of each of two classes."""
+    """Class folders, 12 images to learn from and 4 to score of each of two classes, and a few images with masks."""
     noise = np.random.default_rng(channels)
     for part, count in (("train", 12), ("val", 4)):
         for number, name in itertools.product(range(count), ("dark", "light")):
             pixels = noise.integers(0, 200, (20, 28, channels), dtype=np.uint8) + (55 if name == "light" else 0)
             mask = np.zeros((20, 28), dtype=np.uint8)
             mask[:, 14:] = 1
-            for folder, file in ((root / "labels" / part / name, number), (root / "masks" / part / "images", name)):
+            labels, images, masks = (root / way for way in (f"labels/{part}/{name}", f"{part}/images", f"{part}/masks"))
+            for folder in (labels, images, masks):
                 folder.mkdir(parents=True, exist_ok=True)
-                np.save(folder / f"{file}{number}.npy", pixels)
-            (root / "masks" / part / "masks").mkdir(exist_ok=True)
-            Image.fromarray(mask).save(root / "masks" / part / "masks" / f"{name}{number}.png")
+            np.save(labels / f"{number}.npy", pixels)
+            if number < 2:
+                np.save(images / f"{name}{number}.npy", pixels)
+                Image.fromarray(mask).save(masks / f"{name}{number}.png")
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +149,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[int, str
                 f"--out={folder}",
             ]
             assert pretrain.main([*args, "--trainer.accelerator=cpu"]) == 0
-            made[kind] = Trained(folder, str(root / "labels"), str(root / "masks"), kind)
+            made[kind] = Trained(folder, str(root / "labels"), str(root), kind)
         return made[kind]
 
     return run_of
