@@ -55,7 +55,7 @@ PRETRAIN: dict[str, Option] = {
     "config": Option("config", "FILE", "settings in YAML; several merge left to right, options win"),
     "img_size": Option(f"{_ENCODER}.img_size", "N", "pixels per side that the model sees"),
     "patch_size": Option(f"{_ENCODER}.patch_size", "N", "pixels per side of a patch"),
-    "in_chans": Option(f"{_ENCODER}.in_chans", "N", "channels of the images   [3]"),
+    "in_chans": Option(f"{_ENCODER}.in_chans", "N", "channels of the images   [the model's, 3]"),
     "mask_ratio": Option("model.init_args.masking.init_args.ratio", "R", "share of patches that is hidden"),
     "blr": Option("model.init_args.optim.blr", "LR", "base learning rate, for 256 images"),
     "seed": Option("seed", "N", "of everything random   [0]"),
@@ -70,7 +70,9 @@ PRETRAIN: dict[str, Option] = {
     "save_every": Option("save_every", "N", "epochs between checkpoints   [20 over the run]"),
     "eval_every": Option("eval_every", "N", "epochs between probes and pictures   [10 over the run]"),
     "pictures": Option("pictures", "N", "images in a picture strip   [8]"),
-    "pool": Option("pool", "P", "what probes measure: mean of the patch tokens, or cls   [mean]"),
+    "pool": Option(
+        "pool", "P", "what stands for an image, in probes and in the export: mean of the patches, or cls   [mean]"
+    ),
     "probe_images": Option("probe_images", "N", "most images that a probe learns from   [5000]"),
     "log_every": Option("log_every", "N", "steps between lines of metrics.csv   [10]"),
     "overwrite": Option("overwrite", "", "replace the run that --out holds"),

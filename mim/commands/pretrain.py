@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -66,6 +67,8 @@ class Pretraining:
         self.data: PretrainData = objects.data
         self.method.check()
         encoder = self.method.evaluated
+        if self.options.pool == "cls" and not encoder.vit.has_class_token:
+            raise UserError("--pool cls: this model has no class token", hint="--pool mean")
         self.data.open(encoder.img_size, encoder.in_chans, self.options.seed)
         self.data.views.check(encoder.patch_size)
         batch_size, images = self.data.batch_size, len(self.data.source)
@@ -275,6 +278,7 @@ class Pretraining:
             batch_size=plan.batch_size,
             lr=method.peak_lr,
             seed=plan.seed,
+            pool=self.options.pool,
             parameters=backbone,
             device=device,
             changed=changes(args),
@@ -302,8 +306,8 @@ class Pretraining:
         difference = self.export(folder.backbone)
         untrained = [self._untrained(seed) for seed in range(3)] if evaluation.labelled else []
         probe = evaluation.final(self.method.evaluated, untrained)
-        for kind in ("knn", "linear"):
-            facts[kind] = table.last(f"val/{kind}_top1")
+        for kind in ("knn", "linear"):  # one number wherever it is shown: the final probe's, over all of its seeds
+            facts[kind] = fmean(probe[kind]["trained"]) if kind in probe else None
         folder.write_summary(
             status="done", rankme=table.last("val/rankme"), probe=probe, export=str(folder.backbone), **facts
         )
@@ -325,7 +329,13 @@ class Pretraining:
         )
         kwargs = dict(vars(encoder_settings).get("kwargs") or {})
         return export_backbone(
-            self.method.backbone, backbone, mean=self.data.mean, std=self.data.std, card=card, model_args=kwargs
+            self.method.backbone,
+            backbone,
+            mean=self.data.mean,
+            std=self.data.std,
+            card=card,
+            model_args=kwargs,
+            pool=self.options.pool,
         )
 
     def _untrained(self, seed: int) -> Encoder:
