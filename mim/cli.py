@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mim import __version__
 from mim.distributed.processes import leave_group, leaving_on_signals, let_the_first_end, process_rank
 from mim.errors import MACHINE_ERRORS, UserError
+from mim.options.recipes import method_names
+from mim.program import called
 
 if TYPE_CHECKING:  # even this parser takes a moment to import: help and typing mistakes come first
     from jsonargparse import ArgumentParser
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 BUILT_IN = ("builtin", "shapes")
 
 
@@ -110,6 +111,8 @@ def main(command: str | None = None, args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
+    if command is None and (script := Path(sys.argv[0]).stem).startswith("mim-"):
+        command = script.removeprefix("mim-").removesuffix("-script").replace("-", "_")
     if command is None:
         if not args or args[0] in ("-h", "--help"):
             print(_commands_help())
@@ -199,12 +202,12 @@ def _pairs(args: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _recipe(names: dict[str, str]) -> list[str]:
     """The config of the method: its demo for the built-in images, its default for one's own images or model."""
     method = names.get("method", "mae")
-    methods = sorted(folder.name for folder in CONFIGS.iterdir() if (folder / "default.yaml").is_file())
+    methods = method_names()
     if method not in methods:
         near = difflib.get_close_matches(method, methods, 1) or [" | ".join(methods)]
         raise UserError(f"--method {method}: there is no such method", hint=f"--method {near[0]}")
     demo = names.get("data", "builtin") in BUILT_IN and "model" not in names  # the demo's model is small, on purpose
-    return [f"--config={os.path.relpath(CONFIGS / method / ('demo.yaml' if demo else 'default.yaml'))}"]
+    return [f"--config={method}/{'demo' if demo else 'default'}"]
 
 
 def _dispatch(command: str, args: list[str]) -> int:
@@ -242,15 +245,14 @@ def _call(run: Callable[..., None], command: str, args: list[str]) -> None:
     """Runs a command whose options are the arguments of one function."""
     from jsonargparse import ArgumentError
 
-    from mim.options.config_file import check_config_files
+    from mim.options.config_file import with_config_files
     from mim.options.refusals import refusal
 
-    check_config_files(args)
     parser = function_parser(run, command)
     try:
-        options = parser.parse_args(args).as_dict()
+        options = parser.parse_args(with_config_files(args)).as_dict()
     except ArgumentError as error:
-        raise refusal(error, parser, f"python tools/{command}.py --help") from error
+        raise refusal(error, parser, f"{called(command)} --help") from error
     for name, value in options.items():
         if value in ([], ()):
             raise UserError(f"--{name} is empty", why="it is a list of one or more", hint=f"leave --{name} out")
@@ -267,7 +269,7 @@ def function_parser(run: Callable[..., None], command: str) -> "ArgumentParser":
     """The options of a command: the arguments of its function, and the fields of those that are dataclasses."""
     from jsonargparse import ActionConfigFile, ArgumentParser
 
-    parser = ArgumentParser(prog=f"python tools/{command}.py", description=COMMANDS[command], exit_on_error=False)
+    parser = ArgumentParser(prog=called(command), description=COMMANDS[command], exit_on_error=False)
     if "config" not in inspect.signature(run).parameters:
         parser.add_argument("--config", action=ActionConfigFile, help="Settings in YAML; options win.")
     groups = _option_groups(run)

@@ -8,11 +8,12 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
-from mim.cli import CONFIGS, translate
+from mim.cli import translate
 from mim.errors import UserError
 from mim.options.classification import Subject
 from mim.options.outputs import check_file
 from mim.options.ranges import Count, Processes, Threads
+from mim.options.recipes import recipe_file
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,7 @@ PHASES = ("forward", "backward", "optimizer", "step")
 
 
 def run(
-    config: Path = CONFIGS / "mae" / "default.yaml",
+    config: str = "mae/default",
     against: str | None = None,
     model: str | None = None,
     img_size: Count | None = None,
@@ -47,7 +48,7 @@ def run(
     """Measure speed and memory of a training step and of the loader, or of token reductions at inference.
 
     Args:
-        config: the recipe to measure.
+        config: the recipe to measure, by its name or file.
         against: a second recipe that takes turns with the first, or 'plain': the same method without our shortcuts.
         model: any timm Vision Transformer instead of the recipe's.
         img_size: pixels per side instead of the recipe's.
@@ -101,7 +102,7 @@ def run(
     if against == "plain":
         contenders.append(Contender.plain(*build(recipe, place), precision))
     elif against:
-        contenders.append(Contender(_name(Path(against)), *build(_parse(Path(against), overrides), place), precision))
+        contenders.append(Contender(_name(against), *build(_parse(against, overrides), place), precision))
     if compile:
         for contender in contenders:
             if contender.name != "plain":
@@ -224,15 +225,14 @@ def _device(name: str) -> "torch.device":
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _name(config: Path) -> str:
-    return f"{config.parent.name}/{config.stem}"
+def _name(config: str) -> str:
+    file = recipe_file(config)
+    return f"{file.parent.name}/{file.stem}"
 
 
-def _parse(config: Path, overrides: Mapping[str, object]) -> "Namespace":
+def _parse(config: str, overrides: Mapping[str, object]) -> "Namespace":
     from mim.run.config import parse
 
-    if not config.is_file():
-        raise UserError(f"{config} is not a file", hint="python tools/info.py configs")
     given = [f"--{name}={value}" for name, value in overrides.items() if value is not None]
     return parse(translate([f"--config={config}", *given]))
 

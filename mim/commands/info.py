@@ -4,8 +4,9 @@ import ast
 from pathlib import Path
 from typing import Literal
 
-from mim.cli import CONFIGS
 from mim.errors import UserError
+from mim.options.recipes import CONFIGS, recipe_names
+from mim.program import called
 
 METHODS = Path(__file__).parents[1] / "methods"
 
@@ -34,15 +35,15 @@ def _models(name: str | None) -> None:
 
 
 def _configs(name: str | None) -> None:
-    for config in sorted(CONFIGS.glob("*/*.yaml")):
-        first = config.read_text().splitlines()[0].lstrip("# ")
-        print(f"{config.relative_to(CONFIGS.parent)!s:<44}{first}")
+    for name in recipe_names():
+        first = (CONFIGS / f"{name}.yaml").read_text().splitlines()[0].lstrip("# ")
+        print(f"{name:<44}{first}")
 
 
 def _run(name: str | None) -> None:
     summary = Path(name or "", "summary.json")
     if name is None or not summary.is_file():
-        raise UserError(f"{name}: no run there", hint="python tools/info.py run runs/001-mae-builtin")
+        raise UserError(f"{name}: no run there", hint=f"{called('info')} run runs/001-mae-builtin")
     from mim.run.folder import RunFolder
 
     for key, value in RunFolder(summary.parent).read_summary().items():

@@ -21,6 +21,7 @@ from torch import Tensor
 from mim.encoder import Encoder
 from mim.errors import UserError
 from mim.evaluation.features import Features, evaluating
+from mim.program import called
 
 Batches = Callable[[range], Iterable[tuple[Tensor, Tensor]]]
 """Gives normalised images ``(B, C, H, W)`` on the encoder's device and their labels ``(B,)`` for a range of rows."""
@@ -140,7 +141,7 @@ def _open(folder: Path) -> Bank:
     labels = torch.from_numpy(np.load(folder / "labels.npy"))
     readable = (labels >= 0).nonzero()[:, 0]
     if not len(readable):
-        raise UserError(f"none of the {len(labels)} images can be read", hint="python tools/check_data.py --data DATA")
+        raise UserError(f"none of the {len(labels)} images can be read", hint=f"{called('check_data')} --data DATA")
     return Bank(features, labels) if len(readable) == len(labels) else Bank(features[readable], labels[readable])
 
 

@@ -14,7 +14,7 @@ import mim.options.class_paths  # noqa: F401 - which decides what classes a file
 from mim.data.pretrain import PretrainData
 from mim.errors import UserError
 from mim.methods import Method  # and with it every method, by class_path
-from mim.options.config_file import check_config_files
+from mim.options.config_file import with_config_files
 from mim.options.ranges import MANY, Count, Positive, Seed, Threads, Whole
 from mim.options.refusals import refusal
 
@@ -87,10 +87,9 @@ def build_parser() -> ArgumentParser:
 
 def parse(args: Sequence[str]) -> Namespace:
     """Parses dotted options; a mistake becomes a :class:`UserError` with a suggestion."""
-    check_config_files(args)
     parser = build_parser()
     try:
-        return parser.parse_args(list(args))
+        return parser.parse_args(with_config_files(args))
     except ArgumentError as error:
         raise refusal(error, parser, "--help_all") from error
 

@@ -26,6 +26,7 @@ from mim.interop import (
     weights_in,
 )
 from mim.methods import Method
+from mim.program import called
 from mim.run.checkpoint_files import AtomicCheckpointIO, newest_good, sidecar, verify
 from mim.run.config import instantiate, parse_saved
 
@@ -96,10 +97,10 @@ def load_encoder(
         method, data, _ = load_method(folder)
         encoder = method.evaluated
         if img_size not in (None, encoder.img_size, encoder.img_size[0]):
-            hint = f"python tools/export.py --run {folder}   first"
+            hint = f"{called('export')} --run {folder}   first"
             raise UserError(f"--img_size {img_size}: only an exported run can be resized", hint=hint)
         if dynamic_img_size and not encoder.vit.dynamic_img_size:
-            hint = f"python tools/export.py --run {folder}   first"
+            hint = f"{called('export')} --run {folder}   first"
             raise UserError(f"--weights {folder}: only an exported run takes images of any size", hint=hint)
         note = f"newest checkpoint of {folder}, which has not finished"
         return LoadedEncoder(encoder, *data.statistics(encoder.in_chans), note)
