@@ -12,7 +12,7 @@ from mim.cli import translate
 from mim.errors import UserError
 from mim.options.classification import Subject
 from mim.options.outputs import check_file
-from mim.options.ranges import Count, Processes, Threads
+from mim.options.ranges import Count, Names, Processes, Threads
 from mim.options.recipes import recipe_file
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def run(
     data: str | None = None,
     num_workers: Processes | None = None,
     json: Path | None = None,
-    reduction: str | None = None,
-    shares: str = "0.75,0.5",
+    reduction: Names | None = None,
+    shares: Names = "0.75,0.5",
     weights: str | None = None,
     masks: str | None = None,
     finetuned: Path | None = None,
@@ -225,12 +225,12 @@ def _device(name: str) -> "torch.device":
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _name(config: str) -> str:
+def _name(config: str | Path) -> str:
     file = recipe_file(config)
     return f"{file.parent.name}/{file.stem}"
 
 
-def _parse(config: str, overrides: Mapping[str, object]) -> "Namespace":
+def _parse(config: str | Path, overrides: Mapping[str, object]) -> "Namespace":
     from mim.run.config import parse
 
     given = [f"--{name}={value}" for name, value in overrides.items() if value is not None]

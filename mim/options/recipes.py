@@ -21,7 +21,7 @@ def method_names() -> list[str]:
     return sorted(file.parent.name for file in CONFIGS.glob("*/default.yaml"))
 
 
-def recipe_file(name: str, option: str = "--config") -> Path:
+def recipe_file(name: str | Path, option: str = "--config") -> Path:
     """The file that ``name`` stands for: a path, or a recipe by its name with or without ``.yaml``.
 
     Raises:
@@ -30,7 +30,7 @@ def recipe_file(name: str, option: str = "--config") -> Path:
     if (file := Path(name)).is_file():
         return file
     known = recipe_names()
-    wanted = name.removesuffix(".yaml")
+    wanted = str(name).removesuffix(".yaml")
     if wanted in known:
         return CONFIGS / f"{wanted}.yaml"
     near = difflib.get_close_matches(wanted.removeprefix("configs/"), known, 1)

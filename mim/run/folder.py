@@ -61,12 +61,7 @@ class RunFolder:
                 raise UserError(f"runs cannot be written: {error.strerror}", hint=hint) from error
         path = Path(out)
         run = cls(path)
-        if run.config.exists() and not overwrite:
-            raise UserError(
-                f"--out {out} holds a run already",
-                why=f"it has {'finished' if run.status() == 'done' else 'not finished'}",
-                hint=f"--resume {out}   or   --overwrite   or leave --out away: runs are numbered",
-            )
+        run.check_free(overwrite)
         try:
             path.mkdir(parents=True, exist_ok=True)
             (path / ".writable").touch()
@@ -93,6 +88,15 @@ class RunFolder:
         folders = [Path(out)] if out else sorted(Path("runs").glob("*"), key=_number, reverse=True)
         runs = [cls(folder) for folder in folders if (folder / "config.yaml").is_file()]
         return next((run for run in runs if run.status() != "done"), None)
+
+    def check_free(self, overwrite: bool) -> None:
+        """Refuses a folder that holds a run already, unless that one is to be overwritten."""
+        if self.config.exists() and not overwrite:
+            raise UserError(
+                f"--out {self.path} holds a run already",
+                why=f"it has {'finished' if self.status() == 'done' else 'not finished'}",
+                hint=f"--resume {self.path}   or   --overwrite   or leave --out away: runs are numbered",
+            )
 
     def status(self) -> str:
         """``running``, ``interrupted`` or ``done``."""

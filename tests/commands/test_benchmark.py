@@ -190,7 +190,7 @@ def test_a_method_without_a_plain_formulation_is_refused(monkeypatch, capsys):
 
 
 def test_a_recipe_that_is_not_there_is_refused():
-    with pytest.raises(UserError, match="is not a file"):
+    with pytest.raises(UserError, match="no such file, nor a recipe"):
         benchmark.run(Path("nothing.yaml"), device="cpu")
 
 

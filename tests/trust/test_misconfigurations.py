@@ -37,7 +37,7 @@ MISTAKES = {
     "a model that is no ViT": (["--model", "resnet18"], "resnet18"),
     "a method that is none": (["--method", "maee"], "maee"),
     "a ratio above one": (["--mask_ratio", "1.5"], "1.5"),
-    "a ratio of nothing": (["--mask_ratio", "0"], "ratio=0"),
+    "a ratio of nothing": (["--mask_ratio", "0"], "--mask_ratio cannot be 0"),
     "a policy for another method": ([MODEL + "masking", "AttentionMasking"], "guid"),
     "heads that do not divide the width": ([MODEL + "decoder_heads", "5"], "5"),
     "a batch of nothing": (["--batch_size", "0"], "batch_size"),
