@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hints import check_hint
 from PIL import Image
 
 from mim.cli import main
@@ -185,6 +186,7 @@ def mistake(place, tmp_path, capsys):
         heads = [line.split(":")[0] for line in text.splitlines() if not line.startswith("         ")]
         assert heads in (["error"], ["error", "try"], ["error", "why"], ["error", "why", "try"]), text
         assert named in text.partition("try:")[0]
+        check_hint(command, text)
         assert sorted(tmp_path.rglob("*")) == place
         return text
 
