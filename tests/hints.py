@@ -25,7 +25,10 @@ def suggestions(hint):
         called = CALL.search(text)
         start = called.end() if called else text.find("--")
         if called or (start >= 0 and re.search(r"--\w", text)):
-            yield (called[1].replace("-", "_") if called else None), shlex.split(text[start:].replace("'", '"'))
+            words = shlex.split(text[start:].replace("'", '"'))
+            if start and not called:  # a sentence about options, whose words are no values
+                words = [word for word in words if word.startswith("--")]
+            yield (called[1].replace("-", "_") if called else None), words
 
 
 @cache
