@@ -89,7 +89,9 @@ def _checked(name: str, value: str, option: Option | None) -> str:
 
     if not fits(option.kind, value):
         an = "an" if option.kind.__name__.startswith("int") else "a"
-        raise UserError(f"--{name} cannot be {printable(value[:80])}", why=f"expected {an} {option.kind.__name__}")
+        hint = f"--{name} {option.default}" if fits(option.kind, option.default) else None
+        why = f"expected {an} {option.kind.__name__}"
+        raise UserError(f"--{name} cannot be {printable(value[:80])}", why=why, hint=hint)
     return value
 
 
