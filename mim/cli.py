@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mim import __version__
-from mim.distributed.processes import leave_group, leaving_on_signals, let_the_first_end, process_rank
-from mim.errors import MACHINE_ERRORS, UserError
+from mim.distributed.processes import INTERRUPTED, leave_group, leaving_on_signals, let_the_first_end, process_rank
+from mim.errors import MACHINE_ERRORS, StoppedError, UserError
 from mim.options.grammar import Option, read
 from mim.options.help import page
 from mim.options.pretraining import GROUPS, PRETRAIN, translate
@@ -37,6 +37,9 @@ COMMANDS = {
     "check_data": "look at a data set before training on it",
     "make_shapes": "write the generated shapes as folders of images and masks",
     "benchmark": "measure speed and memory of a training step and of the loader",
+    "benchmark_reduction": "measure what token reductions save at inference",
+    "pareto": "draw accuracy over speed of token reductions that need no training",
+    "pareto_finetuned": "draw accuracy over speed of what was fine-tuned with token reductions",
     "info": "list methods, models, configs, or what a run holds",
 }
 
@@ -77,7 +80,19 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "make_shapes": (("--out shapes", ""), ("--out shapes --train 4096 --size 96", "")),
     "benchmark": (
         ("--config mae/vit_base_patch16_224 --against plain", "a step"),
-        ("--reduction tome,evit --shares 0.75,0.5", "inference"),
+        ("--config ibot/demo --data photos", "and its loader"),
+    ),
+    "benchmark_reduction": (
+        ("--reduction tome,evit --shares 0.75,0.5", ""),
+        ("--model vit_large_patch16_224 --reduction all", ""),
+    ),
+    "pareto": (
+        ("--weights runs/001-mae-photos --data labelled", ""),
+        ("--weights runs/001-mae-builtin --masks builtin", ""),
+    ),
+    "pareto_finetuned": (
+        ("--finetuned runs/001-mae-photos", ""),
+        ("--finetuned runs/001-mae-photos --device cpu --threads 1", ""),
     ),
     "info": (("configs", "the recipes that --config takes"), ('models "vit_small*"', "timm models")),
 }
@@ -128,13 +143,16 @@ def _answered(command: str, args: list[str], debug: bool) -> int:
         if process_rank() == 0 or error.alone:
             print(error, file=sys.stderr, flush=True)
         return error.status
+    except StoppedError:
+        print("stopped by a signal, saved; go on with  --resume true", flush=True)
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MACHINE_ERRORS as error:
-        from mim.run.failures import explained
+        from mim.run.failures import as_machine_error
 
-        if (failure := explained(error)) is None or debug:
+        if (failure := as_machine_error(error)) is None or debug:
             raise
         print(failure, file=sys.stderr, flush=True)
         return failure.status
@@ -272,5 +290,5 @@ def help_page(command: str, *, whole: bool = False) -> str:
 
 
 def _commands_help() -> str:
-    rows = [f"  {name:<14}{text}" for name, text in COMMANDS.items()]
+    rows = [f"  {name:<20}{text}" for name, text in COMMANDS.items()]
     return "\n".join([f"mim {__version__}: {called('COMMAND')} [--help]", "", *rows])

@@ -30,7 +30,7 @@ GROUPS: dict[str, dict[str, Option]] = {
             "N|H,W", "pixels per side that the model sees", "the model's", f"{_ENCODER}.img_size", lists="commas"
         ),
         "patch_size": Option("N", "pixels per side of a patch", "the model's", f"{_ENCODER}.patch_size"),
-        "in_chans": Option("N", "channels of the images", "3", f"{_ENCODER}.in_chans", Count),
+        "in_chans": Option("N", "channels of the images", "the model's, 3", f"{_ENCODER}.in_chans", Count),
     },
     "Training": {
         "epochs": Option("X", "passes over the images", "the recipe's", "epochs", Positive),
