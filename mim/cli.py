@@ -99,10 +99,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
 """Two calls of each command, with a remark."""
 
 EVERY = {
-    "config": Option("FILE", "settings in YAML, or a recipe's name; options win"),
-    "print_config": Option("", "print all settings as YAML and stop"),
-    "help_all": Option("", "all that is known of each option"),
-    "debug": Option("", "show the traceback of an error"),
+    "config": Option("FILE", "YAML, or a recipe's name; options win"),
+    "print_config": Option("", "settings as YAML"),
+    "help_all": Option("", "all about each option"),
+    "debug": Option("", "tracebacks"),
 }
 """What every command takes."""
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from mim.encoder import Encoder
 from mim.errors import UserError
 from mim.evaluation.features import Features, evaluating
+from mim.program import called
 
 Batches = Callable[[range], Iterable[tuple[Tensor, Tensor]]]
 """Gives normalised images ``(B, C, H, W)`` on the encoder's device and their labels ``(B,)`` for a range of rows."""

@@ -27,6 +27,7 @@ from mim.interop import (
     weights_in,
 )
 from mim.methods import Method
+from mim.program import called
 from mim.run.checkpoint_files import AtomicCheckpointIO, newest_good, sidecar, verify
 from mim.run.config import instantiate, parse_saved
 from mim.run.folder import run_of
