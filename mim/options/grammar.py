@@ -49,9 +49,11 @@ def read(args: Sequence[str], known: Mapping[str, Option], *, dotted: bool = Fal
 
 
 def _pairs(args: Sequence[str], known: Mapping[str, Option], dotted: bool) -> Iterator[tuple[str, str]]:
-    rest = list(args)
+    rest, bare = list(args), ""
     while rest:
         argument = rest.pop(0)
+        if not argument.startswith("--") and bare:
+            raise UserError(f"--{bare} cannot be {printable(argument)}", why="expected true or false", hint=f"--{bare}")
         if not argument.startswith("--"):
             raise UserError(
                 f"{printable(argument)} stands alone",
@@ -68,6 +70,7 @@ def _pairs(args: Sequence[str], known: Mapping[str, Option], dotted: bool) -> It
             equals, value = "=", rest.pop(0)
         if not equals and not switch:
             raise UserError(f"--{name} needs a value", hint=f"--{name} {option.value if option else 'VALUE'}")
+        bare = name if switch and not equals else ""
         value = value if equals else "true"
         yield name, _checked(name, as_list(value, option.lists if option else "numbers"), option)
 
@@ -89,9 +92,9 @@ def _checked(name: str, value: str, option: Option | None) -> str:
 
     if not fits(option.kind, value):
         an = "an" if option.kind.__name__.startswith("int") else "a"
-        hint = f"--{name} {option.default}" if fits(option.kind, option.default) else None
+        example = next(number for number in (option.default, "1", "0.5") if fits(option.kind, number))
         why = f"expected {an} {option.kind.__name__}"
-        raise UserError(f"--{name} cannot be {printable(value[:80])}", why=why, hint=hint)
+        raise UserError(f"--{name} cannot be {printable(value[:80])}", why=why, hint=f"--{name} {example}")
     return value
 
 

@@ -109,9 +109,9 @@ def _recipe(names: Mapping[str, str], configs: Sequence[str]) -> list[str]:
     resumed = names.get("resume", "auto") != "auto"
     if resumed:  # its own settings are complete, and whatever is given goes on top of them
         saved = Path(names["resume"], "config.yaml")
-        files = [saved] if "method" in names and saved.is_file() else []
+        files, configs = ([saved], [str(saved)]) if "method" in names and saved.is_file() else ([], [])
     settings = [_settings(file) for file in files]
-    whole = [(file, content["model"]) for file, content in zip(files, settings, strict=True) if "model" in content]
+    whole = [(name, content["model"]) for name, content in zip(configs, settings, strict=True) if "model" in content]
     if whole and "method" in names:
         _check_same_method(method, *whole[-1])
     if whole or resumed:
@@ -144,16 +144,15 @@ def _path(settings: Mapping[str, Any]) -> str | None:
     return str(data["path"]) if isinstance(data, dict) and "path" in data else None
 
 
-def _check_same_method(method: str, file: Path, model: object) -> None:
+def _check_same_method(method: str, config: str, model: object) -> None:
     """Refuses a config that names another method than ``--method``."""
     own = _parts(model)
     known = {name: _parts(_settings(CONFIGS / name / "default.yaml")["model"]) for name in method_names()}
     same_class = [name for name, parts in known.items() if parts[0] == own[0]]
     same = [name for name in same_class if known[name][1] == own[1]] or same_class
     if method not in same:
-        name = f"--config {file}" if file.name != "config.yaml" else str(file)
         hint = f"--method {same[0]}" if same else "leave --method out"
-        raise UserError(f"--method {method}: {name} is one of {same[0] if same else own[0]}", hint=hint)
+        raise UserError(f"--method {method}: {config} is one of {same[0] if same else own[0]}", hint=hint)
 
 
 def _parts(model: object) -> tuple[str, str]:
