@@ -4,6 +4,7 @@ import importlib
 import re
 import shlex
 from functools import cache
+from itertools import pairwise
 
 from mim.cli import COMMANDS, PRETRAIN, _groups, function_parser
 from mim.options.config_file import with_config_files
@@ -13,6 +14,8 @@ from mim.options.signatures import flat
 UNKNOWN = "\0"
 """Stands for what only the moment of the mistake tells."""
 FULL_SCHEMA = ("model.", "data.", "trainer.")
+CLASSES = ("--config", "--data.views")
+"""What else of a call a hint about it builds on."""
 PLACEHOLDER = re.compile(rf"{UNKNOWN}|\b[A-Z]{{1,}}\b|\.\.\.")
 CALL = re.compile(r"(?:python -m mim |python \S*tools/|mim-)([a-z_-]+?)(?:\.py)?(?=\s|$)")
 
@@ -52,7 +55,7 @@ def options_in(words, known):
     return found
 
 
-def fault(command, words):
+def fault(command, words, given=()):
     """Why these words do not work behind a command, or None."""
     if command not in COMMANDS:
         return f"there is no command {command}"
@@ -72,8 +75,9 @@ def fault(command, words):
         and not PLACEHOLDER.search(value)
         and (value or not getattr(known.get(name), "value", "VALUE"))
     ]
+    classes = [f"{name}={value}" for name, value in pairwise(given) if name in CLASSES]
     try:
-        _parse(command, certain)
+        _parse(command, [*classes, *certain])
     except Exception as error:  # whatever it is, the words do not work
         return str(error)
     return None
@@ -93,10 +97,10 @@ def _parse(command, args):
     function_parser(run, command).parse_args(with_config_files([*needed, *given]))
 
 
-def check_hint(command, text):
+def check_hint(command, text, given=()):
     """Asserts that everything to be typed in a ``try:`` line parses, behind its own command or this one."""
     for line in text.splitlines():
         if line.startswith("try:"):
             for own, words in suggestions(line.removeprefix("try:").strip()):
-                found = fault(own or command, words)
+                found = fault(own or command, words, () if own else given)
                 assert found is None, f"{line}\n{found}"

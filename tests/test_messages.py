@@ -36,7 +36,7 @@ def mistake(capsys, monkeypatch, tmp_path):
         assert "Traceback" not in text
         heads = [line.split(":")[0] for line in text.splitlines() if not line.startswith("         ")]
         assert heads in (["error", "try"], ["error", "why", "try"])
-        check_hint("pretrain", text)
+        check_hint("pretrain", text, args)
         return text
 
     return run

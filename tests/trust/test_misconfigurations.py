@@ -191,7 +191,7 @@ def mistake(place, tmp_path, capsys):
         heads = [line.split(":")[0] for line in text.splitlines() if not line.startswith("         ")]
         assert heads in (["error"], ["error", "try"], ["error", "why"], ["error", "why", "try"]), text
         assert named in text.partition("try:")[0]
-        check_hint(command, text)
+        check_hint(command, text, args)
         assert sorted(tmp_path.rglob("*")) == place
         return text
 
