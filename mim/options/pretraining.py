@@ -135,7 +135,10 @@ def _check_method(method: str) -> None:
 def _settings(file: Path) -> dict[str, Any]:
     """What a config file says, as far as it can be told without the schema."""
     check_config_file(file)
-    content = yaml.safe_load(file.read_bytes())
+    try:
+        content = yaml.safe_load(file.read_bytes())
+    except (yaml.YAMLError, ValueError):  # the parser of the full schema tells what is wrong with a value
+        return {}
     return content if isinstance(content, dict) else {}
 
 
