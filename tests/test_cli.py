@@ -105,7 +105,7 @@ def test_resume_is_a_switch_where_the_weights_say_which_run(command):
         ("compare", "runs"),
         ("compare", "methods"),
         ("visualize", "policy"),
-        ("benchmark", "shares"),
+        ("benchmark_reduction", "shares"),
         ("pretrain", "img_size"),
         ("pretrain", "data.mean"),
     ],
@@ -121,10 +121,10 @@ def test_lists_reach_the_command_as_numbers(form, monkeypatch):
     import mim.commands.knn as knn
 
     seen = {}
-    from mim.options.classification import Subject
+    from mim.options.classification import ClassificationOptions
 
-    def run(subject: Subject, k: tuple[int, ...] = (1,)) -> None:
-        seen.update(weights=subject.weights, k=k)
+    def run(options: ClassificationOptions, k: tuple[int, ...] = (1,)) -> None:
+        seen.update(weights=options.weights, k=k)
 
     monkeypatch.setattr(knn, "run", run)
     assert main("knn", ["--weights", "test_vit", *form]) == 0

@@ -61,7 +61,12 @@ def _heading(cls: type) -> str:
 
 
 def _options(source: Callable[..., Any]) -> dict[str, Option]:
-    texts = {entry.arg_name: entry.description or "" for entry in parse_docstring(inspect.getdoc(source) or "").params}
+    documented = reversed(source.__mro__) if isinstance(source, type) else [source]  # what is inherited, first
+    texts = {
+        entry.arg_name: entry.description or ""
+        for part in documented
+        for entry in parse_docstring(inspect.cleandoc(part.__doc__ or "")).params
+    }
     parameters = inspect.signature(source).parameters
     return {name: _option(parameter, texts.get(name, "")) for name, parameter in parameters.items()}
 
