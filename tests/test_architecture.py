@@ -8,7 +8,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Top to bottom. A module may import from lower levels; within a level only from its own folder.
 LEVELS = [
-    ({"mim.__main__"}, "python -m mim NAME, the same as python tools/NAME.py"),
+    (
+        {"mim.__main__"},
+        "python -m mim NAME, the same as python tools/NAME.py, or mim-NAME once installed",
+    ),
     ({"mim.commands"}, "one function per command: its arguments are its options; order of the work, what is printed"),
     ({"mim.benchmark"}, "timings of a step, of reduced models, accuracy over speed"),
     ({"mim.transfer"}, "evaluations with labels: weights and images in, scores and a section of the report out"),
@@ -33,8 +36,9 @@ LEVELS = [
         "options; layers: parts that two methods share",
     ),
     (
-        {"mim", "mim.distributed", "mim.errors", "mim.patches", "mim.randomness", "mim.schedules"},
-        "processes and devices, three-line errors, patches of an image, keyed randomness, schedules",
+        {"mim", "mim.distributed", "mim.errors", "mim.patches", "mim.program", "mim.randomness", "mim.schedules"},
+        "processes and devices, three-line errors, how the program was started, patches of an image, keyed randomness, "
+        "schedules",
     ),
 ]
 MODULES = sorted((ROOT / "mim").rglob("*.py"))

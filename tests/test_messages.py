@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hints import check_hint
 from PIL import Image
 
 from mim.cli import main
@@ -35,6 +36,7 @@ def mistake(capsys, monkeypatch, tmp_path):
         assert "Traceback" not in text
         heads = [line.split(":")[0] for line in text.splitlines() if not line.startswith("         ")]
         assert heads in (["error", "try"], ["error", "why", "try"])
+        check_hint("pretrain", text, args)
         return text
 
     return run

@@ -26,6 +26,7 @@ from mim.distributed.sharding import ShardedStrategy
 from mim.encoder import Encoder
 from mim.errors import MACHINE_ERRORS, DivergedError, MachineError, UserError
 from mim.methods import Method, NonFiniteError, Plan
+from mim.program import called
 from mim.report import write_report
 from mim.run.checkpoint_files import AtomicCheckpointIO, check_room, checkpoint_step, newest_good
 from mim.run.config import changes, instantiate, parse, parse_saved, run_options, save_config
@@ -241,7 +242,7 @@ class Pretraining:
             f"  batch   {plan.batch_size} = {trainer.world_size} device x {per_device} x {accumulate} accumulate; "
             f"{plan.steps_per_epoch:,.1f} steps per epoch, {plan.max_steps:,} steps in {plan.epochs:.4g} epochs",
             f"  device  {device}, {trainer.precision}, {data.num_workers} workers, {torch.get_num_threads()} threads",
-            f"  resume  python tools/pretrain.py --resume {self.folder.path}",
+            f"  resume  {called('pretrain')} --resume {self.folder.path}",
         ]
         lines += [f"  damaged {error}" for error in damaged[:5]]
         if data.first_step:
@@ -279,7 +280,7 @@ class Pretraining:
             folder.write_summary(status="interrupted", **facts)
             self._say(
                 f"stopped by a signal after step {trainer.global_step:,}, saved\n"
-                f"  resume  python tools/pretrain.py --resume {folder.path}"
+                f"  resume  {called('pretrain')} --resume {folder.path}"
             )
             return INTERRUPTED
         if isinstance(trainer.strategy, ShardedStrategy):  # the last checkpoint holds whole what is in parts here
@@ -365,7 +366,7 @@ class Pretraining:
                 return MachineError(
                     f"process {rank} of {trainer.world_size} died ({how}), so all others were stopped",
                     why="look above for its own error; if there is none, it was probably killed for lack of memory",
-                    hint=f"python tools/pretrain.py --resume {self.folder.path}",
+                    hint=f"{called('pretrain')} --resume {self.folder.path}",
                 )
         return None
 
@@ -378,7 +379,7 @@ class Pretraining:
             at=f" at batch {per_device} per device",
             memory_hint=f"--accumulate {accumulate}   (same global batch and learning rate), --precision bf16-mixed, "
             "--model.init_args.encoder.grad_checkpointing true",
-            loader_hint=f"python tools/pretrain.py --resume {self.folder.path}   "
+            loader_hint=f"{called('pretrain')} --resume {self.folder.path}   "
             f"(with --num_workers {self.data.num_workers // 2} if memory was short)",
         )
 

@@ -23,7 +23,7 @@ def refusal(error: ArgumentError, parser: ArgumentParser, everything: str) -> Us
         parser: knows what would have been right.
         everything: the option that lists all others.
     """
-    hint = f"{everything} lists every option"
+    hint = f"{everything}   lists every option"
     text = str(error).strip()
     reasons = re.findall(_REASON, text)
     values = next(filter(None, (re.findall(given, text) for given in _GIVEN)), [])

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import mim.options.class_paths  # noqa: F401 - which decides what classes a file may name
 from mim.errors import UserError
 from mim.options.config_file import check_config_file
+from mim.program import called
 from mim.reduction import Labels, TokenReduction
 from mim.reduction.recipes import named_reduction
 from mim.reduction.schedule import config_of
@@ -65,7 +66,7 @@ def load_reduction(folder: Path, vit: Any) -> TokenReduction:  # noqa: ANN401 - 
         UserError: if there is none, or it was trained with another model.
     """
     if not (folder / SETTINGS).is_file():
-        raise UserError(f"{folder} holds no reduction", hint="python tools/finetune.py --reduction cropr")
+        raise UserError(f"{folder} holds no reduction", hint=f"{called('finetune')} --reduction cropr")
     reduction = _read(folder / SETTINGS, vit)
     state = load_file(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else {}
     try:

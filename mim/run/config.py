@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,9 +15,9 @@ import mim.options.class_paths  # noqa: F401 - which decides what classes a file
 from mim.data.pretrain import PretrainData
 from mim.errors import UserError
 from mim.methods import Method  # and with it every method, by class_path
-from mim.options.config_file import check_config_files
+from mim.options.config_file import with_config_files
 from mim.options.old_names import current_arguments
-from mim.options.ranges import MANY, Count, Positive, Seed, Threads, Whole
+from mim.options.ranges import MANY, Count, Positive, ProperShare, Seed, Threads, Whole
 from mim.options.refusals import refusal
 
 _HELP = "--help_all explains every option"
@@ -78,6 +79,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--overwrite", type=bool, default=False, help="Replace the run that --out holds.")
     parser.add_argument("--allow_change", type=str, default="", help="Settings that a resumed run may change.")
     parser.add_argument("--init", type=str | None, default=None, help="Weights to start from.")
+    parser.add_argument("--mask_ratio", type=ProperShare | None, default=None, help="Share of patches that is hidden.")
     parser.add_argument("--trust", type=bool, default=False, help="Load an --init file although it can run code.")
     parser.add_class_arguments(RunOptions, None, as_group=True)
     parser.add_subclass_arguments(Method, "model", required=True)
@@ -89,12 +91,33 @@ def build_parser() -> ArgumentParser:
 
 def parse(args: Sequence[str]) -> Namespace:
     """Parses dotted options; a mistake becomes a :class:`UserError` with a suggestion."""
-    check_config_files(args)
+    args = with_config_files(args)
+    config = _parsed(args)
+    return config if config.mask_ratio is None else _parsed([*args, *_mask_ratio(config, args)])
+
+
+def _parsed(args: Sequence[str]) -> Namespace:
     parser = build_parser()
     try:
         return parser.parse_args(current_arguments(args))
     except ArgumentError as error:
         raise refusal(error, parser, "--help_all") from error
+
+
+def _mask_ratio(config: Namespace, args: Sequence[str]) -> list[str]:
+    """What ``--mask_ratio`` means to the policy of this run: its settings of that kind, all set to the one number."""
+    masking = "model.init_args.masking"
+    path = getattr(config.get(masking), "class_path", None) or "the method"
+    module, _, name = path.rpartition(".")
+    settings: tuple[str, ...] = getattr(getattr(sys.modules.get(module), name, None), "ratio_settings", ())
+    if not settings:
+        hint = f"--help_all   and a setting of --{masking}.init_args"
+        raise UserError(f"--mask_ratio {config.mask_ratio:g}: {name or path} has no such setting", hint=hint)
+    names = [f"--{masking}.init_args.{setting}" for setting in settings]
+    for name in names:
+        if any(arg.startswith(f"{name}=") for arg in args):
+            raise UserError(f"--mask_ratio and {name} are two words for one setting", hint="one of them")
+    return [f"{name}={config.mask_ratio}" for name in names]
 
 
 def parse_saved(file: Path) -> Namespace:
@@ -131,7 +154,7 @@ def run_options(config: Namespace) -> RunOptions:
     return RunOptions(**{field.name: config[field.name] for field in fields(RunOptions)})
 
 
-SESSION = ("config", "out", "resume", "overwrite", "allow_change")
+SESSION = ("config", "out", "resume", "overwrite", "allow_change", "mask_ratio")
 """Options of one call of the command, not settings of the run."""
 
 

@@ -123,7 +123,7 @@ def test_segmentation_reads_features_that_were_put_back(weights, masks, options)
 @pytest.mark.parametrize(
     ("command", "args", "line"),
     [
-        (knn, ["--reduction", "cropr"], "python tools/finetune.py --reduction cropr"),
+        (knn, ["--reduction", "cropr"], "python -m mim finetune --reduction cropr"),
         (knn, ["--reduction", "nonsense"], "--reduction nonsense: there is no such reduction"),
         (knn, ["--reduction", "."], "holds no reduction"),
         (finetune, ["--reduction", "tome", "--anneal", "[0.5,0.1]"], "--anneal [0.5,0.1]"),
@@ -145,7 +145,7 @@ def test_early_exit_learns_from_masks_alone(weights, photos, masks, capsys):
     assert segment(weights, masks, "--out", "result", "--reduction", "dtop:0.6", "--finetune", "true") == 0
     assert "EarlyExit(" in result("result")["protocol"]
     assert finetune(weights, photos, "--reduction", "dtop") == 2
-    assert "python tools/segment.py --finetune true --reduction dtop" in capsys.readouterr().err
+    assert "python -m mim segment --finetune --reduction dtop" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
