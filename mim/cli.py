@@ -76,6 +76,7 @@ PRETRAIN: dict[str, Option] = {
     "overwrite": Option("overwrite", "", "replace the run that --out holds"),
     "allow_change": Option("allow_change", "A,B", "settings that a resumed run may change"),
     "trust": Option("trust", "", "load an --init file although it can run code"),
+    "plugin": Option("plugin", "PACKAGE", "import your own package, which runs its code: configs may name its classes"),
     "print_config": Option("print_config", "", "print all settings as YAML and stop"),
     "help_all": Option("help_all", "", "every option of the full schema; also --model.help MAE"),
     "debug": Option("", "", "show the traceback of an error"),
@@ -96,6 +97,9 @@ COMMANDS = {
     "benchmark": "measure speed and memory of a training step and of the loader",
     "info": "list methods, models, configs, or what a run holds",
 }
+
+WITHOUT_RUNS = {"check_data", "make_shapes", "info"}
+"""Commands that build nothing from settings, and so take no ``--plugin``."""
 
 RESUMABLE = {"pretrain", "finetune", "segment"}
 """Commands that a signal interrupts with status 75 at any moment."""
@@ -211,6 +215,35 @@ def _dispatch(command: str, args: list[str]) -> int:
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, 1)
         raise UserError(f"there is no command {command}", hint=near[0] if near else " | ".join(COMMANDS))
+    names, args = _plugins(args) if command not in WITHOUT_RUNS else ([], args)
+    if not names:
+        return _carried_out(command, args)
+    from mim.options.class_paths import plugins
+
+    with plugins(names) as files:
+        if process_rank() == 0:
+            for name, file in zip(names, files, strict=True):
+                print(f"  plugin  {name} imported, its code runs: {os.path.relpath(file)}", flush=True)
+        return _carried_out(command, args)
+
+
+def _plugins(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The packages that ``--plugin`` names, and the other arguments."""
+    names, others, rest = list[str](), list[str](), list(args)
+    while rest:
+        argument = rest.pop(0)
+        option, equals, value = argument.partition("=")
+        if option != "--plugin":
+            others.append(argument)
+            continue
+        value = value if equals or not rest or rest[0].startswith("--") else rest.pop(0)
+        if not value:
+            raise UserError("--plugin needs a value", hint="--plugin my_package")
+        names += [name.strip() for name in value.split(",")]
+    return names, others
+
+
+def _carried_out(command: str, args: list[str]) -> int:
     if command == "pretrain":
         if {"-h", "--help"} & set(args):
             print(_pretrain_help())
@@ -260,6 +293,7 @@ def _call(run: Callable[..., None], command: str, args: list[str]) -> None:
     }
     if "config" not in inspect.signature(run).parameters:
         options.pop("config")
+    options.pop("plugin", None)  # taken before anything was parsed; one that a file records has been checked
     run(**grouped, **options)
 
 
@@ -270,6 +304,9 @@ def function_parser(run: Callable[..., None], command: str) -> "ArgumentParser":
     parser = ArgumentParser(prog=f"python tools/{command}.py", description=COMMANDS[command], exit_on_error=False)
     if "config" not in inspect.signature(run).parameters:
         parser.add_argument("--config", action=ActionConfigFile, help="Settings in YAML; options win.")
+    if command not in WITHOUT_RUNS:
+        help = "Your own package, whose classes settings may name; importing it runs its code. Several with commas."
+        parser.add_argument("--plugin", type=list[str] | str | None, default=None, help=help)
     groups = _option_groups(run)
     for cls in groups.values():
         parser.add_class_arguments(cls, None, as_group=False)

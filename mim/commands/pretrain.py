@@ -157,7 +157,8 @@ class Pretraining:
             data = Path(self.data.path).name.split(".")[0] or "data"
             name = f"{self.method.name}-{data}"
             folder = RunFolder.create(self.config.out, name, self.config.overwrite)
-            folder.write_origin(list(args))
+            plugins = [f"--plugin={','.join(self.config.plugin)}"] if self.config.plugin else []
+            folder.write_origin([*args, *plugins])
             save_config(self.config, folder.config)
         if self.rank == 0:
             self.data.bad_files.write_to(folder.bad_files)
