@@ -92,6 +92,7 @@ COMMANDS = {
     "visualize": "draw what a model sees, which tokens a reduction leaves, or what masking policies hide",
     "compare": "put several runs side by side, or train them first",
     "export": "write a run's backbone as a timm folder",
+    "features": "write class and patch features of images to disk",
     "check_data": "look at a data set before training on it",
     "make_shapes": "write the generated shapes as folders of images and masks",
     "benchmark": "measure speed and memory of a training step and of the loader",
@@ -220,10 +221,7 @@ def _dispatch(command: str, args: list[str]) -> int:
         return _carried_out(command, args)
     from mim.options.class_paths import plugins
 
-    with plugins(names) as files:
-        if process_rank() == 0:
-            for name, file in zip(names, files, strict=True):
-                print(f"  plugin  {name} imported, its code runs: {os.path.relpath(file)}", flush=True)
+    with plugins(names):
         return _carried_out(command, args)
 
 
@@ -254,15 +252,15 @@ def _carried_out(command: str, args: list[str]) -> int:
         try:
             status: int = module.main(args)
         except UserError as error:
-            raise _in_short(error) from error
+            raise in_short(error) from error
         return status
     if command == "info" and args and not args[0].startswith("-"):  # `info models "vit_small*"`
         args = [f"--{name}={value}" for name, value in zip(("what", "name"), args, strict=False)]
-    _call(module.run, command, args)
+    call(module.run, command, args)
     return 0
 
 
-def _in_short(error: UserError) -> UserError:
+def in_short(error: UserError) -> UserError:
     """The same mistake under the option's short name, if it has one."""
     for name, option in PRETRAIN.items():
         for target in (option.target, option.target.replace("init_args.", "")):  # the parser itself leaves it out
@@ -271,7 +269,7 @@ def _in_short(error: UserError) -> UserError:
     return error
 
 
-def _call(run: Callable[..., None], command: str, args: list[str]) -> None:
+def call(run: Callable[..., Any], command: str, args: list[str]) -> Any:  # noqa: ANN401 - what the command gives
     """Runs a command whose options are the arguments of one function."""
     from jsonargparse import ArgumentError
 
@@ -294,10 +292,10 @@ def _call(run: Callable[..., None], command: str, args: list[str]) -> None:
     if "config" not in inspect.signature(run).parameters:
         options.pop("config")
     options.pop("plugin", None)  # taken before anything was parsed; one that a file records has been checked
-    run(**grouped, **options)
+    return run(**grouped, **options)
 
 
-def function_parser(run: Callable[..., None], command: str) -> "ArgumentParser":
+def function_parser(run: Callable[..., Any], command: str) -> "ArgumentParser":
     """The options of a command: the arguments of its function, and the fields of those that are dataclasses."""
     from jsonargparse import ActionConfigFile, ArgumentParser
 
@@ -314,7 +312,7 @@ def function_parser(run: Callable[..., None], command: str) -> "ArgumentParser":
     return parser
 
 
-def _option_groups(run: Callable[..., None]) -> dict[str, Any]:
+def _option_groups(run: Callable[..., Any]) -> dict[str, Any]:
     """Arguments of a command that stand for several options each."""
     arguments = inspect.signature(run).parameters.items()
     return {name: argument.annotation for name, argument in arguments if is_dataclass(argument.annotation)}

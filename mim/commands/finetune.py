@@ -20,7 +20,7 @@ def run(
     accumulate: Count = 1,
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto",
     resume: bool = False,
-) -> None:
+) -> dict[str, dict[str, list[float]]]:
     """Accuracy after training the encoder and a classifier together, beside the same training from scratch.
 
     Args:
@@ -33,6 +33,9 @@ def run(
         accumulate: micro-batches per step: same result, less memory.
         precision: auto is bf16-mixed on a GPU that has it.
         resume: go on where the same command was stopped, in the run that the weights belong to or in --out.
+
+    Returns:
+        Shares of 1 by what was measured, then by encoder, one for each seed; nothing in other processes than the first.
     """
     _check(recipe, devices * accumulate)
     # torch is imported when there is something to train: --help must not wait for it.
@@ -80,6 +83,7 @@ def run(
         finish_section(root)
         if exported is not None:
             print(f'  model   {exported}   (timm.create_model("local-dir:{exported}", pretrained=True))')
+    return scores
 
 
 def _check(recipe: FinetuneRecipe, parts: int) -> None:

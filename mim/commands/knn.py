@@ -13,7 +13,7 @@ def run(
     layers: Count = 1,
     pool: Literal["cls", "mean", "both"] = "cls",
     seeds: Whole = 3,
-) -> None:
+) -> dict[str, dict[str, list[float]]]:
     """k-NN accuracy of frozen features, beside untrained encoders.
 
     Args:
@@ -23,6 +23,9 @@ def run(
         layers: last blocks whose features are put end to end.
         pool: class token, mean of the patch tokens, or both.
         seeds: untrained encoders to compare with.
+
+    Returns:
+        Shares of 1 by what was measured, then by encoder, one for each seed.
     """
     # torch is imported when there is something to measure: --help must not wait for it.
     from mim.evaluation.bank import Bank
@@ -51,3 +54,4 @@ def run(
         folder = measurement.folder("knn")
         measurement.write(folder, "k-NN classification", protocol, scores)
         finish_section(folder)
+    return scores

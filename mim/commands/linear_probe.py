@@ -16,7 +16,7 @@ def run(
     pool: Literal["cls", "mean", "both"] = "cls",
     crops: Whole = 0,
     seeds: Count = 3,
-) -> None:
+) -> dict[str, dict[str, list[float]]]:
     """Accuracy of a linear or attentive classifier over frozen features, beside untrained encoders.
 
     Args:
@@ -27,6 +27,9 @@ def run(
         crops: random crops of every image to learn from, each kept on disk; an epoch takes the next one. As many as
             epochs is the papers' protocol, 0 takes the middle of the image in every epoch, which is far cheaper.
         seeds: repetitions, each with other initial weights, order, held-out part, and another untrained encoder.
+
+    Returns:
+        Shares of 1 by what was measured, then by encoder, one for each seed; nothing in other processes than the first.
     """
     if recipe.batch_size < 2:
         raise UserError("--batch_size 1: the head normalises over a batch", hint="--batch_size 256")
@@ -59,7 +62,7 @@ def run(
 
     outcomes = share_out(trainings, train)
     if not measurement.first:
-        return
+        return {}
     scores: Scores = {"top-1": {}, "top-5": {}}
     rates: dict[str, list[float]] = {TRAINED: [], UNTRAINED: []}
     for (who, *_), outcome in zip(trainings, outcomes, strict=True):
@@ -73,6 +76,7 @@ def run(
     measurement.write(folder, _NAMES[recipe.head], protocol, scores, details)
     save_confusion(matrix.numpy(), measurement.classes, folder / "confusion.png")
     finish_section(folder)
+    return scores
 
 
 def _protocol(recipe: HeadRecipe, crops: int) -> str:

@@ -7,7 +7,7 @@ from mim.options.segmentation import HeadRecipe, MaskedSubject, Scoring, check
 
 def run(
     subject: MaskedSubject, recipe: HeadRecipe, scoring: Scoring, resume: bool = False, save_every: Count = 1000
-) -> None:
+) -> dict[str, dict[str, list[float]]]:
     """Trains a segmentation head, or the whole encoder, and scores it beside an encoder that was never trained.
 
     Args:
@@ -16,6 +16,9 @@ def run(
         scoring: how images are scored.
         resume: go on where the same command was stopped, in the run that the weights belong to or in --out.
         save_every: steps between two checkpoints, of which two are kept while a head trains.
+
+    Returns:
+        Shares of 1 by what was measured, then by encoder, one for each seed.
     """
     check(subject, recipe, scoring)
     # torch is imported when there is something to measure: --help must not wait for it.
@@ -26,7 +29,7 @@ def run(
     if process_rank() == 0:
         segmentation.introduce()
     try:
-        segmentation.measure(resume, save_every)
+        return segmentation.measure(resume, save_every)
     except StoppedError:
         print("stopped by a signal, saved; go on with  --resume true")
         raise SystemExit(INTERRUPTED) from None

@@ -4,6 +4,7 @@ import shlex
 import warnings
 from pathlib import Path
 
+from mim.data.objects import is_object
 from mim.errors import UserError
 
 Bad = tuple[str, str]
@@ -63,7 +64,9 @@ class BadFiles:
         share = len(self.reasons) / seen
         tolerant = f"{self.go_on} --max_bad {min(1.0, max(0.05, 2 * share)):.2g}".strip()
         hint = f"python tools/check_data.py --data {shlex.quote(self.data)} --fix good.csv   then   --data good.csv"
-        if self._log is not None:
+        if is_object(self.data):
+            hint = "mend the data set"
+        elif self._log is not None:
             hint = f"python tools/pretrain.py --resume {self._log.parent} {tolerant}"
             tolerant = f"mend the files, empty {self._log} and --resume {self._log.parent}"
         raise UserError(

@@ -25,6 +25,11 @@ STALL = 120
 _LONGEST_NAME = 1024
 
 
+def loader_processes(given: int | None) -> int:
+    """Loader processes: as many as given, or one per core, at most 16."""
+    return min(16, len(os.sched_getaffinity(0))) if given is None else given
+
+
 class NothingReadableError(RuntimeError):
     """So many images in a row cannot be read that it is hardly the images."""
 

@@ -18,6 +18,7 @@ import yaml
 from jsonargparse import set_parsing_settings
 from jsonargparse._common import parsing_settings  # settings are the process's, and no public name takes them back
 
+from mim.distributed.processes import process_rank
 from mim.errors import UserError
 
 BUILDING_BLOCKS = ("mim.methods", "mim.masking", "mim.reduction", "mim.targets", "mim.data.views", "mim.encoder")
@@ -49,8 +50,8 @@ def known_class_paths() -> Iterator[None]:
 
 
 @contextmanager
-def plugins(names: Sequence[str]) -> Iterator[list[Path]]:
-    """Imports packages, whose classes settings may name inside; gives the files that were run.
+def plugins(names: Sequence[str]) -> Iterator[None]:
+    """Imports packages, says so, and lets settings name their classes inside.
 
     A package may be installed, or lie in the folder in which the command was started.
 
@@ -62,9 +63,12 @@ def plugins(names: Sequence[str]) -> Iterator[list[Path]]:
     if here not in sys.path:
         sys.path.append(here)  # last, so that nothing in this folder stands in for anything installed
     try:
-        files = [_import(name) for name in names]
-        _named.extend(name for name in names if name not in _named)
-        yield files
+        for name in dict.fromkeys(names):
+            file = _import(name)
+            if process_rank() == 0:
+                print(f"  plugin  {name} imported, its code runs: {os.path.relpath(file)}", flush=True)
+            _named.append(name)
+        yield
     finally:
         _named[:] = known
         if here not in path and here in sys.path:

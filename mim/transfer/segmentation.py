@@ -26,7 +26,15 @@ from mim.reduction.files import build_reduction, save_reduction
 from mim.report.tables import spread, text_table
 from mim.run.folder import evaluation_folder, quieten
 from mim.run.weights import LoadedEncoder, ModelCard, export_backbone, load_encoder, untrained_encoder
-from mim.transfer.measurement import TRAINED, UNTRAINED, finish_section, in_words, reduction_facts, section_name
+from mim.transfer.measurement import (
+    TRAINED,
+    UNTRAINED,
+    Scores,
+    finish_section,
+    in_words,
+    reduction_facts,
+    section_name,
+)
 from mim.transfer.training import fit, keep_result, open_trainer, pictures_of_first, remember, training_folder
 
 HEAD_FILE = "head.safetensors"
@@ -133,12 +141,15 @@ class Segmentation:
             f"scored with {shown} at the masks' full size, {ignored} ignored{in_words(self.loaded.encoder)}."
         )
 
-    def measure(self, resume: bool = False, save_every: int = 1000) -> None:
+    def measure(self, resume: bool = False, save_every: int = 1000) -> Scores:
         """Trains and scores every seed, trained and untrained encoder in turn, and writes the result.
 
         Args:
             resume: go on where the same measurement was stopped.
             save_every: steps between two checkpoints.
+
+        Returns:
+            mIoU and pixel accuracy.
 
         Raises:
             StoppedError: after a signal; the step that was running is saved.
@@ -168,6 +179,7 @@ class Segmentation:
         if first:
             pictures_of_first(root)
             self._write(results, root)
+        return _scores(results)
 
     def score(
         self, who: str, seed: int, folder: Path, resume: bool = False, save_every: int = 1000
@@ -290,10 +302,7 @@ class Segmentation:
     def _write(self, results: dict[str, list[SegmentationScores]], folder: Path) -> None:
         """Prints the table, writes ``metrics.json`` and puts the section into the run's report."""
         protocol = self.protocol()
-        rows = {
-            "mIoU": [[scores.miou for scores in results[who]] for who in (TRAINED, UNTRAINED)],
-            "pixel accuracy": [[scores.pixel_accuracy for scores in results[who]] for who in (TRAINED, UNTRAINED)],
-        }
+        rows = {what: [by[TRAINED], by[UNTRAINED]] for what, by in _scores(results).items()}
         print(f"\nSemantic segmentation: {protocol}\n")
         print(text_table(["", TRAINED, UNTRAINED], [[what, *map(spread, pair)] for what, pair in rows.items()]))
         metrics: dict[str, Any] = {}
@@ -310,3 +319,11 @@ class Segmentation:
         content |= reduction_facts(self.loaded.encoder, self.subject.reduction)
         (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
         finish_section(folder)
+
+
+def _scores(results: dict[str, list[SegmentationScores]]) -> Scores:
+    """What all seeds of both encoders have reached."""
+    return {
+        "mIoU": {who: [scores.miou for scores in by] for who, by in results.items()},
+        "pixel accuracy": {who: [scores.pixel_accuracy for scores in by] for who, by in results.items()},
+    }
