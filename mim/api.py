@@ -39,16 +39,15 @@ from mim.data.labelled import Frames
 from mim.data.loading import loader_processes
 from mim.data.objects import handed_over
 from mim.data.transform import Transform
-from mim.distributed.devices import chosen_device
-from mim.distributed.processes import INTERRUPTED
+from mim.distributed.processes import INTERRUPTED, process_rank
 from mim.encoder import Encoder
 from mim.errors import MACHINE_ERRORS, InterruptedRunError, UserError
 from mim.options.class_paths import plugins
 from mim.run.failures import explained
-from mim.run.folder import RunFolder
+from mim.run.folder import RunFolder, quieten
 from mim.run.surroundings import left_as_they_were
 from mim.run.weights import LoadedEncoder, load_encoder
-from mim.transfer.features import ClassPool, Extraction, all_images
+from mim.transfer.features import ClassPool, Extraction, all_images, chosen_device
 from mim.transfer.measurement import Scores
 
 __all__ = [
@@ -238,10 +237,10 @@ def pretrain(
         UserError: a mistake; ``DivergedError`` if numbers are not finite, ``MachineError`` if the machine failed.
         InterruptedRunError: after a signal such as Ctrl-C; the step that was running is saved.
     """
-    with _command(plugin), handed_over(data if data is not None else "builtin") as name:
-        given: dict[str, Any] = {"method": method, "resume": resume, **options, **(settings or {})}
-        if data is not None or resume is None:
-            given = {"data": name, **given}
+    with _command(plugin), handed_over("" if data is None else data) as name:
+        # What stands later wins over a config file, which so comes first.
+        given: dict[str, Any] = {"config": options.pop("config", None), "data": None if data is None else name}
+        given |= {"method": method, "resume": resume, **options, **(settings or {})}
         try:
             status, folder = trained(translate(_arguments(given)))
         except UserError as error:
@@ -448,6 +447,7 @@ def _command(plugin: str | Sequence[str] = ()) -> Iterator[None]:
     """What surrounds a command: plugins in, failures of the machine told as such, the process left as it was."""
     names = plugin.split(",") if isinstance(plugin, str) else plugin
     with left_as_they_were(), plugins([name.strip() for name in names if name.strip()]):
+        quieten(process_rank())
         try:
             yield
         except MACHINE_ERRORS as error:

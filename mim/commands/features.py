@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from mim.distributed.processes import process_rank
 from mim.errors import MachineError, UserError
 from mim.options.outputs import check_folder, free_bytes
 from mim.options.ranges import Count, Processes, Share, SomeShare
@@ -60,10 +61,11 @@ def run(
     # torch is imported when there is something to encode: --help must not wait for it.
     from mim.data.bad_files import BadFiles
     from mim.data.loading import loader_processes
-    from mim.distributed.devices import chosen_device
+    from mim.run.folder import quieten
     from mim.run.weights import load_encoder
-    from mim.transfer.features import Extraction, all_images
+    from mim.transfer.features import Extraction, all_images, chosen_device
 
+    quieten(process_rank())
     loaded = load_encoder(weights, model=model, img_size=img_size, trust=trust)
     extraction = Extraction.of(
         loaded,

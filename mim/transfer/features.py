@@ -135,3 +135,14 @@ def all_images(data: str, channels: int) -> list[Source]:
         return [ShapeSource("train"), ShapeSource("val")]
     opened = open_object(data, channels) if is_object(data) else open_source(data, channels, same_classes=False)
     return [source for source in opened if source is not None]
+
+
+def chosen_device(device: str) -> torch.device:
+    """What ``--device`` names: auto takes a GPU if there is one.
+
+    Raises:
+        UserError: if a GPU is asked for and torch sees none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here", hint="--device cpu")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
