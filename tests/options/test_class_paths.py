@@ -87,9 +87,19 @@ def test_the_working_folder_is_searched_last_and_only_inside(package, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "why", "hint"),
     [
-        ("absent_parts", None, "No module named 'absent_parts'", "start in the folder that holds it, or pip install it"),
+        (
+            "absent_parts",
+            None,
+            "No module named 'absent_parts'",
+            "start in the folder that holds it, or pip install it",
+        ),
         ("broken_parts", "x = 1 / 0", "ZeroDivisionError: division by zero (", "python -c 'import broken_parts'"),
-        ("needing_parts", "import absent_parts", "No module named 'absent_parts' (", "python -c 'import needing_parts'"),
+        (
+            "needing_parts",
+            "import absent_parts",
+            "No module named 'absent_parts' (",
+            "python -c 'import needing_parts'",
+        ),
         ("parts/mine.py", None, "it is what import takes", "--plugin mine   in the folder that holds it"),
         ("--x", None, "it is what import takes", "--plugin my_package"),
     ],

@@ -17,7 +17,10 @@ CHANGES = {
     "threads": (torch.get_num_threads, lambda: torch.set_num_threads(3)),
     "random numbers of torch": (lambda: torch.get_rng_state().tolist(), lambda: torch.manual_seed(5)),
     "random numbers of Python": (random.getstate, lambda: random.seed(5)),
-    "random numbers of NumPy": (lambda: np.random.get_state()[1].tolist(), lambda: np.random.seed(5)),
+    "random numbers of NumPy": (
+        lambda: np.random.get_state()[1].tolist(),  # noqa: NPY002 - what libraries draw from
+        lambda: np.random.seed(5),  # noqa: NPY002
+    ),
     "handler of SIGTERM": (
         lambda: signal.getsignal(signal.SIGTERM),
         lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
