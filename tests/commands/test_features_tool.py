@@ -1,6 +1,7 @@
 """``tools/features.py``: a row for every readable image, class and patch features, names beside them."""
 
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -98,21 +99,19 @@ def test_images_apart_come_after_those_to_learn_from(folder, weights):
     assert names == ["set/train/1.png", "set/train/2.png", *(n.replace("photos", "set/val") for n in READABLE)]
 
 
-def test_no_more_than_a_batch_is_in_memory(folder, weights, monkeypatch):
-    written, encoded = [], Extraction._encoded
+def test_features_leave_memory_when_they_are_written(folder, weights, monkeypatch):
+    given, encoded = [], Extraction._encoded
 
-    def counting(self, names, images):
-        files = [file for file in (folder / "features").iterdir() if file.name.startswith(".patch")]
-        written.append(sum(file.stat().st_size for file in files))
-        return encoded(self, names, images)
+    def watched(self, names, images):
+        assert sum(patches() is not None for patches in given) <= 1  # of the batch before, which is being let go of
+        rows = encoded(self, names, images)
+        given.append(weakref.ref(rows.patches))
+        return rows
 
-    monkeypatch.setattr(Extraction, "_encoded", counting)
-    monkeypatch.setattr("mim.interop.arrays.open", open, raising=False)
-    assert (
-        main("features", ["--weights", weights, "--data", "photos", "--num_workers", "0", "--encode_batch", "2"]) == 0
-    )
-    assert len(written) == 4  # of 7 files two by two
-    assert read("patch", "safetensors").shape == (5, 4, 4, 64)
+    monkeypatch.setattr(Extraction, "_encoded", watched)
+    args = ["--weights", weights, "--data", "photos", "--num_workers", "0", "--encode_batch", "1"]
+    assert main("features", args) == 0
+    assert len(given) == 5
 
 
 @pytest.mark.parametrize(
