@@ -4,7 +4,7 @@
 
     run = mim.pretrain(data="photos", method="mae", epochs=100)
     vit = run.backbone()                                      # a timm model
-    encoder, transform, _ = mim.load(run)
+    encoder, transform, *_ = mim.load(run)
     vectors, patches, names, _ = mim.features(run, "photos")  # (M, F), (M, h, w, D), M names
     scores = mim.knn(run, data="labelled")
 
@@ -41,14 +41,15 @@ from mim.data.objects import handed_over
 from mim.data.transform import Transform
 from mim.distributed.processes import INTERRUPTED, process_rank
 from mim.encoder import Encoder
-from mim.errors import MACHINE_ERRORS, InterruptedRunError, UserError
+from mim.errors import MACHINE_ERRORS, InterruptedRunError, StoppedError, UserError
+from mim.evaluation.features import Pool
 from mim.options.class_paths import plugins
-from mim.run.failures import explained
+from mim.options.evaluation import Scores
+from mim.run.failures import as_machine_error
 from mim.run.folder import RunFolder, quieten
 from mim.run.surroundings import left_as_they_were
 from mim.run.weights import LoadedEncoder, load_encoder
 from mim.transfer.features import ClassPool, Extraction, all_images, chosen_device
-from mim.transfer.measurement import Scores
 
 __all__ = [
     "Features",
@@ -189,11 +190,13 @@ class Loaded(NamedTuple):
             patches, row by row; ``encoder.feature_map(images)`` gives ``(B, D, h, w)``; ``encoder.vit`` is timm's.
         transform: one picture (PIL, path or uint8 tensor) to ``(C, H, W)``; ``torch.stack`` makes a batch of several.
         note: where the weights come from, and what was done to make them fit.
+        pool: what stands for an image: ``cls`` or ``mean``, its run's choice or what timm's model pools by.
     """
 
     encoder: Encoder
     transform: Transform
     note: str
+    pool: Pool
 
 
 class Features(NamedTuple):
@@ -286,14 +289,14 @@ def load(
         encoder = loaded.encoder.to(chosen_device(device))
         frames = Frames(crop_pct)
         frames.configure(encoder.img_size, loaded.mean, loaded.std)
-    return Loaded(encoder, Transform(frames, encoder.in_chans), loaded.note)
+    return Loaded(encoder, Transform(frames, encoder.in_chans), loaded.note, loaded.pool)
 
 
 def features(
     weights: Weights | Loaded,
     images: Images,
     *,
-    pool: ClassPool = "cls",
+    pool: ClassPool | None = None,
     patch: bool = True,
     layers: int = 1,
     batch_size: int = 64,
@@ -311,7 +314,8 @@ def features(
         weights: what to load, or what :func:`load` has loaded, whose size and transform then count.
         images: a folder (all images below it, sorted by path), a list, tar shards, ``builtin``, or a data set or list
             of pictures. Of a folder with ``train/`` and ``val/``, the latter's images come last.
-        pool: what ``vectors`` are: the class token, the ``mean`` of the patch tokens, or ``both`` end to end.
+        pool: what ``vectors`` are: the class token (``cls``), the ``mean`` of the patch tokens, or ``both`` end to end;
+            what the run or the model pools by unless given.
         patch: give patch features, too: ``h * w * D`` numbers for each image.
         layers: last blocks whose class tokens, or means, are put end to end.
         batch_size: images encoded at once.
@@ -329,11 +333,11 @@ def features(
     if not isinstance(weights, Loaded):
         weights = load(weights, model=model, img_size=img_size, crop_pct=crop_pct, trust=trust, plugin=plugin)
     frames = weights.transform.frames
-    loaded = LoadedEncoder(weights.encoder, frames.mean.tolist(), frames.std.tolist(), weights.note)
+    loaded = LoadedEncoder(weights.encoder, frames.mean.tolist(), frames.std.tolist(), weights.note, weights.pool)
     with _command(), handed_over(images) as name:
         extraction = Extraction.of(
             loaded,
-            pool,
+            pool or weights.pool,
             layers,
             patch,
             crop_pct=frames.crop_pct,
@@ -451,12 +455,10 @@ def _command(plugin: str | Sequence[str] = ()) -> Iterator[None]:
         try:
             yield
         except MACHINE_ERRORS as error:
-            if (failure := explained(error)) is None:
+            if (failure := as_machine_error(error)) is None:
                 raise
             raise failure from error
-        except SystemExit as left:
-            if left.code != INTERRUPTED:
-                raise
+        except StoppedError:
             raise InterruptedRunError("a signal stopped the training, which is saved", hint="resume=True") from None
 
 

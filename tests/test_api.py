@@ -232,17 +232,18 @@ def test_a_hugging_face_data_set_resumes_to_the_same_bits(tmp_path):
 
 
 def test_an_encoder_comes_with_the_transform_of_its_images(run, photos):
-    encoder, transform, note = mim.load(run)
+    encoder, transform, note, pool = mim.load(run)
     image = transform(photos.images[0])
     assert image.shape == (3, 32, 32)
     assert image.dtype == torch.float32
     assert not encoder.training
     assert encoder(image[None]).shape == (1, 17, 64)
     assert note.startswith("78 of 78 tensors")
+    assert pool == "mean"
 
 
 def test_features_are_those_of_the_encoder_in_order_without_the_unreadable(run, photos):
-    encoder, transform, _ = mim.load(run)
+    encoder, transform, *_ = mim.load(run)
     found = mim.features(run, photos, pool="mean", batch_size=5)
     images = torch.stack([transform(image) for index, image in enumerate(photos.images) if index != 4])
     with torch.no_grad():

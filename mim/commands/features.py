@@ -23,7 +23,7 @@ def run(
     data: str = "builtin",
     out: Path = Path("features"),
     to: Literal["safetensors", "npy"] = "safetensors",
-    pool: Literal["cls", "mean", "both"] = "cls",
+    pool: Literal["cls", "mean", "both"] | None = None,
     patch: bool = True,
     layers: Count = 1,
     dtype: Literal["float32", "float16"] = "float32",
@@ -44,7 +44,8 @@ def run(
             path, those of a list and of shards in their order; train/ comes before val/.
         out: folder for class and patch, names.txt, features.json and bad_files.txt.
         to: safetensors (tensors class and patch, a file for each) or npy.
-        pool: class token, mean of the patch tokens, or both end to end.
+        pool: class token, mean of the patch tokens, or both end to end; what the run or the model pools by unless
+            given.
         patch: also write the patch tokens of the last block, [images, rows, columns, width].
         layers: last blocks whose class features are put end to end.
         dtype: float16 takes half the room.
@@ -69,7 +70,7 @@ def run(
     loaded = load_encoder(weights, model=model, img_size=img_size, trust=trust)
     extraction = Extraction.of(
         loaded,
-        pool,
+        pool or loaded.pool,
         layers,
         patch,
         crop_pct=crop_pct,

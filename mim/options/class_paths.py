@@ -112,8 +112,8 @@ def refused_class(text: str) -> str | None:
 
 def _import(name: str) -> Path:
     if not all(part.isidentifier() for part in name.split(".")):
-        module = Path(name).with_suffix("").name
-        hint = f"--plugin {module}   in the folder that holds it" if module.isidentifier() else "--plugin my_package"
+        stem = Path(name).with_suffix("").name
+        hint = f"--plugin {stem}   in the folder that holds it" if stem.isidentifier() else "--plugin my_package"
         raise PluginError(f"--plugin {name} is not the name of a package", why="it is what import takes", hint=hint)
     try:
         module = importlib.import_module(name)
