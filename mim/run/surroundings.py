@@ -32,7 +32,8 @@ def left_as_they_were() -> Iterator[None]:
 @contextmanager
 def _random_numbers() -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - what libraries draw from
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    initialised = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's
+    devices = range(torch.cuda.device_count()) if initialised else ()
     try:
         with torch.random.fork_rng(devices):
             yield
