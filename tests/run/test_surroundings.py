@@ -15,11 +15,11 @@ from mim.run.surroundings import left_as_they_were
 
 CHANGES = {
     "threads": (torch.get_num_threads, lambda: torch.set_num_threads(3)),
-    "random numbers of torch": (lambda: torch.get_rng_state().tolist(), lambda: torch.manual_seed(5)),
-    "random numbers of Python": (random.getstate, lambda: random.seed(5)),
+    "random numbers of torch": (lambda: torch.get_rng_state().tolist(), lambda: torch.rand(1)),
+    "random numbers of Python": (random.getstate, random.random),
     "random numbers of NumPy": (
         lambda: np.random.get_state()[1].tolist(),  # noqa: NPY002 - what libraries draw from
-        lambda: np.random.seed(5),  # noqa: NPY002
+        lambda: np.random.rand(700),  # noqa: NPY002
     ),
     "handler of SIGTERM": (
         lambda: signal.getsignal(signal.SIGTERM),
