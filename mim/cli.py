@@ -70,9 +70,7 @@ PRETRAIN: dict[str, Option] = {
     "save_every": Option("save_every", "N", "epochs between checkpoints   [20 over the run]"),
     "eval_every": Option("eval_every", "N", "epochs between probes and pictures   [10 over the run]"),
     "pictures": Option("pictures", "N", "images in a picture strip   [8]"),
-    "pool": Option(
-        "pool", "P", "what stands for an image, in probes and in the export: mean of the patches, or cls   [mean]"
-    ),
+    "pool": Option("pool", "P", "what stands for an image: mean of the patch tokens, or cls   [mean]"),
     "probe_images": Option("probe_images", "N", "most images that a probe learns from   [5000]"),
     "log_every": Option("log_every", "N", "steps between lines of metrics.csv   [10]"),
     "overwrite": Option("overwrite", "", "replace the run that --out holds"),

@@ -17,9 +17,11 @@ import timm
 import torch
 from PIL import Image
 
+from mim.cli import main
 from mim.commands import export, finetune, knn, linear_probe, pareto, pretrain, segment, visualize
 from mim.data.pretrain import PretrainData
 from mim.encoder import Encoder
+from mim.errors import UserError
 from mim.evaluation.bank import Bank
 from mim.evaluation.features import Features, extract
 from mim.evaluation.knn import knn_accuracy
@@ -351,3 +353,23 @@ def test_every_pair_of_activity_channels_shape_tokens_and_pool_is_tried():
     everything = [(name, *kind) for name in ACTIVITIES for kind in KINDS]
     assert set().union(*map(pairs, ROWS)) == set().union(*map(pairs, everything))
     assert len(ROWS) < len(everything) / 4
+
+
+@pytest.mark.parametrize("data", ["builtin", "shapes"])
+def test_built_in_images_are_refused_for_other_channels(data, run_of, capsys):
+    run = run_of(next(kind for kind in RUNS if kind[0] == 4 and kind[1] == "square"))
+    for command in ("knn", "finetune", "segment", "visualize"):
+        assert main(command, ["--weights", run.weights, "--data", data]) == 2
+        assert f"error: --data {data}: these images are RGB, the model takes 4 channels" in capsys.readouterr().err
+
+
+def test_segmentation_of_an_encoder_that_is_not_square_asks_for_a_crop(run_of, capsys):
+    run = run_of(next(kind for kind in RUNS if kind[1] == "wide"))
+    assert main("segment", ["--weights", run.weights, "--data", run.masks]) == 2
+    assert "try:   --crop 16   (positions are resized)" in capsys.readouterr().err
+
+
+def test_a_run_cannot_pool_by_a_token_that_it_lacks():
+    kwargs = "--model.init_args.encoder.kwargs={class_token: false, global_pool: avg}"
+    with pytest.raises(UserError, match="--pool cls: this model has no class token"):
+        pretrain.main([f"--config={Path(__file__).with_name('tiny.yaml')}", kwargs, "--pool=cls"])

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning import Trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 from timm.models.vision_transformer import Block
 
@@ -32,6 +31,7 @@ from mim.run.checkpoint_files import AtomicCheckpointIO, check_room, checkpoint_
 from mim.run.config import changes, instantiate, parse, parse_saved, run_options, save_config
 from mim.run.failures import as_machine_error
 from mim.run.folder import UNWRITABLE, RunFolder, git_commit, quieten, versions
+from mim.run.trainer import build_trainer
 from mim.run.weights import ModelCard, export_backbone, init_backbone, load_method
 
 FREE_TO_CHANGE = ("trainer.", "data.num_workers", "data.max_bad", "log_every", "save_every", "eval_every", "pictures")
@@ -198,28 +198,9 @@ class Pretraining:
         settings["precision"] = settings.get("precision") or best_precision(
             settings.get("accelerator", "auto") in ("auto", "gpu", "cuda")
         )
-        try:
-            trainer = Trainer(
-                **settings,
-                max_steps=plan.max_steps,
-                max_epochs=-1,
-                logger=False,
-                plugins=[AtomicCheckpointIO(self.method)],
-                log_every_n_steps=1 << 62,  # the log decides, not Lightning
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                use_distributed_sampler=False,
-            )
-        except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
-            given = [
-                f"--trainer.{name} {value}"
-                for name, value in vars(self.config.trainer).items()
-                if name in ("accelerator", "devices", "num_nodes", "precision", "strategy")
-                and value not in ("auto", None, 1)
-            ]
-            hint = "--devices 1, --trainer.accelerator cpu"
-            raise UserError(f"{' '.join(given)} cannot be used here", why=str(error), hint=hint) from error
+        trainer = build_trainer(
+            settings, "--trainer.{}", max_steps=plan.max_steps, plugins=[AtomicCheckpointIO(self.method)]
+        )
         parts = trainer.world_size * trainer.accumulate_grad_batches
         if plan.batch_size % parts:
             near = max(1, round(plan.batch_size / parts)) * parts

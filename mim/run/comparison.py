@@ -92,8 +92,7 @@ def strips(entries: Sequence[Entry], images: int) -> dict[str, Image.Image]:
             batches = [pixels for pixels, _ in opened.center_batches(source, chosen)]
             if not batches:
                 raise UserError(
-                    f"--runs {run}: none of the images of {path} has the {encoder.in_chans} channels that it was "
-                    "trained with",
+                    f"--runs {run}: no image of {path} can be read with the {encoder.in_chans} channels that it wants",
                     hint="runs on images of one kind",
                 )
             batch = torch.cat(batches)

@@ -295,7 +295,7 @@ def _misfit(
     example = f"e.g. {name} is {there} there, {here} here"
     guess = None if guess == architecture else guess
     hint = f"--model {guess}" if guess else "the --model that these weights were made with"
-    if name == _KERNEL and option == "--init" and not guess:
+    if name == _KERNEL and name in tensors and option == "--init" and not guess:
         hint = f"--in_chans {tensors[name].shape[1]}"
     return UserError(
         f"{option} {weights} does not fit {architecture}",
