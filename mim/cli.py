@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mim import __version__
 from mim.distributed.processes import INTERRUPTED, leave_group, leaving_on_signals, let_the_first_end, process_rank
@@ -34,6 +34,7 @@ COMMANDS = {
     "visualize": "draw what a model sees, which tokens a reduction leaves, or what masking policies hide",
     "compare": "put several runs side by side, or train them first",
     "export": "write a run's backbone as a timm folder",
+    "features": "write class and patch features of images to disk",
     "check_data": "look at a data set before training on it",
     "make_shapes": "write the generated shapes as folders of images and masks",
     "benchmark": "measure speed and memory of a training step and of the loader",
@@ -77,6 +78,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("--data photos", "sizes, colours, bad files"),
         ("--data photos --fix good.csv", "and a list of the good ones"),
     ),
+    "features": (
+        ("--weights runs/001-mae-photos --data photos", ""),
+        ("--weights runs/001-mae-photos --data photos --patch false", ""),
+    ),
     "make_shapes": (("--out shapes", ""), ("--out shapes --train 4096 --size 96", "")),
     "benchmark": (
         ("--config mae/vit_base_patch16_224 --against plain", "a step"),
@@ -100,11 +105,15 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
 
 EVERY = {
     "config": Option("FILE", "YAML, or a recipe's name; options win"),
+    "plugin": Option("PACKAGE", "import your own package, which runs its code: settings may name its classes"),
     "print_config": Option("", "settings as YAML"),
     "help_all": Option("", "all about each option"),
     "debug": Option("", "tracebacks"),
 }
 """What every command takes."""
+
+WITHOUT_RUNS = {"check_data", "make_shapes", "info"}
+"""Commands that build nothing from settings, and so take no ``--plugin``."""
 
 RESUMABLE = {"pretrain", "finetune", "segment"}
 """Commands that a signal interrupts with status 75 at any moment."""
@@ -185,17 +194,43 @@ def _dispatch(command: str, args: list[str]) -> int:
     if {"-h", "--help"} & set(args):
         print(help_page(command))
         return 0
+    names, args = _plugins(args) if command not in WITHOUT_RUNS else ([], args)
+    if not names:
+        return _carried_out(command, args)
+    from mim.options.class_paths import plugins
+
+    with plugins(names):
+        return _carried_out(command, args)
+
+
+def _plugins(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The packages that ``--plugin`` names, and the other arguments."""
+    names, others, rest = list[str](), list[str](), list(args)
+    while rest:
+        argument = rest.pop(0)
+        option, equals, value = argument.partition("=")
+        if option != "--plugin":
+            others.append(argument)
+            continue
+        value = value if equals or not rest or rest[0].startswith("--") else rest.pop(0)
+        if not value:
+            raise UserError("--plugin needs a value", hint="--plugin my_package")
+        names += [name.strip() for name in value.split(",")]
+    return names, others
+
+
+def _carried_out(command: str, args: list[str]) -> int:
     if command == "pretrain":
         args = translate(args)
         _check_folders(args)
         try:
             status: int = importlib.import_module("mim.commands.pretrain").main(args)
         except UserError as error:
-            raise _in_short(error) from error
+            raise in_short(error) from error
         return status
     if command == "info" and args and not args[0].startswith("-"):  # `info models "vit_small*"`
         args = [f"--{name}={value}" for name, value in zip(("what", "name"), args, strict=False)]
-    _call(importlib.import_module(f"mim.commands.{command}").run, command, args)
+    call(importlib.import_module(f"mim.commands.{command}").run, command, args)
     return 0
 
 
@@ -211,7 +246,7 @@ def _check_folders(args: Sequence[str]) -> None:
         RunFolder(Path(given["out"])).check_free(given.get("overwrite") == "true")
 
 
-def _in_short(error: UserError) -> UserError:
+def in_short(error: UserError) -> UserError:
     """The same mistake under the option's short name, if it has one."""
     for name, option in PRETRAIN.items():
         if not option.target:
@@ -222,12 +257,12 @@ def _in_short(error: UserError) -> UserError:
     return error
 
 
-def _call(run: Callable[..., None], command: str, args: list[str]) -> None:
+def call(run: Callable[..., Any], command: str, args: list[str]) -> Any:  # noqa: ANN401 - what the command gives
     """Runs a command whose options are the arguments of one function."""
     groups = _groups(run)
     if "--help_all" in args:
         print(help_page(command, whole=True))
-        return
+        return None
     given = read(args, flat(groups))
     arguments = [f"--{name}" if name == "print_config" else f"--{name}={value}" for name, value in given]
     from jsonargparse import ArgumentError
@@ -249,24 +284,28 @@ def _call(run: Callable[..., None], command: str, args: list[str]) -> None:
     }
     if "config" not in inspect.signature(run).parameters:
         options.pop("config")
-    run(**grouped, **options)
+    options.pop("plugin", None)  # taken before anything was parsed; one that a file records has been checked
+    return run(**grouped, **options)
 
 
-def _groups(run: Callable[..., None]) -> Groups:
+def _groups(run: Callable[..., Any]) -> Groups:
     """The options of a command by heading, and those that every command has."""
     groups = options_of(run)
     own = flat(groups)
     every = EVERY.keys() - own.keys() - ({"print_config"} if "config" in own else set())
+    every -= {"plugin"} if run.__module__.rpartition(".")[2] in WITHOUT_RUNS else set()
     return groups | {"Any command": {name: option for name, option in EVERY.items() if name in every}}
 
 
-def function_parser(run: Callable[..., None], command: str) -> "ArgumentParser":
+def function_parser(run: Callable[..., Any], command: str) -> "ArgumentParser":
     """The options of a command: the arguments of its function, and the fields of those that are dataclasses."""
     from jsonargparse import ActionConfigFile, ArgumentParser
 
     parser = ArgumentParser(prog=called(command), description=COMMANDS[command], exit_on_error=False)
     if "config" not in inspect.signature(run).parameters:
         parser.add_argument("--config", action=ActionConfigFile, help="Settings in YAML; options win.")
+    if command not in WITHOUT_RUNS:
+        parser.add_argument("--plugin", type=list[str] | str | None, default=None, help=EVERY["plugin"].text)
     groups = option_groups(run)
     for cls in groups.values():
         parser.add_class_arguments(cls, None, as_group=False)

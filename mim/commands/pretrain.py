@@ -41,11 +41,17 @@ FREE_TO_CHANGE = ("trainer.", "data.num_workers", "data.max_bad", "log_every", "
 
 def main(args: Sequence[str]) -> int:
     """Parses dotted options, trains, exports; returns the exit status."""
+    return trained(args)[0]
+
+
+def trained(args: Sequence[str]) -> tuple[int, RunFolder]:
+    """As :func:`main`, with the run's folder."""
     options = dict(arg.removeprefix("--").partition("=")[::2] for arg in args)
     resumed = RunFolder.find(options["resume"], options.get("out")) if "resume" in options else None
     if resumed is not None:
         args = _resumed_arguments(resumed, args)
-    return Pretraining(parse(args), resumed).run(args)
+    pretraining = Pretraining(parse(args), resumed)
+    return pretraining.run(args), pretraining.folder
 
 
 class Pretraining:
@@ -155,10 +161,10 @@ class Pretraining:
         elif self.rank != 0:
             return RunFolder(Path(self.config.out or "runs"))
         else:
-            data = Path(self.data.path).name.split(".")[0] or "data"
-            name = f"{self.method.name}-{data}"
+            name = f"{self.method.name}-{self.data.short_name}"
             folder = RunFolder.create(self.config.out, name, self.config.overwrite)
-            folder.write_origin(list(args))
+            plugins = [f"--plugin={','.join(self.config.plugin)}"] if self.config.plugin else []
+            folder.write_origin([*args, *plugins])
             save_config(self.config, folder.config)
         if self.rank == 0:
             self.data.bad_files.write_to(folder.bad_files)

@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from mim.errors import UserError
+from mim.options.class_paths import check_plugins
 from mim.options.recipes import recipe_file
 from mim.program import called
 
@@ -50,3 +51,4 @@ def check_config_file(path: Path, option: str = "--config") -> None:
     except (yaml.YAMLError, ValueError) as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(f"{option} {path} is not YAML", why=why, hint=hint) from error
+    check_plugins(path, option)

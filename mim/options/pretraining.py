@@ -69,6 +69,7 @@ GROUPS: dict[str, dict[str, Option]] = {
         "overwrite": Option("", "replace the run that --out holds", target="overwrite"),
         "allow_change": Option("A,B", "settings that a resumed run may change", target="allow_change", lists="text"),
         "trust": Option("", "load an --init file although it can run code", target="trust"),
+        "plugin": Option("PACKAGE", "import your own package, which runs its code", target="plugin"),
         "config": Option(
             "FILE", "settings in YAML, or a recipe's name; several merge left to right, options win", target="config"
         ),
