@@ -6,9 +6,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
-from mim.cli import translate
 from mim.errors import UserError
 from mim.options.outputs import check_file
+from mim.options.pretraining import translate
 from mim.options.ranges import Count, Processes, Threads
 from mim.options.recipes import recipe_file
 

@@ -55,8 +55,8 @@ def _train(method: str, data: str, epochs: float | None, seed: int, out: Path) -
     """Trains, or goes on with what was begun; a finished training is taken as it is."""
     import json
 
-    from mim.cli import translate
     from mim.commands.pretrain import main
+    from mim.options.pretraining import translate
 
     name, _, policy = method.partition("+")
     folder = out / f"{Path(name).stem}{f'-{policy}' if policy else ''}-seed-{seed}"
