@@ -66,6 +66,7 @@ PRETRAIN: dict[str, Option] = {
     "compile": Option("compile", "", "compile the transformer blocks"),
     "threads": Option("threads", "N", "CPU threads of the training process   [torch's choice]"),
     "num_workers": Option("data.num_workers", "N", "loader processes   [one per core]"),
+    "label_column": Option("data.label_column", "C", "column of a table, or folder level, that holds the labels"),
     "max_bad": Option("data.max_bad", "SHARE", "share of unreadable files that is tolerated   [0.01]"),
     "save_every": Option("save_every", "N", "epochs between checkpoints   [20 over the run]"),
     "eval_every": Option("eval_every", "N", "epochs between probes and pictures   [10 over the run]"),

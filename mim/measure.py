@@ -76,7 +76,8 @@ class Measurement:
         encoder = loaded.encoder.to(device)
         frames = Frames(subject.crop_pct)
         frames.configure(encoder.img_size, loaded.mean, loaded.std)
-        images = open_labelled(subject.data, encoder.in_chans, subject.classes)
+        column = None if subject.label_column is None else str(subject.label_column)
+        images = open_labelled(subject.data, encoder.in_chans, subject.classes, column)
         train, test, split = _parts(images, subject.val_fraction)
         measurement = cls(subject, loaded, train, test, images.classes, frames, device, split, learning)
         measurement.reduce(encoder)
@@ -84,6 +85,8 @@ class Measurement:
             print(
                 f"  weights {loaded.note}\n  data    {subject.data}: {len(images.classes)} classes, {split}", flush=True
             )
+            for note in images.notes:
+                print(f"          {note}", flush=True)
             if encoder.reduction is not None:
                 print(f"  tokens  {encoder.reduction.describe()}", flush=True)
         return measurement

@@ -21,6 +21,8 @@ class Subject:
             of 256 pixels.
         val_fraction: share of each class that is held out and scored if the data sets nothing apart.
         classes: same, or common to score those that both parts have.
+        label_column: column of a table, by name or number, that holds the labels; of a folder or tar file the number of
+            the folder level, 1 for the first. Found out unless given.
         max_bad: share of unreadable files that is tolerated.
         encode_batch: images encoded at once.
         num_workers: loader processes; one per core unless given.
@@ -40,6 +42,7 @@ class Subject:
     crop_pct: SomeShare = 1.0
     val_fraction: ShareBelowOne = 0.2
     classes: Literal["same", "common"] = "same"
+    label_column: int | str | None = None
     max_bad: Share = 0.01
     encode_batch: Count = 64
     num_workers: Processes | None = None

@@ -240,7 +240,8 @@ class Pretraining:
         labels = f"{len(source.classes):,} labels" if source.labels else "no labels"
         if source.labels:
             labels += " -> k-NN and linear probe" if evaluation.labelled else ", too few images of each for probes"
-        ignored = ", ".join(f"{number} {kind}" for kind, number in getattr(source, "ignored", {}).items())
+        others = getattr(source, "ignored", {}).items()
+        ignored = ", ".join(f"{number} {kind}" for kind, number in others if not kind.startswith("masks"))
         device = "cpu" if trainer.strategy.root_device.type == "cpu" else torch.cuda.get_device_name()
         size, patch = "x".join(map(str, encoder.img_size)), "x".join(map(str, encoder.patch_size))
         accumulate = trainer.accumulate_grad_batches
@@ -260,6 +261,7 @@ class Pretraining:
             f"  device  {device}, {trainer.precision}, {data.num_workers} workers, {torch.get_num_threads()} threads",
             f"  resume  python tools/pretrain.py --resume {self.folder.path}",
         ]
+        lines[2:2] = [f"          {finding}" for finding in getattr(source, "findings", list)()]
         lines += [f"  damaged {error}" for error in damaged[:5]]
         if data.first_step:
             lines.append(f"  from    step {data.first_step:,} of {plan.max_steps:,}")

@@ -27,11 +27,13 @@ from mim.data.builtin import MosaicSource
 from mim.data.images import ImageError, read_colours, read_image, read_numbers
 from mim.data.loading import reading
 from mim.data.shapes import ShapeSource
-from mim.data.sources import HELD_OUT, FolderSource
+from mim.data.sources import FolderSource
 from mim.errors import UserError
 
 Colour = tuple[int, int, int]
 _PACKED = np.array([1 << 16, 1 << 8, 1], dtype=np.int64)  # red, green and blue as one number
+
+HELD_OUT = ("val", "valid", "validation", "test")
 
 IGNORE = -1
 """Class of the pixels that are neither learnt nor scored."""
