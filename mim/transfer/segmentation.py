@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mim.data.masks import IGNORE
+from mim.data.mask_classes import IGNORE
 from mim.data.segmentation import SegmentationData
 from mim.distributed.processes import process_rank
 from mim.encoder import Encoder
@@ -98,6 +98,8 @@ class Segmentation:
             subject.split,
             subject.num_workers,
             seed,
+            subject.values,
+            subject.val_fraction,
         )
         data.open(self.loaded.mean, self.loaded.std)
         return data
@@ -105,13 +107,15 @@ class Segmentation:
     def introduce(self) -> None:
         """Says what will be done before it is done."""
         data, numbers = self.data, self.data.numbers
-        ignored = ", ".join(map(str, [*([0] if numbers.zero_is_other else []), *numbers.ignore]))
+        ignored = ", ".join(map(str, sorted(numbers.unscored)))
         print(f"segment: {self.recipe.head} head on {self.subject.weights}")
         print(f"  weights {self.loaded.note}")
         print(
             f"  data    {self.subject.data}: {len(data.train):,} images to learn from, {len(data.test):,} in "
             f"{data.split} to be scored, {numbers.count} classes, values {ignored} ignored"
         )
+        for note in data.notes:
+            print(f"          {note}")
         print(f"  protocol {self.protocol()}", flush=True)
 
     def protocol(self) -> str:
@@ -127,7 +131,7 @@ class Segmentation:
         shown = f"windows of {how.crop} every {how.stride} px" if how.mode == "slide" else "the whole image at once"
         shown += f", scales {', '.join(f'{scale:g}' for scale in how.scales)}" if how.scales != (1.0,) else ""
         shown += ", mirrored too" if how.flip else ""
-        ignored = ", ".join(map(str, self.data.numbers.ignore))
+        ignored = ", ".join(map(str, sorted(self.data.numbers.unscored)))
         return (
             f"{encoder}, {recipe.head} head on blocks {blocks}, {self.crop} px crops; {learning}; "
             f"scored with {shown} at the masks' full size, {ignored} ignored{in_words(self.loaded.encoder)}."
