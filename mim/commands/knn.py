@@ -2,22 +2,23 @@
 
 from typing import Literal
 
-from mim.options.classification import Subject
+from mim.options.classification import ClassificationOptions
+from mim.options.evaluation import Scores
 from mim.options.ranges import Count, Positive, Whole
 
 
 def run(
-    subject: Subject,
+    options: ClassificationOptions,
     k: tuple[Count, ...] = (10, 20, 100, 200),
     temperature: Positive = 0.07,
     layers: Count = 1,
     pool: Literal["cls", "mean", "both"] = "cls",
     seeds: Whole = 3,
-) -> None:
+) -> Scores:
     """k-NN accuracy of frozen features, beside untrained encoders.
 
     Args:
-        subject: weights and images.
+        options: weights and images.
         k: numbers of neighbours that vote, as [10,20].
         temperature: of the votes.
         layers: last blocks whose features are put end to end.
@@ -28,10 +29,11 @@ def run(
     from mim.evaluation.bank import Bank
     from mim.evaluation.features import Features
     from mim.evaluation.knn import knn_accuracies
-    from mim.transfer.measurement import TRAINED, UNTRAINED, Measurement, Scores, finish_section, share_out
+    from mim.transfer.classification import Classification
+    from mim.transfer.measurement import PRETRAINED, UNTRAINED, finish_section, share_out
 
-    measurement, features = Measurement.open(subject), Features(layers, pool)
-    encoders = [(TRAINED, measurement.loaded.encoder)]
+    measurement, features = Classification(options), Features(layers, pool)
+    encoders = [(PRETRAINED, measurement.loaded.encoder)]
     encoders += [(UNTRAINED, measurement.untrained(seed)) for seed in range(seeds)]
     banks = [measurement.banks(encoder, features) for _, encoder in encoders]
 
@@ -45,9 +47,10 @@ def run(
         for neighbours, tops in answer.items():
             for top, value in tops.items():
                 scores.setdefault(f"{neighbours}-NN top-{top}", {}).setdefault(who, []).append(value)
-    if measurement.first:
+    if measurement.is_main_process:
         votes = f"votes exp(cosine / {temperature:g})"
         protocol = f"frozen encoder, {features.describe()}, {measurement.protocol()}; {votes}."
         folder = measurement.folder("knn")
         measurement.write(folder, "k-NN classification", protocol, scores)
         finish_section(folder)
+    return scores

@@ -130,8 +130,8 @@ def _known_policies() -> "dict[str, Masking]":
 
     return {
         "random": RandomMasking(0.75),
-        "block": BlockMasking(low=0.5, high=0.5, whole=0.0),
-        "high": AttentionMasking("high", low=0.5, high=0.5, whole=0.0),
-        "hint": AttentionMasking("hint", low=0.5, high=0.5, whole=0.0),
-        "low": AttentionMasking("low", low=0.5, high=0.5, whole=0.0),
+        "block": BlockMasking(low=0.5, high=0.5, unmasked_share=0.0),
+        "high": AttentionMasking("high", low=0.5, high=0.5, unmasked_share=0.0),
+        "hint": AttentionMasking("hint", low=0.5, high=0.5, unmasked_share=0.0),
+        "low": AttentionMasking("low", low=0.5, high=0.5, unmasked_share=0.0),
     }

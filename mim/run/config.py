@@ -15,6 +15,7 @@ from mim.data.pretrain import PretrainData
 from mim.errors import UserError
 from mim.methods import Method  # and with it every method, by class_path
 from mim.options.config_file import check_config_files
+from mim.options.old_names import current_arguments
 from mim.options.ranges import MANY, Count, Positive, Seed, Threads, Whole
 from mim.options.refusals import refusal
 
@@ -90,7 +91,7 @@ def parse(args: Sequence[str]) -> Namespace:
     check_config_files(args)
     parser = build_parser()
     try:
-        return parser.parse_args(list(args))
+        return parser.parse_args(current_arguments(args))
     except ArgumentError as error:
         raise refusal(error, parser, "--help_all") from error
 

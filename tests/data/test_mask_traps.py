@@ -14,7 +14,7 @@ from mim.data.mask_pairs import CITYSCAPES, find_pairs
 from mim.data.segmentation import SegmentationData
 from mim.data.sources import open_source
 from mim.errors import UserError
-from mim.options.segmentation import HeadRecipe, MaskedSubject, Scoring, check
+from mim.options.segmentation import Scoring, SegmentationOptions, SegmentationRecipe, check
 
 VALUES = np.array([[0, 1, 2], [2, 1, 0]], dtype=np.uint8)
 
@@ -190,9 +190,9 @@ def test_given_values_are_classes_in_their_order():
 
 @pytest.mark.parametrize("values", ["0", "0,0", "a,b", "0,1,2"])
 def test_values_that_cannot_be_are_refused_before_torch(values):
-    subject = MaskedSubject("weights", mask_values=values, num_classes=2)
+    options = SegmentationOptions("weights", mask_values=values, num_classes=2)
     with pytest.raises(UserError, match="--mask_values"):
-        check(subject, HeadRecipe(), Scoring())
+        check(options, SegmentationRecipe(), Scoring())
 
 
 def smoothed(values):
