@@ -1,5 +1,6 @@
 """One fine-tuning after another, pretrained and from scratch, each resumable where it was stopped."""
 
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -66,9 +67,12 @@ class Finetuning(Classification):
             f"top-{top}": {who: [history[-1][f"top{top}"] for history in histories[who]] for who in encoders}
             for top in (1, 5)
         }
+        if self.uneven:  # histories of earlier versions lack it
+            last = {who: [history[-1].get("balanced", math.nan) for history in histories[who]] for who in encoders}
+            scores["balanced accuracy"] = last
         if self.is_main_process:
             protocol = f"{_in_words(self.recipe)}; {self.protocol()}; after the last epoch."
-            self.write(self.root, "Fine-tuning", protocol, scores)
+            self.write(self.root, "Fine-tuning", protocol, scores, self.class_sizes())
             finish_section(self.root)
             print(f'  model   {self.export}   (timm.create_model("local-dir:{self.export}", pretrained=True))')
         return scores
