@@ -74,6 +74,7 @@ class Pretraining:
             steps_per_epoch=images / batch_size,
             batch_size=batch_size,
             seed=self.options.seed,
+            asked=self.options.epochs,
         )
 
     def run(self, args: Sequence[str]) -> int:
@@ -257,6 +258,7 @@ class Pretraining:
             f"warm-up {method.warmup_steps:,} steps, AdamW, weight decay {method.optim.weight_decay}",
             f"  batch   {plan.batch_size} = {trainer.world_size} device x {per_device} x {accumulate} accumulate; "
             f"{plan.steps_per_epoch:,.1f} steps per epoch, {plan.max_steps:,} steps in {plan.epochs:.4g} epochs",
+            *_few_images(len(source), plan),
             f"  device  {device}, {trainer.precision}, {data.num_workers} workers, {torch.get_num_threads()} threads",
             f"  resume  python tools/pretrain.py --resume {self.folder.path}",
         ]
@@ -392,6 +394,17 @@ class Pretraining:
             loader_hint=f"python tools/pretrain.py --resume {self.folder.path}   "
             f"(with --num_workers {self.data.num_workers // 2} if memory was short)",
         )
+
+
+def _few_images(images: int, plan: Plan) -> list[str]:
+    """A line if the images do not fill a batch: the default batch then makes a run of very few steps."""
+    if images >= plan.batch_size:
+        return []
+    fitting = 1 << max(0, (images // 3).bit_length() - 1)
+    return [
+        f"          {images:,} images at batch {plan.batch_size:,}: {plan.max_steps:,} steps in all; "
+        f"--batch_size {fitting}   makes {round(plan.epochs * images / fitting):,} of them"
+    ]
 
 
 def _resumed_arguments(run: RunFolder, args: Sequence[str]) -> list[str]:

@@ -1,6 +1,5 @@
 """One fine-tuning after another, pretrained and from scratch, each resumable where it was stopped."""
 
-import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -67,9 +66,9 @@ class Finetuning(Classification):
             f"top-{top}": {who: [history[-1][f"top{top}"] for history in histories[who]] for who in encoders}
             for top in (1, 5)
         }
-        if self.uneven:  # histories of earlier versions lack it
-            last = {who: [history[-1].get("balanced", math.nan) for history in histories[who]] for who in encoders}
-            scores["balanced accuracy"] = last
+        last = {who: [history[-1] for history in histories[who]] for who in encoders}
+        if self.uneven and all("balanced" in scored for own in last.values() for scored in own):  # older ones lack it
+            scores["balanced accuracy"] = {who: [scored["balanced"] for scored in last[who]] for who in encoders}
         if self.is_main_process:
             protocol = f"{_in_words(self.recipe)}; {self.protocol()}; after the last epoch."
             self.write(self.root, "Fine-tuning", protocol, scores, self.class_sizes())
