@@ -25,7 +25,8 @@ KNN, MIOU = "20-NN top-1", "mIoU"
 
 
 def sweep(
-    options: ClassificationOptions,
+    measurement: Classification,
+    features: Features,
     masks: str | None,
     names: Sequence[str],
     shares: Sequence[float],
@@ -35,23 +36,23 @@ def sweep(
     """Speed, 20-NN accuracy and, if there are masks, mIoU of a k-NN head; the whole model comes first.
 
     Args:
-        options: weights and labelled images.
+        measurement: weights and labelled images.
+        features: what stands for an image.
         masks: images with masks, as ``segment`` takes them.
         names: recipes that need no training.
         shares: of the model's multiply-adds that each is set to.
         batch_size: of the timed forward passes, on noise.
         rounds: of turns.
     """
-    measurement = Classification(options)
     vit = measurement.loaded.encoder.vit
     reductions: list[tuple[str, TokenReduction | None]] = [("none", None)]
     reductions += [(name, recipe(name).fit(vit, share).eval()) for name in names for share in shares]
     points = [Point(name, reduction, {}, {}) for name, reduction in reductions]
     for point, row in zip(points, _speeds(measurement, points, batch_size, rounds), strict=True):
         point.speed = row | {"device": measurement.device.type}
-    segmentation = _segmentation(options, masks) if masks else None
+    segmentation = _segmentation(measurement.options, masks) if masks else None
     for point in points:
-        point.scores[KNN] = _knn(measurement, point.reduction)
+        point.scores[KNN] = _knn(measurement, features, point.reduction)
         if segmentation is not None:
             segmentation.reduction = point.reduction
             point.scores[MIOU] = segmentation.score(PRETRAINED, 0, Path())[0].miou
@@ -71,11 +72,11 @@ def _speeds(measurement: Classification, points: Sequence[Point], batch_size: in
     return measure(models, rounds)
 
 
-def _knn(measurement: Classification, reduction: TokenReduction | None) -> float:
-    """On features of the patches' mean, which every encoder has, from reduced images on both sides."""
+def _knn(measurement: Classification, features: Features, reduction: TokenReduction | None) -> float:
+    """From reduced images on both sides."""
     encoder = measurement.loaded.encoder
     encoder.reduction = reduction
-    (bank,), queries = measurement.banks(encoder, Features(pool="mean"))
+    (bank,), queries = measurement.banks(encoder, features)
     encoder.reduction = None
     return knn_accuracy(*bank, *queries, k=20)
 
@@ -88,13 +89,18 @@ def _segmentation(options: ClassificationOptions, masks: str) -> Segmentation:
 
 
 def protocol(
-    points: Sequence[Point], options: ClassificationOptions, masks: str | None, batch_size: int, rounds: int
+    points: Sequence[Point],
+    options: ClassificationOptions,
+    features: Features,
+    masks: str | None,
+    batch_size: int,
+    rounds: int,
 ) -> str:
     """How the numbers of :func:`sweep` came about, in words."""
     dense = f"; mIoU: k-NN head on {masks}, reduced patches put back" if masks else ""
     return (
-        f"Weights as they are, reduced where features are learnt from and where they are scored. 20-NN: mean of patch "
-        f"tokens, {options.data}{dense}. {timing_in_words(points, batch_size, rounds)}"
+        f"Weights as they are, reduced where features are learnt from and where they are scored. 20-NN: "
+        f"{features.describe()}, {options.data}{dense}. {timing_in_words(points, batch_size, rounds)}"
     )
 
 

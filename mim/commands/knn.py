@@ -12,7 +12,7 @@ def run(
     k: tuple[Count, ...] = (10, 20, 100, 200),
     temperature: Positive = 0.07,
     layers: Count = 1,
-    pool: Literal["cls", "mean", "both"] = "cls",
+    pool: Literal["cls", "mean", "both"] | None = None,
     seeds: Whole = 3,
 ) -> Scores:
     """k-NN accuracy of frozen features, beside untrained encoders.
@@ -22,7 +22,7 @@ def run(
         k: numbers of neighbours that vote, as [10,20].
         temperature: of the votes.
         layers: last blocks whose features are put end to end.
-        pool: class token, mean of the patch tokens, or both.
+        pool: class token, mean of the patch tokens, or both; what the run or the model pools by unless given.
         seeds: untrained encoders to compare with.
     """
     # torch is imported when there is something to measure: --help must not wait for it.
@@ -33,7 +33,8 @@ def run(
     from mim.transfer.classification import Classification
     from mim.transfer.measurement import PRETRAINED, UNTRAINED, finish_section, share_out
 
-    measurement, features = Classification(options), Features(layers, pool)
+    measurement = Classification(options)
+    features = Features(layers, pool or measurement.loaded.pool)
     encoders = [(PRETRAINED, measurement.loaded.encoder)]
     encoders += [(UNTRAINED, measurement.untrained(seed)) for seed in range(seeds)]
     banks = [measurement.banks(encoder, features) for _, encoder in encoders]
@@ -57,6 +58,6 @@ def run(
         votes = f"votes exp(cosine / {temperature:g})"
         protocol = f"frozen encoder, {features.describe()}, {measurement.protocol()}; {votes}."
         folder = measurement.folder("knn")
-        measurement.write(folder, "k-NN classification", protocol, scores, measurement.class_sizes())
+        measurement.write(folder, "k-NN classification", protocol, scores, features.pool, measurement.class_sizes())
         finish_section(folder)
     return scores

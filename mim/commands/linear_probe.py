@@ -14,7 +14,7 @@ def run(
     options: ClassificationOptions,
     recipe: ProbeRecipe,
     layers: Count = 1,
-    pool: Literal["cls", "mean", "both"] = "cls",
+    pool: Literal["cls", "mean", "both"] | None = None,
     crops: Whole = 0,
     seeds: Count = 3,
 ) -> Scores:
@@ -24,7 +24,8 @@ def run(
         options: weights and images.
         recipe: the classifier and its training.
         layers: last blocks whose features are put end to end, for a linear head.
-        pool: class token, mean of the patch tokens, or both, for a linear head.
+        pool: class token, mean of the patch tokens, or both, for a linear head; what the run or the model pools by
+            unless given.
         crops: random crops of every image to learn from, each kept on disk; an epoch takes the next one. As many as
             epochs is the papers' protocol, 0 takes the middle of the image in every epoch, which is far cheaper.
         seeds: repetitions, each with other initial weights, order, held-out part, and another untrained encoder.
@@ -43,7 +44,8 @@ def run(
     from mim.transfer.measurement import PRETRAINED, UNTRAINED, finish_section, share_out
 
     measurement = Classification(options)
-    features = Features(layers, pool) if recipe.head == "linear" else Features(pool="tokens")
+    linear = recipe.head == "linear"
+    features = Features(layers, pool or measurement.loaded.pool) if linear else Features(pool="tokens")
     width = measurement.loaded.encoder.dim
     if recipe.head == "multi_query" and width % recipe.queries:
         fitting = max(number for number in range(1, recipe.queries) if width % number == 0)
@@ -77,7 +79,7 @@ def run(
         details = {f"learning rate, {who}": ", ".join(f"{lr:g}" for lr in used) for who, used in rates.items()}
         details |= measurement.class_sizes()
         folder = measurement.folder(recipe.head)
-        measurement.write(folder, _NAMES[recipe.head], protocol, scores, details)
+        measurement.write(folder, _NAMES[recipe.head], protocol, scores, features.pool, details)
         matrix = multiclass_confusion_matrix(outcomes[0].answers, trained[1].labels, num_classes=classes)
         save_confusion(matrix.numpy(), measurement.classes, folder / "confusion.png")
         finish_section(folder)

@@ -12,6 +12,7 @@ def run(
     weights: str,
     data: str = "builtin",
     masks: str | None = None,
+    pool: Literal["cls", "mean"] | None = None,
     reduction: str = "all",
     shares: str = "0.75,0.5",
     model: str | None = None,
@@ -30,6 +31,7 @@ def run(
         weights: run folder, timm folder, checkpoint file or timm name.
         data: labelled images as for knn; 20-NN accuracy is scored on them.
         masks: images with masks as for segment; the mIoU of a k-NN head is scored, too.
+        pool: of the 20-NN: class token or mean of the patch tokens; what the run or the model pools by unless given.
         reduction: names with commas, or 'all' that need no training.
         shares: of the model's multiply-adds that each reduction is set to, with commas.
         model: timm name of the model that a checkpoint file belongs to, if its shapes do not tell.
@@ -46,8 +48,10 @@ def run(
     from mim.benchmark.pareto import protocol, sweep
     from mim.benchmark.pareto_page import write
     from mim.benchmark.results import prepare
+    from mim.evaluation.features import Features
     from mim.reduction.recipes import RECIPES, recipe
     from mim.run.folder import evaluation_folder
+    from mim.transfer.classification import Classification
 
     prepare(device, threads)
     free = [name for name, known in RECIPES.items() if not known.trained]
@@ -57,7 +61,9 @@ def run(
             hint = f"--reduction {','.join(free)}"
             raise UserError(f"--reduction {name}: its scores are random until they are trained", hint=hint)
     options = ClassificationOptions(weights, data, model, num_workers, device, out=out, trust=trust, img_size=img_size)
-    points = sweep(options, masks, wanted, parts, batch_size, rounds)
-    words = protocol(points, options, masks, batch_size, rounds)
-    facts = {"weights": weights, "data": data, "masks": masks}
+    measurement = Classification(options)
+    features = Features(pool=pool or measurement.loaded.pool)
+    points = sweep(measurement, features, masks, wanted, parts, batch_size, rounds)
+    words = protocol(points, options, features, masks, batch_size, rounds)
+    facts = {"weights": weights, "data": data, "masks": masks, "pool": features.pool}
     write(points, evaluation_folder(weights, out, "pareto"), words, facts)

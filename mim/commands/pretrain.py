@@ -7,12 +7,12 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
 from lightning import Trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 from timm.models.vision_transformer import Block
 
@@ -31,6 +31,7 @@ from mim.run.checkpoint_files import AtomicCheckpointIO, check_room, checkpoint_
 from mim.run.config import changes, instantiate, parse, parse_saved, run_options, save_config
 from mim.run.failures import as_machine_error
 from mim.run.folder import UNWRITABLE, RunFolder, git_commit, quieten, versions
+from mim.run.trainer import build_trainer
 from mim.run.weights import ModelCard, export_backbone, init_backbone, load_method
 
 FREE_TO_CHANGE = ("trainer.", "data.num_workers", "data.max_bad", "log_every", "save_every", "eval_every", "pictures")
@@ -66,6 +67,8 @@ class Pretraining:
         self.data: PretrainData = objects.data
         self.method.check()
         encoder = self.method.evaluated
+        if self.options.pool == "cls" and not encoder.vit.has_class_token:
+            raise UserError("--pool cls: this model has no class token", hint="--pool mean")
         self.data.open(encoder.img_size, encoder.in_chans, self.options.seed)
         self.data.views.check(encoder.patch_size)
         batch_size, images = self.data.batch_size, len(self.data.source)
@@ -190,28 +193,9 @@ class Pretraining:
         settings["precision"] = settings.get("precision") or best_precision(
             settings.get("accelerator", "auto") in ("auto", "gpu", "cuda")
         )
-        try:
-            trainer = Trainer(
-                **settings,
-                max_steps=plan.max_steps,
-                max_epochs=-1,
-                logger=False,
-                plugins=[AtomicCheckpointIO(self.method)],
-                log_every_n_steps=1 << 62,  # the log decides, not Lightning
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                use_distributed_sampler=False,
-            )
-        except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
-            given = [
-                f"--trainer.{name} {value}"
-                for name, value in vars(self.config.trainer).items()
-                if name in ("accelerator", "devices", "num_nodes", "precision", "strategy")
-                and value not in ("auto", None, 1)
-            ]
-            hint = "--devices 1, --trainer.accelerator cpu"
-            raise UserError(f"{' '.join(given)} cannot be used here", why=str(error), hint=hint) from error
+        trainer = build_trainer(
+            settings, "--trainer.{}", max_steps=plan.max_steps, plugins=[AtomicCheckpointIO(self.method)]
+        )
         parts = trainer.world_size * trainer.accumulate_grad_batches
         if plan.batch_size % parts:
             near = max(1, round(plan.batch_size / parts)) * parts
@@ -279,6 +263,7 @@ class Pretraining:
             batch_size=plan.batch_size,
             lr=method.peak_lr,
             seed=plan.seed,
+            pool=self.options.pool,
             parameters=backbone,
             device=device,
             changed=changes(args),
@@ -306,8 +291,8 @@ class Pretraining:
         difference = self.export(folder.backbone)
         untrained = [self._untrained(seed) for seed in range(3)] if evaluation.labelled else []
         probe = evaluation.final(self.method.evaluated, untrained)
-        for kind in ("knn", "linear"):
-            facts[kind] = table.last(f"val/{kind}_top1")
+        for kind in ("knn", "linear"):  # one number wherever it is shown: the final probe's, over all of its seeds
+            facts[kind] = fmean(probe[kind]["trained"]) if kind in probe else None
         folder.write_summary(
             status="done", rankme=table.last("val/rankme"), probe=probe, export=str(folder.backbone), **facts
         )
@@ -329,7 +314,13 @@ class Pretraining:
         )
         kwargs = dict(vars(encoder_settings).get("kwargs") or {})
         return export_backbone(
-            self.method.backbone, backbone, mean=self.data.mean, std=self.data.std, card=card, model_args=kwargs
+            self.method.backbone,
+            backbone,
+            mean=self.data.mean,
+            std=self.data.std,
+            card=card,
+            model_args=kwargs,
+            pool=self.options.pool,
         )
 
     def _untrained(self, seed: int) -> Encoder:

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from mim.data.bad_files import Bad
-from mim.data.builtin import PhotoSource
+from mim.data.builtin import PhotoSource, check_colour
 from mim.data.images import ImageError
 from mim.data.loading import WatchedLoader
 from mim.data.shapes import ShapeSource
@@ -90,6 +90,7 @@ def open_labelled(
         UserError: if there is nothing to read, labels are missing, or classes differ.
     """
     if data in ("builtin", "shapes"):
+        check_colour(data, channels)
         return _built_in(data, label_column)
     train, test = open_source(data, channels, same_classes=False, label_column=label_column)
     for source in (train, test):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from mim.data.builtin import MosaicSource
+from mim.data.builtin import MosaicSource, check_colour
 from mim.data.images import FORMATS, ImageError, read_colours, read_image, read_numbers
 from mim.data.loading import reading
 from mim.data.mask_classes import Colour, read_classes
@@ -183,6 +183,7 @@ def open_masks(
         UserError: if nothing is found, or images lack masks.
     """
     if data in ("builtin", "shapes"):
+        check_colour(data, channels)
         return _built_in(data, split)
     root = Path(data).expanduser()
     if not root.is_dir():

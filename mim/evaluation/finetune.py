@@ -34,15 +34,15 @@ def classifier(encoder: Encoder, classes: int, recipe: FinetuneRecipe, seed: int
     Args:
         encoder: is taken apart.
         classes: number of classes.
-        recipe: pooling and stochastic depth.
+        recipe: pooling, the model's own unless given, and stochastic depth.
         seed: of the classifier's weights, which are almost zero (deviation 2e-5).
     """
-    vit = encoder.vit
-    if recipe.pool == "cls" and not vit.has_class_token:
+    vit, pool = encoder.vit, recipe.pool or encoder.pool
+    if pool == "cls" and not vit.has_class_token:
         raise UserError("--pool cls: this model has no class token", hint="--pool mean")
-    if recipe.pool == "mean" and isinstance(vit.fc_norm, nn.Identity):
+    if pool == "mean" and isinstance(vit.fc_norm, nn.Identity):
         vit.fc_norm, vit.norm = type(vit.norm)(encoder.dim, eps=cast(nn.LayerNorm, vit.norm).eps), nn.Identity()
-    vit.reset_classifier(classes, "avg" if recipe.pool == "mean" else "token")
+    vit.reset_classifier(classes, "avg" if pool == "mean" else "token")
     head = cast(nn.Linear, vit.head)
     nn.init.trunc_normal_(head.weight, std=2e-5, generator=keyed_generator(seed, "classifier"))
     nn.init.zeros_(head.bias)

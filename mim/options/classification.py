@@ -87,7 +87,8 @@ class FinetuneRecipe:
         weight_decay: of AdamW, for matrices.
         layer_decay: factor of the learning rate from one block to the one before.
         drop_path: stochastic depth of the last block, rising linearly from 0.
-        pool: what the classifier sees: mean of the patch tokens behind a new norm, or the class token.
+        pool: what the classifier sees: mean of the patch tokens behind a new norm, or the class token; what the run or
+            the model pools by unless given.
         auto_augment: timm's name of a RandAugment policy; none for random crops and flips alone.
         erase: probability that a rectangle of an image becomes noise.
         mixup: strength of mixup; 0 for none.
@@ -109,7 +110,7 @@ class FinetuneRecipe:
     weight_decay: NotNegative = 0.05
     layer_decay: SomeShare = 0.65
     drop_path: ShareBelowOne = 0.1
-    pool: Literal["mean", "cls"] = "mean"
+    pool: Literal["mean", "cls"] | None = None
     auto_augment: str = "rand-m9-mstd0.5-inc1"
     erase: Share = 0.25
     mixup: NotNegative = 0.8

@@ -48,7 +48,8 @@ class RunOptions:
         eval_every: epochs between probes and pictures; 10 times over the run unless given.
         log_every: steps between lines of ``metrics.csv``.
         pictures: images in the picture strips.
-        pool: what probes measure: the class token or the mean of the patch tokens.
+        pool: what stands for an image in probes, in the export and in what evaluates it: the class token or the mean of
+            the patch tokens.
         probe_images: most images that a probe learns from.
         compile: compile the transformer blocks with ``torch.compile``.
         threads: of the training process on a CPU; torch's choice unless given. Small models are faster with one thread

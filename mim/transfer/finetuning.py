@@ -1,7 +1,7 @@
 """One fine-tuning after another, pretrained and from scratch, each resumable where it was stopped."""
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +43,8 @@ class Finetuning(Classification):
         self, options: ClassificationOptions, recipe: FinetuneRecipe, training: TrainingOptions, eval_every: float
     ) -> None:
         super().__init__(options, learning=True)
-        self.recipe, self.training, self.eval_every = recipe, training, eval_every
+        self.recipe = replace(recipe, pool=recipe.pool or self.loaded.pool)
+        self.training, self.eval_every = training, eval_every
         self.root = self.folder("finetune")
         self.export = self.root / "export"
 
@@ -71,7 +72,7 @@ class Finetuning(Classification):
             scores["balanced accuracy"] = {who: [scored["balanced"] for scored in last[who]] for who in encoders}
         if self.is_main_process:
             protocol = f"{_in_words(self.recipe)}; {self.protocol()}; after the last epoch."
-            self.write(self.root, "Fine-tuning", protocol, scores, self.class_sizes())
+            self.write(self.root, "Fine-tuning", protocol, scores, str(self.recipe.pool), self.class_sizes())
             finish_section(self.root)
             print(f'  model   {self.export}   (timm.create_model("local-dir:{self.export}", pretrained=True))')
         return scores
@@ -141,8 +142,7 @@ class Finetuning(Classification):
         )
         model = module.evaluated.cpu().eval()
         vit: VisionTransformer = model.vit if isinstance(model, TokenReducedViT) else model
-        extra = {"fc_norm": module.recipe.pool == "mean"}
-        export_backbone(vit, self.export, mean=self.loaded.mean, std=self.loaded.std, card=card, model_args=extra)
+        export_backbone(vit, self.export, mean=self.loaded.mean, std=self.loaded.std, card=card)
         if isinstance(model, TokenReducedViT):
             save_reduction(model.reduction, self.export)
             static = model.static(self._some_images())

@@ -106,7 +106,13 @@ class Measurement:
         return evaluation_folder(self.options.weights, self.options.out, section_name(name, self.options.reduction))
 
     def write(
-        self, folder: Path, title: str, protocol: str, scores: Scores, details: dict[str, Any] | None = None
+        self,
+        folder: Path,
+        title: str,
+        protocol: str,
+        scores: Scores,
+        pool: str,
+        details: dict[str, Any] | None = None,
     ) -> None:
         """Prints the results and writes ``metrics.json``, to be followed by pictures and :func:`finish_section`."""
         metrics = {
@@ -118,7 +124,7 @@ class Measurement:
         rows = [[what, *(spread(by.get(who, [])) for who in (PRETRAINED, UNTRAINED))] for what, by in scores.items()]
         print(text_table(["", PRETRAINED, UNTRAINED], rows))
         content = {"title": title, "protocol": protocol, "metrics": metrics | (details or {})}
-        content |= {"weights": self.options.weights, "data": self.options.data, "note": self.loaded.note}
+        content |= {"weights": self.options.weights, "data": self.options.data, "note": self.loaded.note, "pool": pool}
         content |= _reduction_facts(self.loaded.encoder, self.options.reduction)
         (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
 

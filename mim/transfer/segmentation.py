@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from math import lcm, prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,13 @@ class Segmentation(Measurement):
         self.recipe, self.scoring, self.training = recipe, scoring, training
         encoder = self.loaded.encoder
         if encoder.img_size[0] != encoder.img_size[1]:
-            raise UserError(f"--weights {options.weights} sees {encoder.img_size}, not squares", hint="--crop 224")
+            step = lcm(*encoder.patch_size)
+            near = max(1, round(sqrt(prod(encoder.img_size)) / step)) * step
+            raise UserError(
+                f"--weights {options.weights} sees {encoder.img_size}, not squares",
+                why="crops are square",
+                hint=f"--crop {near}   (positions are resized)",
+            )
         self.crop = encoder.img_size[0]
         self.taps = recipe.blocks(len(encoder.vit.blocks))
         built_in = options.data in ("builtin", "shapes")
@@ -126,7 +133,7 @@ class Segmentation(Measurement):
         shown += ", mirrored too" if how.flip else ""
         ignored = ", ".join(map(str, sorted(self.data.numbers.unscored))) or "none"
         return (
-            f"{encoder}, {recipe.head} head on blocks {blocks}, {self.crop} px crops; {learning}; "
+            f"{encoder}, {recipe.head} head on the patch tokens of blocks {blocks}, {self.crop} px crops; {learning}; "
             f"scored with {shown} at the masks' full size, {ignored} ignored{self.reduced_in_words()}."
         )
 
@@ -160,7 +167,7 @@ class Segmentation(Measurement):
         }
         if self.is_main_process:
             title = f"Semantic segmentation, {self.recipe.head} head"
-            self.write(root, title, self.protocol(), scores, self._details(results))
+            self.write(root, title, self.protocol(), scores, "tokens", self._details(results))
             finish_section(root)
         return scores
 
@@ -250,7 +257,7 @@ class Segmentation(Measurement):
             notes=(self.protocol(), f"Classes, in order: {', '.join(self.data.names)}"),
         )
         model = model.cpu()
-        export_backbone(model.encoder.vit, folder, mean=loaded.mean, std=loaded.std, card=card, model_args={})
+        export_backbone(model.encoder.vit, folder, mean=loaded.mean, std=loaded.std, card=card, pool=loaded.pool)
         save_file({name: value.contiguous() for name, value in model.head.state_dict().items()}, folder / HEAD_FILE)
         if model.encoder.reduction is not None:
             save_reduction(model.encoder.reduction, folder)

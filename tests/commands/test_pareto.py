@@ -29,7 +29,8 @@ def test_every_rate_is_a_point_beside_the_whole_model(weights, photos, tmp_path,
     assert names == ["none", "tome", "tome", "random", "random"]
     assert all(0 <= facts[what] <= 1 for facts in result["metrics"].values() for what in ("20-NN top-1", "mIoU"))
     assert result["metrics"]["none"]["speedup"] == result["metrics"]["none"]["share"] == 1
-    assert "mean of patch tokens" in result["protocol"]
+    assert "20-NN: class token of the last block" in result["protocol"]  # as the weights pool
+    assert result["pool"] == "cls"
     page = Path("page/pareto.html").read_text()
     assert page.count("<tr>") == 6
     assert "data:image/webp" in page
