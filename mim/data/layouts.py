@@ -21,6 +21,8 @@ HELD_OUT = ("val", "test")
 JUNK = ("@eadir", "__macosx", "#recycle", "@recycle", "$recycle.bin", "lost+found", "__pycache__")
 """Folders, in lower case, of thumbnails and waste that systems leave among people's files."""
 
+_PLAIN_NAMES = ("train", "val", "valid", "validation", "test")
+"""Names that win over others of the same meaning."""
 _IMAGE_WORDS = {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures"}
 _MASK_WORDS = {
     *("mask", "masks", "annotation", "annotations", "annot", "annots", "label", "labels"),
@@ -50,12 +52,13 @@ def part_of(name: str) -> str | None:
 def find_parts(names: Iterable[str]) -> tuple[str, str] | None:
     """The names of the training and of the held-out part, if there is one of the first and one to score."""
     by_part: dict[str, list[str]] = {}
-    for name in sorted(names):
+    for name in sorted(names, key=lambda name: (name not in _PLAIN_NAMES, name)):
         by_part.setdefault(part_of(name) or "", []).append(name)
+    train = by_part.get("train", [])
     held_out = next((by_part[part] for part in HELD_OUT if part in by_part), [])
-    if len(by_part.get("train", [])) != 1 or not held_out:
+    if not train or not held_out or (len(train) > 1 and train[0] not in _PLAIN_NAMES):
         return None
-    return by_part["train"][0], held_out[0]
+    return train[0], held_out[0]
 
 
 def mask_folders(names: Iterable[str]) -> dict[str, str]:

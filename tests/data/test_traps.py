@@ -120,8 +120,9 @@ def test_other_names_are_no_parts(name):
     assert part_of(name) is None
 
 
-def test_two_training_parts_are_none():
+def test_of_two_parts_of_one_meaning_the_plain_name_wins():
     assert find_parts(["train1", "train2", "val"]) is None
+    assert find_parts(["dev", "train", "train2", "val"]) == ("train", "val")
 
 
 # Tables
