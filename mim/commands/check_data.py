@@ -13,6 +13,7 @@ def run(
     channels: Count = 3,
     fix: Path | None = None,
     out: Path = Path("check_data.png"),
+    label_column: int | str | None = None,
 ) -> None:
     """Read images as training would, and print what they are like and which ones are bad.
 
@@ -23,10 +24,11 @@ def run(
         channels: what training will ask for: 1, 3, or as many as the files have.
         fix: write a .csv list of the good files here, for --data to take; reads every image.
         out: the contact sheet, a PNG.
+        label_column: column of a table, by name or number, or number of a folder's level, that holds the labels.
     """
     check_picture("--out", out)
     if fix:
         check_file("--fix", fix)
     from mim.data.scan import scan  # torch is imported when there is something to read: --help must not wait for it
 
-    scan(data, None if all else sample, channels, fix, out)
+    scan(data, None if all else sample, channels, fix, out, None if label_column is None else str(label_column))

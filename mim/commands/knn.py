@@ -26,9 +26,10 @@ def run(
         seeds: untrained encoders to compare with.
     """
     # torch is imported when there is something to measure: --help must not wait for it.
+    from mim.evaluation.balance import balanced_accuracy
     from mim.evaluation.bank import Bank
     from mim.evaluation.features import Features
-    from mim.evaluation.knn import knn_accuracies
+    from mim.evaluation.knn import accuracies, knn_answers
     from mim.transfer.classification import Classification
     from mim.transfer.measurement import PRETRAINED, UNTRAINED, finish_section, share_out
 
@@ -38,20 +39,25 @@ def run(
     encoders += [(UNTRAINED, measurement.untrained(seed)) for seed in range(seeds)]
     banks = [measurement.banks(encoder, features) for _, encoder in encoders]
 
-    def vote(features: tuple[list[Bank], Bank]) -> dict[int, dict[int, float]]:
+    def vote(features: tuple[list[Bank], Bank]) -> dict[str, float]:
         (bank,), queries = features
         asked, truth = (tensor.to(measurement.device) for tensor in queries)
-        return knn_accuracies(*bank, asked, truth, k, temperature)
+        shares = {}
+        for neighbours, ranked in knn_answers(*bank, asked, k, temperature).items():
+            named = {f"top-{top}": share for top, share in accuracies(ranked, truth).items()}
+            if measurement.uneven:
+                named["balanced accuracy"] = balanced_accuracy(ranked[:, 0], truth)
+            shares |= {f"{neighbours}-NN {name}": share for name, share in named.items()}
+        return shares
 
     scores: Scores = {}
     for (who, _), answer in zip(encoders, share_out(banks, vote), strict=True):
-        for neighbours, tops in answer.items():
-            for top, value in tops.items():
-                scores.setdefault(f"{neighbours}-NN top-{top}", {}).setdefault(who, []).append(value)
+        for name, value in answer.items():
+            scores.setdefault(name, {}).setdefault(who, []).append(value)
     if measurement.is_main_process:
         votes = f"votes exp(cosine / {temperature:g})"
         protocol = f"frozen encoder, {features.describe()}, {measurement.protocol()}; {votes}."
         folder = measurement.folder("knn")
-        measurement.write(folder, "k-NN classification", protocol, scores, features.pool)
+        measurement.write(folder, "k-NN classification", protocol, scores, features.pool, measurement.class_sizes())
         finish_section(folder)
     return scores

@@ -35,6 +35,7 @@ def run(
     # torch is imported when there is something to measure: --help must not wait for it.
     from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+    from mim.evaluation.balance import balanced_accuracy
     from mim.evaluation.bank import Bank
     from mim.evaluation.features import Features
     from mim.evaluation.rate_selection import Outcome, probe_head
@@ -69,10 +70,14 @@ def run(
     for (who, *_), outcome in zip(trainings, outcomes, strict=True):
         scores["top-1"].setdefault(who, []).append(outcome.top1)
         scores["top-5"].setdefault(who, []).append(outcome.top5)
+        if measurement.uneven:
+            balanced = balanced_accuracy(outcome.answers, trained[1].labels)
+            scores.setdefault("balanced accuracy", {}).setdefault(who, []).append(balanced)
         rates[who].append(outcome.lr)
     if measurement.is_main_process:
         protocol = f"frozen encoder, {features.describe()}, {measurement.protocol()}; {_protocol(recipe, crops)}"
         details = {f"learning rate, {who}": ", ".join(f"{lr:g}" for lr in used) for who, used in rates.items()}
+        details |= measurement.class_sizes()
         folder = measurement.folder(recipe.head)
         measurement.write(folder, _NAMES[recipe.head], protocol, scores, features.pool, details)
         matrix = multiclass_confusion_matrix(outcomes[0].answers, trained[1].labels, num_classes=classes)

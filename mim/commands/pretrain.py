@@ -84,6 +84,7 @@ class Pretraining:
             steps_per_epoch=images / batch_size,
             batch_size=batch_size,
             seed=self.options.seed,
+            asked=self.options.epochs,
         )
 
     def run(self, args: Sequence[str]) -> int:
@@ -230,7 +231,8 @@ class Pretraining:
         labels = f"{len(source.classes):,} labels" if source.labels else "no labels"
         if source.labels:
             labels += " -> k-NN and linear probe" if evaluation.labelled else ", too few images of each for probes"
-        ignored = ", ".join(f"{number} {kind}" for kind, number in getattr(source, "ignored", {}).items())
+        others = getattr(source, "ignored", {}).items()
+        ignored = ", ".join(f"{number} {kind}" for kind, number in others if not kind.startswith("masks"))
         device = "cpu" if trainer.strategy.root_device.type == "cpu" else torch.cuda.get_device_name()
         size, patch = "x".join(map(str, encoder.img_size)), "x".join(map(str, encoder.patch_size))
         accumulate = trainer.accumulate_grad_batches
@@ -247,9 +249,11 @@ class Pretraining:
             f"warm-up {method.warmup_steps:,} steps, AdamW, weight decay {method.optim.weight_decay}",
             f"  batch   {plan.batch_size} = {trainer.world_size} device x {per_device} x {accumulate} accumulate; "
             f"{plan.steps_per_epoch:,.1f} steps per epoch, {plan.max_steps:,} steps in {plan.epochs:.4g} epochs",
+            *_few_images(len(source), plan),
             f"  device  {device}, {trainer.precision}, {data.num_workers} workers, {torch.get_num_threads()} threads",
             f"  resume  {called('pretrain')} --resume {self.folder.path}",
         ]
+        lines[2:2] = [f"          {finding}" for finding in getattr(source, "findings", list)()]
         lines += [f"  damaged {error}" for error in damaged[:5]]
         if data.first_step:
             lines.append(f"  from    step {data.first_step:,} of {plan.max_steps:,}")
@@ -388,6 +392,17 @@ class Pretraining:
             loader_hint=f"{called('pretrain')} --resume {self.folder.path}   "
             f"(with --num_workers {self.data.num_workers // 2} if memory was short)",
         )
+
+
+def _few_images(images: int, plan: Plan) -> list[str]:
+    """A line if the images do not fill a batch: the default batch then makes a run of very few steps."""
+    if images >= plan.batch_size:
+        return []
+    fitting = 1 << max(0, (images // 3).bit_length() - 1)
+    return [
+        f"          {images:,} images at batch {plan.batch_size:,}: {plan.max_steps:,} steps in all; "
+        f"--batch_size {fitting}   makes {round(plan.epochs * images / fitting):,} of them"
+    ]
 
 
 def _resumed_arguments(run: RunFolder, args: Sequence[str]) -> list[str]:

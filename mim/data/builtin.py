@@ -111,6 +111,10 @@ class MosaicSource:
         """``(3, size, size)`` uint8."""
         return self.read_pair(index)[0]
 
+    def read_mask(self, index: int) -> Tensor:
+        """The mask of :meth:`read_pair` alone."""
+        return self.read_pair(index)[1]
+
     def read_pair(self, index: int) -> tuple[Tensor, Tensor]:
         """Image ``(3, size, size)`` uint8 and its mask ``(size, size)`` uint8, which indexes ``mask_classes``."""
         generator = keyed_generator(self.name, self.split, index)

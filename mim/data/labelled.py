@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,9 +16,10 @@ from mim.data.images import ImageError
 from mim.data.loading import WatchedLoader
 from mim.data.objects import ObjectSource, is_object, open_object
 from mim.data.shapes import ShapeSource
-from mim.data.sources import HELD_OUT, FolderSource, ListSource, Source, open_source
+from mim.data.sources import FileSource, FolderSource, ListSource, Source, open_source
 from mim.data.views import SingleView
 from mim.errors import UserError
+from mim.program import called
 from mim.randomness import derive_seed
 
 UNREADABLE = -1
@@ -35,12 +35,14 @@ class LabelledImages:
         test: to be scored on; absent if the data does not set it apart.
         classes: names by label.
         name: short, for folders and titles.
+        notes: what was found out about the layout, for the user.
     """
 
     train: Source
     test: Source | None
     classes: list[str]
     name: str
+    notes: tuple[str, ...] = ()
 
 
 class Part:
@@ -71,7 +73,12 @@ class Part:
         return self.source.read(self.indices[index])
 
 
-def open_labelled(data: str, channels: int = 3, classes: Literal["same", "common"] = "same") -> LabelledImages:
+def open_labelled(
+    data: str,
+    channels: int = 3,
+    classes: Literal["same", "common"] = "same",
+    label_column: str | None = None,
+) -> LabelledImages:
     """Opens class folders, a labelled list, labelled tar shards, or a built-in set.
 
     Args:
@@ -79,42 +86,40 @@ def open_labelled(data: str, channels: int = 3, classes: Literal["same", "common
             folders, a labelled ``.csv`` or tar shards, which have no test part; ``builtin`` or ``shapes``.
         channels: of the images.
         classes: ``same`` refuses parts whose classes differ, ``common`` scores those that both have.
+        label_column: column of a table, or number of a folder's level, that holds the labels.
 
     Raises:
         UserError: if there is nothing to read, labels are missing, or classes differ.
     """
     if data in ("builtin", "shapes"):
         check_colour(data, channels)
-    if data == "builtin":
-        photos = PhotoSource("train")
-        return LabelledImages(photos, PhotoSource("test"), photos.classes, "builtin")
-    if data == "shapes":
-        shapes = ShapeSource("train")
-        return LabelledImages(shapes, ShapeSource("val"), shapes.classes, "shapes")
-    train: Source
-    test: Source | None
-    train, test = open_object(data, channels) if is_object(data) else open_source(data, channels, same_classes=False)
-    part = next((name for name in HELD_OUT if (Path(data) / name).is_dir()), "val") if test else ""
-    for source, where in ((train, "train/" if test else data), (test, f"{part}/")):
-        if source is not None and not source.labels and is_object(data):
-            why = (
-                "labels are a list `targets` beside the items, as torchvision's data sets have, or a ClassLabel column"
-            )
-            raise UserError(f"--data {data} has no labels", why=why, hint="set dataset.targets")
+        return _built_in(data, label_column)
+    train: FileSource | ObjectSource
+    test: FileSource | ObjectSource | None
+    if is_object(data):
+        train, test = open_object(data, channels)
+    else:
+        train, test = open_source(data, channels, same_classes=False, label_column=label_column)
+    for source in (train, test):
         if source is not None and not source.labels:
-            raise UserError(
-                f"--data {data}: {where} has no labels",
-                why="images must lie in one folder per class, two classes or more, with no image beside them",
-                hint=f"{data}/{'train/' if test else ''}CLASS/IMAGE.jpg   or   --data list.csv with path,label",
-            )
-    if test is None:
-        return LabelledImages(train, None, train.classes, train.name)
-    if train.classes == test.classes:
-        return LabelledImages(train, test, train.classes, train.name)
+            raise _no_labels(data, source)
+    notes = tuple(train.findings())
+    if test is None or train.classes == test.classes:
+        return LabelledImages(train, test, train.classes, train.name, notes)
     shared = [name for name in train.classes if name in set(test.classes)]
     if classes == "same" or len(shared) < 2:
-        raise _different_classes(data, part, train.classes, test.classes, shared)
-    return LabelledImages(_only(train, shared), _only(test, shared), shared, train.name)
+        raise _different_classes(data, train, test, shared)
+    return LabelledImages(_only(train, shared), _only(test, shared), shared, train.name, notes)
+
+
+def _built_in(data: str, label_column: str | None) -> LabelledImages:
+    if label_column is not None:
+        raise UserError(f"--label_column {label_column}: {data} has labels of its own", hint=f"--data {data}")
+    if data == "builtin":
+        photos = PhotoSource("train")
+        return LabelledImages(photos, PhotoSource("test"), photos.classes, data)
+    shapes = ShapeSource("train")
+    return LabelledImages(shapes, ShapeSource("val"), shapes.classes, data)
 
 
 def fingerprint(source: Source) -> list[str]:
@@ -237,10 +242,35 @@ def _stamp(source: Source, index: int) -> str:
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
-def _different_classes(data: str, part: str, train: list[str], test: list[str], shared: list[str]) -> UserError:
-    lost = {part: [name for name in train if name not in test], "train": [name for name in test if name not in train]}
-    missing = "; ".join(f"missing in {where}: {', '.join(names[:5])}" for where, names in lost.items() if names)
+def _no_labels(data: str, source: FileSource | ObjectSource) -> UserError:
+    if isinstance(source, ObjectSource):
+        why = "labels are a list `targets` beside the items, as torchvision's data sets have, or a ClassLabel column"
+        return UserError(f"--data {data} has no labels", why=why, hint="set dataset.targets")
+    error = f"--data {data}: {source.part or data} has no labels"
+    if source.unclear:
+        return UserError(error, why=source.unclear.why, hint=source.unclear.hint)
+    masks = any(kind.startswith("masks") for kind in source.ignored)
+    part = source.part if source.part.endswith("/") else ""
+    return UserError(
+        error,
+        why="images must lie in one folder per class, two classes or more, with no image beside them"
+        + (f"; masks are for  {called('segment')}" if masks else ""),
+        hint=f"{data}/{part}CLASS/IMAGE.jpg   or   --data list.csv with path,label",
+    )
+
+
+def _different_classes(
+    data: str, train: FileSource | ObjectSource, test: FileSource | ObjectSource, shared: list[str]
+) -> UserError:
+    lost = {test.part: set(train.classes) - set(test.classes), train.part: set(test.classes) - set(train.classes)}
+    missing = "; ".join(
+        f"missing in {where.rstrip('/')}: {', '.join(sorted(names)[:5])}" for where, names in lost.items() if names
+    )
     hint = f"add the folders, or  --classes common      to score the {len(shared)} shared ones"
     if len(shared) < 2:
         hint = "the same folder names in both parts"
-    return UserError(f"--data {data}: train/ has {len(train)} classes, {part}/ has {len(test)}  ({missing})", hint=hint)
+    return UserError(
+        f"--data {data}: {train.part} has {len(train.classes)} classes, {test.part} has {len(test.classes)}  "
+        f"({missing})",
+        hint=hint,
+    )

@@ -66,7 +66,12 @@ class ObjectSource:
         self.items, self.name, self.channels, self.token = items, name, channels, token
         self.ignored: Counter[str] = Counter()
         self.labels, self.classes = _numbered(labels, classes, name, len(items))
+        self.part = ""
         self._check_kind()
+
+    def findings(self) -> list[str]:
+        """Lines for the user about its layout, of which it has none."""
+        return []
 
     def __len__(self) -> int:
         """Number of images."""

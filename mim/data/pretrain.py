@@ -37,6 +37,8 @@ class PretrainData(L.LightningDataModule):
         mean: per channel, on a scale of 0 to 1; ImageNet's for three channels unless given.
         std: as ``mean``.
         licence: of the images, for the model card.
+        label_column: column of a table, by name or number, or number of a folder's level, that holds the labels of the
+            probes; found out unless given.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class PretrainData(L.LightningDataModule):
         mean: list[float] | None = None,
         std: list[float] | None = None,
         licence: str = "unknown",
+        label_column: int | str | None = None,
     ) -> None:
         super().__init__()
         workers = 0 if num_workers == "auto" else num_workers
@@ -57,6 +60,7 @@ class PretrainData(L.LightningDataModule):
         if std and not all(value > 0 for value in std):
             raise ValueError(f"std {std} must be above 0")
         self.path, self.batch_size, self.licence = path, batch_size, licence
+        self.label_column = None if label_column is None else str(label_column)
         self.views = views or SingleView()
         self.num_workers = min(_cores(), 16) if num_workers == "auto" else num_workers
         self._mean, self._std = mean, std
@@ -71,7 +75,7 @@ class PretrainData(L.LightningDataModule):
             channels: of the encoder's input.
             seed: of order and crops.
         """
-        self.source, self.evaluation = _open(self.path, channels)
+        self.source, self.evaluation = _open(self.path, channels, self.label_column)
         self.mean, self.std = self.statistics(channels)
         self.views.configure(size, self.mean, self.std)
         self.seed = seed
@@ -162,7 +166,9 @@ class PretrainData(L.LightningDataModule):
         return width, height
 
 
-def _open(path: str, channels: int) -> tuple[Source, Source | None]:
+def _open(path: str, channels: int, label_column: str | None) -> tuple[Source, Source | None]:
+    if path in ("builtin", "shapes") and label_column is not None:
+        raise UserError(f"--label_column {label_column}: {path} has labels of its own", hint=f"--data {path}")
     if path in ("builtin", "shapes"):
         check_colour(path, channels)
     if path == "builtin":
@@ -171,7 +177,7 @@ def _open(path: str, channels: int) -> tuple[Source, Source | None]:
         return ShapeSource("train"), ShapeSource("val")
     if is_object(path):
         return open_object(path, channels)
-    return open_source(path, channels)
+    return open_source(path, channels, label_column=label_column)
 
 
 def _cores() -> int:

@@ -39,7 +39,9 @@ class Look(NamedTuple):
     error: ImageError | None = None
 
 
-def scan(data: str, sample: int | None, channels: int, fix: Path | None, out: Path) -> None:
+def scan(
+    data: str, sample: int | None, channels: int, fix: Path | None, out: Path, label_column: str | None = None
+) -> None:
     """Reads images as training would and prints what they are like; ``mim.commands.check_data`` explains the arguments.
 
     Args:
@@ -48,8 +50,10 @@ def scan(data: str, sample: int | None, channels: int, fix: Path | None, out: Pa
         channels: of the images as training sees them.
         fix: list of the good files to write; reads every image.
         out: contact sheet to write.
+        label_column: column of a table, or number of a folder's level, that holds the labels.
     """
-    train, held_out = open_source(data, channels, otherwise=f"{called('make_shapes')} --out shapes   draws some")
+    otherwise = f"{called('make_shapes')} --out shapes   draws some"
+    train, held_out = open_source(data, channels, otherwise=otherwise, label_column=label_column)
     if fix and not isinstance(train, FolderSource | ListSource):
         raise UserError(f"--fix {fix}: a list names files, not members of tar files", hint="leave --fix out")
     if fix and fix.suffix.lower() != ".csv":
@@ -108,6 +112,8 @@ def _print_part(title: str, source: FileSource, looks: Sequence[Look]) -> None:
     headers = [look.header for look in looks if look.header]
     labels = f"{len(source.classes)} classes" if source.labels else "no labels"
     print(f"{title}: {len(source):,} images, {labels}, read {len(looks):,}")
+    for finding in source.findings():
+        _print_row("layout", finding)
     if headers:
         widths, heights = [h.width for h in headers], [h.height for h in headers]
         _print_row("formats", _counts(h.format for h in headers))

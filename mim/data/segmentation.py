@@ -4,7 +4,7 @@ Training as in mmsegmentation's ADE20K recipe: the shorter side is scaled to the
 anew (up to ten times) while one class fills more than three quarters of it, then flip and photometric distortion.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -18,7 +18,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from mim.data.loading import EndlessLoader, WatchedLoader
-from mim.data.masks import IGNORE, ClassNumbers, MaskedImages, PairSource, count_classes, open_masks
+from mim.data.mask_classes import IGNORE, ClassNumbers, count_classes, refuse_absent, refuse_smoothed
+from mim.data.masks import MaskedImages, PairedFiles, PairSource, open_masks
 from mim.data.sampler import Key, Shard, StepSampler
 from mim.errors import UserError
 from mim.randomness import derive_seed
@@ -97,6 +98,8 @@ class SegmentationData(L.LightningDataModule):
         split: part that is scored.
         num_workers: loader processes.
         seed: of order and crops.
+        values: number of each class in the masks; 0, 1, 2 and so on unless given.
+        val_fraction: share that is held out if the data sets nothing apart.
     """
 
     def __init__(
@@ -112,11 +115,14 @@ class SegmentationData(L.LightningDataModule):
         split: str | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        values: tuple[int, ...] | None = None,
+        val_fraction: float = 0.2,
     ) -> None:
         super().__init__()
         self.path, self.crop, self.batch_size, self.scale = path, crop, batch_size, scale
         self.given_classes, self.ignore, self.zero_is_other = num_classes, tuple(ignore), reduce_zero_label
         self.file, self.split, self.num_workers, self.seed = classes, split, num_workers, seed
+        self.values, self.val_fraction = values, val_fraction
         self.first_step = 0
 
     def open(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -126,32 +132,74 @@ class SegmentationData(L.LightningDataModule):
             mean: per channel, of pixels in 0..1, for the normalisation.
             std: as ``mean``.
         """
-        found: MaskedImages = open_masks(self.path, len(mean), self.split, self.file)
+        found = open_masks(self.path, len(mean), self.split, self.file, self.val_fraction)
         self.train, self.test, self.split = found.train, found.test, found.split
-        first = found.zero_is_other if self.zero_is_other is None else self.zero_is_other
-        count = self.given_classes or max((n for n in found.names if n not in self.ignore), default=-1) + 1 - first
-        if count < 1:
-            count = count_classes(self._numbers(), self.ignore, first, self.path)
-        self.numbers = ClassNumbers(count, self.ignore, first)
-        self.names = [found.names.get(number + first, f"class {number + first}") for number in range(count)]
+        looked = [self._look(source) for source in (self.train, self.test)]
+        self.numbers, self.names = self._classes(found)
+        for source, seen in zip((self.train, self.test), looked, strict=True):
+            for index, numbers in seen.items():
+                self.numbers.check(numbers, source.describe(index))
+        self._refuse_absent(set[int]().union(*(numbers for seen in looked for numbers in seen.values())))
+        self.notes = [*found.notes, *self._turned(looked[0])]
         self.statistics = torch.tensor([list(mean), list(std)])[:, None, :, None, None]  # (2, 1, C, 1, 1)
         self.crops = JointCrop(self.crop, self.scale, fill=[255 * value for value in mean])
-        self._check()
 
-    def _numbers(self) -> set[int]:
-        """Every number in every training mask."""
-        indices = range(len(self.train))
+    def _look(self, source: PairSource) -> dict[int, set[int]]:
+        """The numbers in masks spread over a part, which are read with their images and must not be smoothed."""
+        count = min(CHECKED, len(source))
+        indices = [i * len(source) // count for i in range(count)]
+
+        def look(index: int) -> set[int]:
+            _, mask = source.read_pair(index)
+            refuse_smoothed(mask, self.ignore, source.describe(index))
+            return set(torch.unique(mask).tolist())
+
         with ThreadPoolExecutor() as pool:
-            found = pool.map(lambda index: set(torch.unique(self.train.read_pair(index)[1]).tolist()), indices)
+            return dict(zip(indices, pool.map(look, indices), strict=True))
+
+    def _classes(self, found: MaskedImages) -> tuple[ClassNumbers, list[str]]:
+        """What the numbers mean, as given, as named or, failing that, as all masks to learn from hold them."""
+        first = found.zero_is_other if self.zero_is_other is None else self.zero_is_other
+        values = self.values or (None if self.given_classes else found.values)
+        ignore = tuple(dict.fromkeys((*self.ignore, *found.ignore)))
+        count = len(values) if values else self.given_classes
+        if count is None:
+            count = max((number for number in found.names if number not in self.ignore), default=-1) + 1 - first
+        if count < 1:
+            count = count_classes(self._numbers(self.train), self.ignore, first, self.path)
+        numbers = ClassNumbers(count, ignore, first, values)
+        in_order = bool(values) and not set(values or ()) <= set(found.names) and len(found.names) == count
+        keys = sorted(found.names) if in_order else numbers.scored
+        return numbers, [found.names.get(key, f"class {key}") for key in keys]
+
+    def _refuse_absent(self, seen: set[int]) -> None:
+        """Refuses classes that occur nowhere; all masks are read only if some were not among those looked at."""
+        for source in (self.train, self.test):
+            if set(self.numbers.scored) <= seen:
+                return
+            seen |= self._numbers(source)
+        refuse_absent(self.numbers, seen, self.names, self.path, len(self.train) + len(self.test))
+
+    def _numbers(self, source: PairSource) -> set[int]:
+        """Every number in every mask of a part."""
+        indices = range(len(source))
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(lambda index: set(torch.unique(source.read_mask(index)).tolist()), indices)
             bar = tqdm(found, total=len(indices), desc="counting classes", unit="mask", disable=None, leave=False)
             return set().union(*bar)
 
-    def _check(self) -> None:
-        """Looks at masks spread over both parts, so that mistakes end before anything is trained."""
-        for source in (self.train, self.test):
-            count = min(CHECKED, len(source))
-            with ThreadPoolExecutor() as pool:
-                list(pool.map(lambda at, s=source: self.pair(s, at), (i * len(source) // count for i in range(count))))
+    def _turned(self, indices: Iterable[int]) -> list[str]:
+        """A warning if photos are stored turned and nothing shows that their masks are not."""
+        source = self.train
+        if not isinstance(source, PairedFiles):
+            return []
+        turned = [index for index in indices if source.turned(index)]
+        if not turned:
+            return []
+        return [
+            f"warning: {len(turned):,} photos are stored turned (EXIF), such as {source.pairs[turned[0]][0]}; masks "
+            "are taken as drawn on the photo as it is shown: look at an overlay"
+        ]
 
     def pair(self, source: PairSource, index: int) -> tuple[Tensor, Tensor]:
         """Image ``(C, H, W)`` uint8 and classes ``(H, W)`` int16; raises a :class:`UserError` if they are wrong."""

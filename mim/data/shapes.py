@@ -48,6 +48,10 @@ class ShapeSource:
         """``(3, size, size)`` uint8."""
         return self.read_pair(index)[0]
 
+    def read_mask(self, index: int) -> Tensor:
+        """The mask of :meth:`read_pair` alone."""
+        return self.read_pair(index)[1]
+
     def read_pair(self, index: int) -> tuple[Tensor, Tensor]:
         """Image ``(3, size, size)`` uint8 and its mask ``(size, size)`` uint8.
 

@@ -23,6 +23,8 @@ MAX_HEADER_BYTES = 1 << 20
 """Extended headers (long names) above 1 MiB are refused."""
 MAX_LABEL_BYTES = 1 << 16
 """Label members above 64 KiB are no labels."""
+LABEL_FIELDS = ("label", "class", "cls", "target", "category")
+"""What a ``.json`` member may call its sample's class."""
 MAX_SHARDS = 10**6
 """Tar files that one pattern may name."""
 
@@ -48,6 +50,12 @@ class Member(NamedTuple):
     def path(self) -> str:
         """The member as messages call it."""
         return f"{self.shard}/{self.name}"
+
+    @property
+    def stem(self) -> str:
+        """The path without the last suffix of the file's name: files that share it belong together."""
+        folder, slash, name = self.path.rpartition("/")
+        return folder + slash + (name.rpartition(".")[0] or name)
 
     @property
     def key(self) -> str:
@@ -100,8 +108,12 @@ def read_part(shard: str, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
-def read_label(member: Member) -> str:
-    """The class in a ``.cls`` member (its text) or a ``.json`` member (its ``label``), empty if there is none."""
+def read_label(member: Member) -> str | None:
+    """The class in a ``.cls`` member (its text) or a ``.json`` member (its ``label``, ``class`` or ``target``).
+
+    Returns:
+        Empty if there is none, None if there are several.
+    """
     if member.size > MAX_LABEL_BYTES:
         return ""
     try:
@@ -109,9 +121,13 @@ def read_label(member: Member) -> str:
         if member.name.lower().endswith(".cls"):
             return text.strip()
         fields = json.loads(text)
-        return str(fields.get("label", "")).strip() if isinstance(fields, dict) else ""
     except (ValueError, RecursionError):
         return ""
+    fields = fields if isinstance(fields, dict) else {}
+    label = next((fields[name] for name in LABEL_FIELDS if fields.get(name) is not None), "")
+    if isinstance(label, list) and len(label) == 1:
+        label = label[0]
+    return None if isinstance(label, list | dict) else str(label).strip()
 
 
 class _Headers(io.FileIO):

@@ -1,10 +1,10 @@
 """Where images come from: what ``--data`` names, opened as a sequence of images that any worker can read.
 
-A folder (flat or nested), a list of files, or tar shards. Only names are read until an image is asked for. The index of
-a million images is a few flat arrays, so it is sent to loader workers quickly and forked workers share it.
+A folder (flat or nested), a list of files, or tar shards (``docs/data.md``). Only names are read until an image is
+asked for. The index of a million images is a few flat arrays: it is sent to loader workers quickly, and forked ones
+share it.
 """
 
-import csv
 import difflib
 import os
 from abc import ABC, abstractmethod
@@ -16,13 +16,17 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from mim.data.folders import Unclear, folder_classes, holds_images, images_in, scan
 from mim.data.images import SUFFIXES, ImageError, read_image
+from mim.data.layouts import HELD_OUT, counted, find_layout, same_name
 from mim.data.loading import reading
-from mim.data.shards import Member, expand_shards, read_label, read_part, tar_members
+from mim.data.shards import expand_shards, read_part, tar_members
+from mim.data.tables import Table, read_list
+from mim.data.tar_samples import sort_members
 from mim.errors import UserError, printable
 
-HELD_OUT = ("val", "valid", "validation", "test")
-"""Folders beside ``train/`` that hold the held-out images, the first found wins."""
+LISTS = (".txt", ".csv", ".tsv")
+"""Endings of files that list images."""
 
 
 class Source(Protocol):
@@ -57,6 +61,9 @@ class FileSource(ABC):
     Attributes:
         ignored: files that were passed over, counted by type.
         damaged: files that the index already knows to be unreadable; they are not counted in ``len``.
+        unclear: why there are no labels although something looks like them.
+        notes: what was found out about the layout, for the user.
+        part: what messages call this part of the data; empty for all of it.
     """
 
     def __init__(self, name: str, paths: Iterable[str], class_names: Sequence[str] | None, channels: int) -> None:
@@ -67,6 +74,20 @@ class FileSource(ABC):
         self.labels = None if class_names is None else [index[label] for label in class_names]
         self.ignored: Counter[str] = Counter()
         self.damaged: list[ImageError] = []
+        self.unclear: Unclear | None = None
+        self.notes: list[str] = []
+        self.part = ""
+
+    def findings(self) -> list[str]:
+        """Lines for the user: what was found out about the layout, and why there are no labels if some seem to be."""
+        masks = [f"{count:,} {kind}: not read" for kind, count in self.ignored.items() if kind.startswith("masks")]
+        unclear = [f"no labels: {self.unclear.why}; {self.unclear.hint}"] if self.unclear and not self.labels else []
+        return [*self.notes, *masks, *unclear]
+
+    def drop_labels(self, reason: Unclear) -> None:
+        """Takes the labels away if there are any."""
+        if self.labels is not None:
+            self.labels, self.classes, self.unclear = None, [], reason
 
     def __len__(self) -> int:
         """Number of images."""
@@ -88,23 +109,22 @@ class FileSource(ABC):
 
 
 class FolderSource(FileSource):
-    """Every image below a folder, sorted by path.
-
-    Labels are the folders in which all images lie: below the deepest folder that holds every image, if there are two
-    or more and no image lies beside them. Linked folders are followed once, unless they lead back.
+    """Every image below a folder but masks, sorted by path; labels as :func:`folder_classes` finds them.
 
     Args:
         root: the folder.
         channels: of the images.
         name: by default the folder's.
+        label_column: number of the folder below it that is the class; found out unless given.
     """
 
-    def __init__(self, root: Path, channels: int = 3, name: str | None = None) -> None:
-        paths, ignored, folders = _scan(root)
+    def __init__(self, root: Path, channels: int = 3, name: str | None = None, label_column: str | None = None) -> None:
+        paths, ignored, folders = scan(root)
         if not paths:
             raise _no_images(root, ignored, folders)
-        super().__init__(name or root.resolve().name, (f"{root}/{path}" for path in paths), _folders(paths), channels)
-        self.ignored = ignored
+        class_names, unclear = folder_classes(paths, label_column)
+        super().__init__(name or root.resolve().name, (f"{root}/{path}" for path in paths), class_names, channels)
+        self.ignored, self.unclear = ignored, unclear
 
     def encoded(self, index: int) -> Path:
         """The file."""
@@ -112,27 +132,18 @@ class FolderSource(FileSource):
 
 
 class ListSource(FileSource):
-    """The images that a file lists, in its order.
+    """The images that a list names, in its order.
 
     Args:
-        file: ``.txt`` with a path in each line, or ``.csv`` with the columns path and, optionally, label; a first row
-            ``path,label`` is a heading. Relative paths start at the list's folder.
+        file: the list.
         channels: of the images.
+        table: what it says, or a part of it; read by :func:`read_list` unless given.
     """
 
-    def __init__(self, file: Path, channels: int = 3) -> None:
-        rows = _read_list(file)
-        if not rows:
-            raise UserError(f"--data {file}: 0 images", why="the list is empty")
-        paths = [os.path.join(file.parent, path) for path, _ in rows]
-        if not any(map(os.path.lexists, paths[:20])):
-            why = f"relative paths start at the list's folder, {file.parent.resolve()}"
-            raise UserError(f"--data {file}: none of the first {len(paths[:20])} files exists ({paths[0]})", why=why)
-        labelled = any(label for _, label in rows)
-        if labelled and not all(label for _, label in rows):
-            path = printable(next(path for path, label in rows if not label))
-            raise UserError(f"--data {file}: {path} has no label, others have", hint="label all or none")
-        super().__init__(file.stem, paths, [label for _, label in rows] if labelled else None, channels)
+    def __init__(self, file: Path, channels: int = 3, table: Table | None = None) -> None:
+        table = table or read_list(file)
+        super().__init__(file.stem, table.paths, table.labels, channels)
+        self.unclear, self.notes = table.unclear, list(table.notes)
 
     def encoded(self, index: int) -> Path:
         """The file."""
@@ -142,39 +153,35 @@ class ListSource(FileSource):
 class TarSource(FileSource):
     """The images in uncompressed tar files, in their order; nothing is ever extracted.
 
-    Only ordinary members with an image's suffix count. Labels come from ``key.cls`` or the ``label`` in ``key.json``
-    beside ``key.jpg`` (WebDataset), otherwise from the folders as in ``FolderSource``.
+    Only ordinary members with an image's suffix count, and of several with one key the plain one: ``k.jpg``, not
+    ``k.seg.png``. Labels come from ``k.cls`` or the ``label`` in ``k.json`` beside ``k.jpg`` (WebDataset), otherwise
+    from the folders as in ``FolderSource``.
 
     Args:
         pattern: a tar file, or many with braces: ``train-{0000..0099}.tar``.
         channels: of the images.
+        label_column: number of the folder that is the class; labels of their own are then passed over.
     """
 
-    def __init__(self, pattern: str, channels: int = 3) -> None:
+    def __init__(self, pattern: str, channels: int = 3, label_column: str | None = None) -> None:
         shards = expand_shards(pattern)
-        ignored: Counter[str] = Counter()
         damaged: list[ImageError] = []
-        images: list[Member] = []
-        labels: dict[str, str] = {}
-        for member in (member for shard in shards for member in tar_members(shard, damaged)):
-            suffix = _suffix(member.name) if member.ordinary else ""
-            if suffix in SUFFIXES:
-                images.append(member)
-            elif suffix in ("cls", "json"):
-                labels[member.key] = read_label(member) or labels.get(member.key, "")
-            else:
-                ignored[_type(member.name) if member.ordinary else "link or device"] += 1
+        found = sort_members(member for shard in shards for member in tar_members(shard, damaged))
+        images, ignored = found.images, found.ignored
         if not images:
             raise _no_images(pattern, ignored, len(shards), "tar file", damaged)
-        labelled = [image for image in images if labels.get(image.key)]
-        if labelled:
-            damaged += [ImageError(i.path, "has no label, others have") for i in images if not labels.get(i.key)]
-            images = labelled
-        class_names = [labels[image.key] for image in images] if labelled else _folders([i.name for i in images])
+        labels = {} if label_column else found.labels
+        unclear = None
+        if labels:
+            damaged += [ImageError(i.path, "has no label, others have") for i in images if i.path not in labels]
+            images = [image for image in images if image.path in labels]
+            class_names: list[str] | None = [same_name(labels[image.path]) for image in images]
+        else:
+            class_names, unclear = folder_classes([image.name for image in images], label_column)
         name = Path(shards[0]).stem
         name = name if len(shards) == 1 else name.rstrip("-_0123456789")
         super().__init__(name, (image.path for image in images), class_names, channels)
-        self.ignored, self.damaged, self._shards = ignored, damaged, shards
+        self.ignored, self.damaged, self._shards, self.unclear = ignored, damaged, shards, unclear or found.unclear
         number = {shard: number for number, shard in enumerate(shards)}
         self._places = np.array([(number[i.shard], i.offset, i.size) for i in images], dtype=np.int64)  # (images, 3)
 
@@ -192,124 +199,73 @@ def open_source(
     channels: int = 3,
     same_classes: bool = True,
     otherwise: str | None = "leave --data out for the built-in images",
+    label_column: str | None = None,
 ) -> tuple[FileSource, FileSource | None]:
-    """What ``--data`` names: training images, and held-out ones if the folder sets some apart.
+    """What ``--data`` names: training images, and held-out ones if the data sets some apart.
 
     Args:
-        data: a folder, a ``.txt`` or ``.csv`` list, a ``.tar`` file, or tar shards as ``train-{0000..0099}.tar``.
-            A folder with ``train/`` and ``val/`` (``valid``, ``validation``, ``test``) gives both parts. Of a folder
-            that holds ``images/`` beside ``masks/``, only the images count.
+        data: a folder, a ``.txt``, ``.csv`` or ``.tsv`` list, a ``.tar`` file, or tar shards as
+            ``train-{0000..0099}.tar``. A folder with a training part and one to score gives both, whatever they are
+            called (:data:`mim.data.layouts.PARTS`), as does a table with a column ``split``.
         channels: of the images.
         same_classes: refuse parts whose classes differ.
         otherwise: what to try if there is no such place.
+        label_column: column of a table, or number of a folder's level, that holds the labels.
 
     Raises:
         UserError: if there is nothing to read, or the parts have different classes.
     """
     path = Path(data).expanduser()
     if path.is_dir():
-        name = path.resolve().name
-        held_out = next((path / part for part in HELD_OUT if (path / part).is_dir()), None)
-        if not (path / "train").is_dir() or held_out is None:
-            return FolderSource(_without_masks(path), channels, name), None
-        train, held = (FolderSource(_without_masks(part), channels, name) for part in (path / "train", held_out))
-        if same_classes:
-            _check_classes(data, held_out.name, train.classes, held.classes)
-        return train, held
-    if path.suffix.lower() in (".txt", ".csv") and path.is_file():
-        return ListSource(path, channels), None
-    if path.suffix.lower() == ".tar" and (path.is_file() or "{" in data):
-        return TarSource(str(path), channels), None
-    raise _not_a_source(data, path, otherwise)
+        train, held = _open_folder(path, channels, label_column)
+    elif path.suffix.lower() in LISTS and path.is_file():
+        train, held = _open_list(path, channels, label_column)
+    elif path.suffix.lower() == ".tar" and (path.is_file() or "{" in data):
+        return TarSource(str(path), channels, label_column), None
+    else:
+        raise _not_a_source(data, path, otherwise)
+    if held is not None and same_classes:
+        _check_classes(data, train, held)
+    return train, held
 
 
-# Folders -------------------------------------------------------------------------------------------------------------
+def _open_folder(path: Path, channels: int, label_column: str | None) -> tuple[FileSource, FileSource | None]:
+    layout, name = find_layout(path, holds_images), path.resolve().name
+    train: FileSource = FolderSource(layout.train, channels, name, label_column)
+    if layout.held_out is None:
+        return train, None
+    held: FileSource = FolderSource(layout.held_out, channels, name, label_column)
+    train.part, held.part = f"{layout.train.name}/", f"{layout.part}/"
+    masks = [mask.name for mask in layout.masks if next(images_in(mask, below=True), None)]
+    train.notes = [f"{held.part} is held out: {len(held):,} images"]
+    train.notes += [f"masks in {mask}/ are not read" for mask in masks]
+    if layout.others:
+        train.notes += [f"not read: {counted([f'{other}/' for other in layout.others])}"]
+    if layout.train.parent.name.lower() == "leftimg8bit":  # Cityscapes
+        for part in (train, held):
+            part.drop_labels(Unclear("the folders of Cityscapes are cities, not classes", "--label_column 1"))
+    return train, held
 
 
-def _without_masks(folder: Path) -> Path:
-    """The folder's ``images/`` if ``masks/`` lies beside it, so that masks are not taken for a class of images."""
-    return folder / "images" if (folder / "images").is_dir() and (folder / "masks").is_dir() else folder
+def _open_list(file: Path, channels: int, label_column: str | None) -> tuple[FileSource, FileSource | None]:
+    table = read_list(file, label_column)
+    parts = table.parts or []
+    held_out = next((part for part in HELD_OUT if part in parts), None)
+    if "train" not in parts or held_out is None:
+        return ListSource(file, channels, table), None
+    train, held = (ListSource(file, channels, _rows_of(table, part)) for part in ("train", held_out))
+    train.part, held.part = f"rows of train in {file.name}", f"rows of {held_out} in {file.name}"
+    train.notes += [f"rows of {held_out} are held out: {len(held):,} images"]
+    if rest := len(table.paths) - len(train) - len(held):
+        train.notes += [f"not read: {rest:,} rows of other parts"]
+    return train, held
 
 
-def _scan(root: Path) -> tuple[list[str], Counter[str], int]:
-    """Sorted paths of the images below ``root``, the other files counted by type, and the number of folders."""
-    images: list[str] = []
-    ignored: Counter[str] = Counter()
-    # A link is followed last and only to a folder that is neither seen already nor above the root: rings end.
-    seen = {_identity(parent) for parent in root.resolve().parents}
-    folders, links, count = [""], list[str](), 0
-    while folders or links:
-        links.sort(reverse=True)
-        prefix = folders.pop() if folders else links.pop()
-        try:
-            identity = _identity(root / prefix)
-            entries = [] if identity in seen else list(os.scandir(root / prefix))
-        except OSError:
-            ignored["unreadable folder"] += 1
-            continue
-        count += identity not in seen
-        seen.add(identity)
-        for entry in entries:
-            if _is_folder(entry):
-                if entry.name.startswith("."):
-                    ignored["hidden folder"] += 1
-                else:
-                    (links if entry.is_symlink() else folders).append(f"{prefix}{entry.name}/")
-            elif _suffix(entry.name) in SUFFIXES and not entry.name.startswith("._"):
-                images.append(prefix + entry.name)
-            else:
-                ignored[_type(entry.name)] += 1
-    return sorted(images), ignored, count
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
-    return status.st_dev, status.st_ino
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself; the reader names it, if it is called an image
-        return False
-
-
-def _folders(paths: Sequence[str]) -> list[str] | None:
-    """The folder of each path, below the deepest one that holds all paths; None if there are not two or more."""
-    start = os.path.commonprefix([min(paths), max(paths)]).rfind("/") + 1  # noqa: RUF071 - cut at the last slash
-    parts = [path[start:].partition("/") for path in paths]
-    names = [folder for folder, slash, _ in parts if slash]
-    return names if len(names) == len(paths) and len(set(names)) > 1 else None
-
-
-def _suffix(name: str) -> str:
-    return name.rpartition(".")[2].lower() if "." in name else ""
-
-
-def _type(name: str) -> str:
-    """Under what an ignored file is counted."""
-    if name.rpartition("/")[2].startswith("._"):
-        return "._* (macOS)"
-    suffix = _suffix(name)
-    return f".{suffix}" if suffix.isalnum() and len(suffix) <= 8 else "no suffix"
-
-
-# Lists ---------------------------------------------------------------------------------------------------------------
-
-
-def _read_list(file: Path) -> list[tuple[str, str]]:
-    """(path, label) of every entry, an empty label if there is none."""
-    # Names on disk need not be UTF-8; a byte-order mark comes from spreadsheets.
-    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-        if file.suffix.lower() == ".txt":
-            return [(line, "") for line in text.read().splitlines() if line.strip()]
-        try:
-            rows = [row for row in csv.reader(text) if row and row[0].strip()]
-        except csv.Error as error:
-            raise UserError(f"--data {file} is not a CSV file", why=str(error)) from None
-    if rows and [cell.strip().lower() for cell in rows[0][:2]] in (["path"], ["path", "label"]):
-        rows = rows[1:]
-    return [(row[0], row[1].strip() if len(row) > 1 else "") for row in rows]
+def _rows_of(table: Table, part: str) -> Table:
+    assert table.parts is not None
+    rows = [row for row, own in enumerate(table.parts) if own == part]
+    labels = table.labels and [table.labels[row] for row in rows]
+    return table._replace(paths=[table.paths[row] for row in rows], labels=labels, parts=None)
 
 
 # Mistakes ------------------------------------------------------------------------------------------------------------
@@ -331,11 +287,11 @@ def _no_images(
 
 def _not_a_source(data: str, path: Path, otherwise: str | None) -> UserError:
     if path.is_file():
-        why = "a folder, a .txt or .csv list, or .tar files are expected"
+        why = "a folder, a .txt, .csv or .tsv list, or .tar files are expected"
         return UserError(f"--data {data} is a file of another type", why=why, hint="unpack it into a folder")
     folder = next(parent for parent in path.absolute().parents if os.access(parent, os.R_OK))
     nearby = {f"{name}/" if (folder / name).is_dir() else name for name in sorted(os.listdir(folder))}
-    nearby = {name for name in nearby if name.endswith(("/", ".txt", ".csv", ".tar")) and not name.startswith(".")}
+    nearby = {name for name in nearby if name.endswith(("/", *LISTS, ".tar")) and not name.startswith(".")}
     wanted = path.absolute().relative_to(folder).parts[0]
     close = difflib.get_close_matches(wanted, sorted(nearby), n=3, cutoff=0.5)
     hint = otherwise
@@ -348,14 +304,18 @@ def _not_a_source(data: str, path: Path, otherwise: str | None) -> UserError:
     return UserError(f"--data {data}: no such {what}", hint=hint)
 
 
-def _check_classes(data: str, part: str, train: list[str], held_out: list[str]) -> None:
-    if not train or not held_out or train == held_out:
+def _check_classes(data: str, train: FileSource, held: FileSource) -> None:
+    ours, theirs = train.classes, held.classes
+    if not ours or not theirs or ours == theirs:
         return
-    lost = {part: sorted(set(train) - set(held_out)), "train": sorted(set(held_out) - set(train))}
-    missing = "; ".join(f"missing in {where}: {', '.join(names[:5])}" for where, names in lost.items() if names)
+    lost = {held.part: sorted(set(ours) - set(theirs)), train.part: sorted(set(theirs) - set(ours))}
+    missing = "; ".join(
+        f"missing in {where.rstrip('/')}: {', '.join(names[:5])}" for where, names in lost.items() if names
+    )
+    alone = Path(data) / train.part if train.part.endswith("/") else None
     raise UserError(
-        f"--data {data}: train/ has {len(train)} classes, {part}/ has {len(held_out)}  ({missing})",
-        hint=f"add the folders, or  --data {Path(data) / 'train'}  to leave {part}/ out",
+        f"--data {data}: {train.part} has {len(ours)} classes, {held.part} has {len(theirs)}  ({missing})",
+        hint=f"add the folders, or  --data {alone}  to leave {held.part} out" if alone else "the same labels in both",
     )
 
 

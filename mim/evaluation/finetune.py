@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from mim.encoder import Encoder
 from mim.errors import UserError
+from mim.evaluation.balance import balanced_of
 from mim.evaluation.supervised import SupervisedTraining, set_drop_path
 from mim.options.classification import FinetuneRecipe
 from mim.randomness import derive_seed, keyed_generator, keyed_libraries
@@ -155,6 +156,7 @@ class Finetune(SupervisedTraining):
         loss = self.trainer.callback_metrics.get("train/loss", torch.tensor(torch.nan))
         values = {"top1": float(self.top1.compute()), "top5": float(self.top5.compute()), "loss": float(loss)}
         self.taken_for = self.confusion.compute().cpu()  # (classes, classes) images, truth by answer
+        values["balanced"] = balanced_of(self.taken_for)
         for metric in (self.top1, self.top5, self.confusion):
             metric.reset()
         self.history.append({"epoch": self.global_step / self.steps_per_epoch, **values})

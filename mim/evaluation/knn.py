@@ -54,23 +54,37 @@ def knn_accuracies(
     Returns:
         Accuracies from 0 to 1 by ``k``, then by ``top``.
     """
+    answers = knn_answers(bank, bank_labels, queries, k, temperature, max(tops))
+    return {neighbours: accuracies(ranked, labels, tops) for neighbours, ranked in answers.items()}
+
+
+def knn_answers(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, k: Sequence[int], temperature: float = 0.07, top: int = 5
+) -> dict[int, Tensor]:
+    """Classes by their votes, for several numbers of neighbours, which are searched once.
+
+    Returns:
+        By ``k``, ``(Q, top)`` classes with the most votes first, fewer if there are fewer classes; -1 without a vote.
+    """
     if not len(bank) or not len(queries):
         raise ValueError(f"k-NN needs images on both sides, got {len(bank)} in the bank and {len(queries)} queries")
     classes = int(bank_labels.max()) + 1
-    correct = {neighbours: dict.fromkeys(tops, 0) for neighbours in k}
-    for asked, truth in zip(torch.split(queries, _QUERY_ROWS), torch.split(labels, _QUERY_ROWS), strict=True):
+    ranked: dict[int, list[Tensor]] = {neighbours: [] for neighbours in k}
+    for asked in torch.split(queries, _QUERY_ROWS):
         similarity, answers = nearest(bank, bank_labels, asked, max(k))  # nearest first
         weights = (similarity / temperature).exp()
         for neighbours in k:
             votes = weights.new_zeros(len(asked), classes)
             votes.scatter_add_(1, answers[:, :neighbours], weights[:, :neighbours])
-            strength, ranked = votes.topk(min(max(tops), classes))  # (q, top)
-            hit = (ranked == truth.to(ranked.device)[:, None]) & (strength > 0)
-            for top in tops:
-                correct[neighbours][top] += int(hit[:, :top].sum())
-    return {
-        neighbours: {top: count / len(queries) for top, count in own.items()} for neighbours, own in correct.items()
-    }
+            strength, order = votes.topk(min(top, classes))  # (q, top)
+            ranked[neighbours].append(order.where(strength > 0, -1))
+    return {neighbours: torch.cat(parts) for neighbours, parts in ranked.items()}
+
+
+def accuracies(ranked: Tensor, labels: Tensor, tops: Sequence[int] = (1, 5)) -> dict[int, float]:
+    """Share of the ``labels`` ``(Q,)`` that are among the first ``top`` of ``ranked`` ``(Q, >= top)``."""
+    hit = ranked == labels.to(ranked.device)[:, None]
+    return {top: int(hit[:, :top].sum()) / len(labels) for top in tops}
 
 
 def nearest(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from mim.data.masks import IGNORE
+from mim.data.mask_classes import IGNORE
 from mim.encoder import Encoder
 from mim.evaluation.supervised import SupervisedTraining, set_drop_path
 from mim.evaluation.windows import Inference, predict

@@ -65,17 +65,19 @@ class Plan:
         steps_per_epoch: optimizer steps in which every image is seen once; rarely whole.
         batch_size: global batch size: devices x accumulation x images per device.
         seed: of everything random in the run.
+        asked: passes over the data that were asked for; whole steps may make a little more or less of them.
     """
 
     max_steps: int = 1
     steps_per_epoch: float = 1.0
     batch_size: int = 256
     seed: int = 0
+    asked: float | None = None
 
     @property
     def epochs(self) -> float:
         """Passes over the data."""
-        return self.max_steps / self.steps_per_epoch
+        return self.asked or self.max_steps / self.steps_per_epoch
 
     def epoch(self, step: int) -> int:
         """Whole passes over the data after ``step`` steps.
@@ -87,7 +89,7 @@ class Plan:
 
     def epochs_at(self, step: int) -> str:
         """Passes over the data after ``step`` steps, as precisely as the length of the run deserves."""
-        return f"{step / self.steps_per_epoch:.{0 if self.epochs >= 20 else 1 if self.epochs >= 2 else 2}f}"
+        return f"{step / self.max_steps * self.epochs:.{0 if self.epochs >= 20 else 1 if self.epochs >= 2 else 2}f}"
 
 
 class NonFiniteError(Exception):

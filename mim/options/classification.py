@@ -20,6 +20,8 @@ class ClassificationOptions(EvaluationOptions):
             of 256 pixels.
         val_fraction: share of each class that is held out and scored if the data sets nothing apart.
         classes: same, or common to score those that both parts have.
+        label_column: column of a table, by name or number, that holds the labels; of a folder or tar file the number of
+            the folder level, 1 for the first. Found out unless given.
         max_bad: share of unreadable files that is tolerated.
         encode_batch: images encoded at once.
         cache: folder of features that were computed before; safe to delete.
@@ -29,6 +31,7 @@ class ClassificationOptions(EvaluationOptions):
     crop_pct: SomeShare = 1.0
     val_fraction: ShareBelowOne = 0.2
     classes: Literal["same", "common"] = "same"
+    label_column: int | str | None = None
     max_bad: Share = 0.01
     encode_batch: Count = 64
     cache: Path = Path("runs/features")

@@ -30,6 +30,9 @@ GROUPS: dict[str, dict[str, Option]] = {
             "N|H,W", "pixels per side that the model sees", "the model's", f"{_ENCODER}.img_size", lists="commas"
         ),
         "patch_size": Option("N", "pixels per side of a patch", "the model's", f"{_ENCODER}.patch_size"),
+        "label_column": Option(
+            "NAME", "column of a table, or level of folders, that holds labels", "found", "data.label_column"
+        ),
         "in_chans": Option("N", "channels of the images", "the model's, 3", f"{_ENCODER}.in_chans", Count),
     },
     "Training": {

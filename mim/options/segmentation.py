@@ -14,32 +14,39 @@ class SegmentationOptions(EvaluationOptions):
     """Images with masks, and what their numbers mean.
 
     Args:
-        data: folder in ADE20K's or Pascal VOC's layout or with {train,val}/{images,masks}, builtin (mosaics) or shapes.
+        data: folder with images/ beside masks/, with or without train/ and val/, or in the layout of ADE20K, Pascal
+            VOC, CVAT or Cityscapes; builtin (mosaics) or shapes.
         crop: pixels per side that the model sees instead of its own; positions are resized.
         num_classes: scored classes; as many as are named or found unless given.
+        mask_values: value in the masks of each class, as 0,255; 0, 1, 2 and so on unless given.
         ignore: values in the masks of pixels that are not scored, as 255 or 255,0.
         reduce_zero_label: 0 is not scored and classes begin at 1; only in ADE20K's layout unless given.
         classes: file of class names, one per line, or a number and a name, or a colour and a name (128 64 128 road)
             for masks in colours.
-        split: part that is scored; the first of val, valid, validation and test unless given.
+        split: part that is scored; the first that is called like val or test unless given.
+        val_fraction: share of the images that is held out and scored if the data sets nothing apart.
     """
 
     crop: Count | None = None
     num_classes: int | None = None
+    mask_values: int | str | None = None
     ignore: int | str = 255
     reduce_zero_label: bool | None = None
     classes: Path | None = None
     split: str | None = None
+    val_fraction: ShareBelowOne = 0.2
 
     @property
     def ignored(self) -> tuple[int, ...]:
         """The values that are not scored."""
-        try:
-            return tuple(int(number) for number in str(self.ignore).split(",") if number.strip())
-        except ValueError:
-            raise UserError(
-                f"--ignore {self.ignore} is not a list of numbers", hint="--ignore 255   or   --ignore 255,0"
-            ) from None
+        return _numbers("--ignore", self.ignore, "--ignore 255   or   --ignore 255,0")
+
+    @property
+    def values(self) -> tuple[int, ...] | None:
+        """The value of each class in the masks, if they are given."""
+        if self.mask_values is None:
+            return None
+        return _numbers("--mask_values", self.mask_values, "--mask_values 0,255")
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,13 @@ class Scoring:
     pictures: Whole = 6
 
 
+def _numbers(option: str, given: int | str, hint: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in str(given).split(",") if number.strip())
+    except ValueError:
+        raise UserError(f"{option} {given} is not a list of numbers", hint=hint) from None
+
+
 def check(options: SegmentationOptions, recipe: SegmentationRecipe, scoring: Scoring) -> None:
     """Refuses what could not work before anything heavy is imported."""
     if recipe.head == "knn" and recipe.finetune:
@@ -125,3 +139,12 @@ def check(options: SegmentationOptions, recipe: SegmentationRecipe, scoring: Sco
         raise UserError(f"--stride {scoring.stride} leaves pixels out", hint="a stride from 1 to the crop")
     if options.num_classes is not None and options.num_classes < 2:
         raise UserError(f"--num_classes {options.num_classes}: two or more are needed", hint="--num_classes 2")
+    values = options.values
+    if values is not None and (
+        len(set(values)) < max(2, len(values)) or options.num_classes not in (None, len(values))
+    ):
+        raise UserError(
+            f"--mask_values {options.mask_values} does not name a value for each of "
+            f"{options.num_classes or 'two or more'} classes",
+            hint="--num_classes 2 --mask_values 0,255",
+        )

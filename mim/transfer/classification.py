@@ -11,6 +11,7 @@ from mim.data.labelled import Framed, Frames, LabelledImages, Part, fingerprint,
 from mim.data.sources import Source
 from mim.encoder import Encoder
 from mim.errors import UserError
+from mim.evaluation.balance import images_per_class, uneven
 from mim.evaluation.bank import Bank, cached_bank
 from mim.evaluation.features import Features
 from mim.evaluation.splits import stratified_split
@@ -42,12 +43,28 @@ class Classification(Measurement):
         encoder = self.loaded.encoder
         self.frames = Frames(options.crop_pct)
         self.frames.configure(encoder.img_size, self.loaded.mean, self.loaded.std)
-        images = open_labelled(options.data, encoder.in_chans, options.classes)
+        column = None if options.label_column is None else str(options.label_column)
+        images = open_labelled(options.data, encoder.in_chans, options.classes, column)
         self.train, self.test, self.split = _parts(images, options.val_fraction)
         self.classes = images.classes
         self.labels = Labels(len(self.classes)) if learning else None
         self.reduce(encoder)
-        self.introduce(f"{len(self.classes)} classes, {self.split}")
+        self.introduce("\n          ".join([f"{len(self.classes)} classes, {self.split}", *images.notes]))
+
+    @property
+    def uneven(self) -> bool:
+        """Whether the classes of the scored images differ in size so that top-1 alone misleads."""
+        return uneven(images_per_class(self.test.labels or [], self.classes))
+
+    def class_sizes(self) -> dict[str, Any]:
+        """What ``metrics.json`` says about classes that are uneven: how many images each has in either part."""
+        if not self.uneven:
+            return {}
+        parts = {"learnt": self.train, "scored": self.test}
+        return {
+            f"images {part} per class": images_per_class(source.labels or [], self.classes)
+            for part, source in parts.items()
+        }
 
     def reduce(self, encoder: Encoder, seed: int = 0) -> Encoder:
         """The same encoder with its reduction, on the device; ``seed`` draws what that is going to learn."""

@@ -67,9 +67,12 @@ class Finetuning(Classification):
             f"top-{top}": {who: [history[-1][f"top{top}"] for history in histories[who]] for who in encoders}
             for top in (1, 5)
         }
+        last = {who: [history[-1] for history in histories[who]] for who in encoders}
+        if self.uneven and all("balanced" in scored for own in last.values() for scored in own):  # older ones lack it
+            scores["balanced accuracy"] = {who: [scored["balanced"] for scored in last[who]] for who in encoders}
         if self.is_main_process:
             protocol = f"{_in_words(self.recipe)}; {self.protocol()}; after the last epoch."
-            self.write(self.root, "Fine-tuning", protocol, scores, str(self.recipe.pool))
+            self.write(self.root, "Fine-tuning", protocol, scores, str(self.recipe.pool), self.class_sizes())
             finish_section(self.root)
             print(f'  model   {self.export}   (timm.create_model("local-dir:{self.export}", pretrained=True))')
         return scores

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mim.data.masks import IGNORE
+from mim.data.mask_classes import IGNORE
 from mim.data.segmentation import SegmentationData
 from mim.distributed.processes import process_rank
 from mim.encoder import Encoder
@@ -103,16 +103,19 @@ class Segmentation(Measurement):
             options.split,
             self.workers,
             seed,
+            options.values,
+            options.val_fraction,
         )
         data.open(self.loaded.mean, self.loaded.std)
         return data
 
     def _data_in_words(self) -> str:
         data, numbers = self.data, self.data.numbers
-        ignored = ", ".join(map(str, [*([0] if numbers.zero_is_other else []), *numbers.ignore]))
+        ignored = ", ".join(map(str, sorted(numbers.unscored)))
+        notes = "".join(f"\n          {note}" for note in data.notes)
         return (
             f"{len(data.train):,} images to learn from, {len(data.test):,} in {data.split} to be scored, "
-            f"{numbers.count} classes, values {ignored} ignored"
+            f"{numbers.count} classes, values {ignored or 'none'} ignored{notes}"
         )
 
     def protocol(self) -> str:
@@ -128,7 +131,7 @@ class Segmentation(Measurement):
         shown = f"windows of {how.crop} every {how.stride} px" if how.mode == "slide" else "the whole image at once"
         shown += f", scales {', '.join(f'{scale:g}' for scale in how.scales)}" if how.scales != (1.0,) else ""
         shown += ", mirrored too" if how.flip else ""
-        ignored = ", ".join(map(str, self.data.numbers.ignore))
+        ignored = ", ".join(map(str, sorted(self.data.numbers.unscored))) or "none"
         return (
             f"{encoder}, {recipe.head} head on the patch tokens of blocks {blocks}, {self.crop} px crops; {learning}; "
             f"scored with {shown} at the masks' full size, {ignored} ignored{self.reduced_in_words()}."

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mim.data.masks import IGNORE, ClassNumbers, open_masks, ranges, read_classes
+from mim.data.mask_classes import IGNORE, ClassNumbers, ranges, read_classes
+from mim.data.masks import open_masks
 from mim.data.segmentation import JointCrop, SegmentationData
 from mim.errors import UserError
 

@@ -188,7 +188,7 @@ def test_a_resumed_run_counts_the_files_it_knew(tmp_path):
         files.stop_if_too_many()
 
 
-@pytest.mark.filterwarnings("ignore::mim.data.pretrain.BadFileWarning")
+@pytest.mark.filterwarnings("ignore::mim.data.bad_files.BadFileWarning")
 def test_the_limit_itself_is_tolerated_and_one_more_stops_the_run():
     files = BadFiles(0.01, "my photos")
     files.total = 200
@@ -201,7 +201,7 @@ def test_the_limit_itself_is_tolerated_and_one_more_stops_the_run():
     assert "check_data.py --data 'my photos' --fix good.csv" in stop.value.hint
 
 
-@pytest.mark.filterwarnings("ignore::mim.data.pretrain.BadFileWarning")
+@pytest.mark.filterwarnings("ignore::mim.data.bad_files.BadFileWarning")
 def test_the_bad_files_of_a_batch_are_noted_and_judged_after_its_step():
     data = opened(max_bad=0)
     batch = [torch.zeros(1)], torch.zeros(1), torch.arange(1), [("1.jpg", "truncated")]
@@ -289,20 +289,20 @@ def test_centers_are_as_many_as_asked_for():
     assert len(Centers(FakeSource(), SingleView(), [4, 4, 7])) == 3
 
 
-@pytest.mark.filterwarnings("ignore::mim.data.pretrain.BadFileWarning")
+@pytest.mark.filterwarnings("ignore::mim.data.bad_files.BadFileWarning")
 def test_the_check_reads_images_spread_over_the_set_and_reports_the_smallest_size():
     data = opened(bad=[0], max_bad=0.2, count=40)
     assert data.check(sample=10) == (10, (34, 24))  # 0, 4, 8 ...; 0 is unreadable, 4 is the narrowest
     assert list(data.bad_files.reasons) == ["0.jpg"]
 
 
-@pytest.mark.filterwarnings("ignore::mim.data.pretrain.BadFileWarning")
+@pytest.mark.filterwarnings("ignore::mim.data.bad_files.BadFileWarning")
 def test_the_check_stops_a_run_on_a_set_of_rubbish():
     with pytest.raises(UserError, match="10 of 10 images are unreadable"):
         opened(bad=range(40), count=40).check(sample=10)
 
 
-@pytest.mark.filterwarnings("ignore::mim.data.pretrain.BadFileWarning")
+@pytest.mark.filterwarnings("ignore::mim.data.bad_files.BadFileWarning")
 def test_a_set_without_a_readable_image_is_refused_whatever_the_limit():
     with pytest.raises(UserError, match="none of the first 10 images can be read"):
         opened(bad=range(40), count=40, max_bad=1.0).check(sample=10)
