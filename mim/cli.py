@@ -105,7 +105,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
 
 EVERY = {
     "config": Option("FILE", "YAML, or a recipe's name; options win"),
-    "plugin": Option("PACKAGE", "import your own package, which runs its code: settings may name its classes"),
+    "plugin": Option("PACKAGE", "import your own; its code runs"),
     "print_config": Option("", "settings as YAML"),
     "help_all": Option("", "all about each option"),
     "debug": Option("", "tracebacks"),

@@ -198,7 +198,7 @@ def test_the_limit_itself_is_tolerated_and_one_more_stops_the_run():
     with pytest.raises(UserError, match="3 of 200 images are unreadable") as stop:
         files.stop_if_too_many()
     assert stop.value.why == "first: a.jpg (truncated), b.jpg (empty file), c.jpg (truncated)"
-    assert "check_data.py --data 'my photos' --fix good.csv" in stop.value.hint
+    assert "check_data --data 'my photos' --fix good.csv" in stop.value.hint
 
 
 @pytest.mark.filterwarnings("ignore::mim.data.bad_files.BadFileWarning")

@@ -289,7 +289,7 @@ def test_masks_are_not_photos(tmp_path, photo, mask):
     assert "2 masks" in source.findings()[0]
     with pytest.raises(UserError) as refused:
         open_labelled(str(tmp_path))
-    assert "masks are for  python tools/segment.py" in refused.value.why
+    assert "masks are for  python -m mim segment" in refused.value.why
 
 
 PARTED = {
