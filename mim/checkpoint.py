@@ -9,13 +9,12 @@ import timm
 import torch
 from jsonargparse import Namespace
 from timm.models import is_model_pretrained
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mim.checkpoint_io import AtomicCheckpointIO, newest_good, sidecar, verify
 from mim.config import instantiate, parse_saved
 from mim.data.pretrain import PretrainData
-from mim.encoder import Encoder
+from mim.encoder import Encoder, ViT
 from mim.errors import UserError
 from mim.interop import (
     ModelCard,
@@ -98,15 +97,14 @@ def load_encoder(
         if img_size not in (None, encoder.img_size, encoder.img_size[0]):
             hint = f"python tools/export.py --run {folder}   first"
             raise UserError(f"--img_size {img_size}: only an exported run can be resized", hint=hint)
-        if dynamic_img_size and not encoder.vit.dynamic_img_size:
+        if dynamic_img_size and not encoder.any_size:
             hint = f"python tools/export.py --run {folder}   first"
             raise UserError(f"--weights {folder}: only an exported run takes images of any size", hint=hint)
         note = f"newest checkpoint of {folder}, which has not finished"
         return LoadedEncoder(encoder, *data.statistics(encoder.in_chans), note)
     encoder = Encoder(model or _model_of(weights, trust), img_size, dynamic_img_size=dynamic_img_size)
     note = init_backbone(encoder.vit, weights, trust=trust, option="--weights")
-    cfg = cast(dict[str, Any], encoder.vit.pretrained_cfg)
-    return LoadedEncoder(encoder.eval(), list(cfg["mean"]), list(cfg["std"]), note.removeprefix("init: "))
+    return LoadedEncoder(encoder.eval(), *encoder.statistics, note.removeprefix("init: "))
 
 
 def untrained_encoder(
@@ -155,7 +153,7 @@ def _model_of(weights: str, trust: bool) -> str:
     return guess
 
 
-def init_backbone(vit: VisionTransformer, weights: str, *, trust: bool = False, option: str = "--init") -> str:
+def init_backbone(vit: ViT, weights: str, *, trust: bool = False, option: str = "--init") -> str:
     """Copy weights of any known layout into ``vit`` and say in one line what matched.
 
     Args:
@@ -250,7 +248,7 @@ def _same_kind(tensor: Tensor | None, own: Tensor) -> bool:
     return tensor is not None and tensor.shape == own.shape and tensor.is_floating_point() == own.is_floating_point()
 
 
-def _misfit(vit: VisionTransformer, weights: str, tensors: dict[str, Tensor], matched: int, option: str) -> UserError:
+def _misfit(vit: ViT, weights: str, tensors: dict[str, Tensor], matched: int, option: str) -> UserError:
     own, guess = vit.state_dict(), likely_model(tensors)
     names = ["blocks.0.attn.qkv.weight", *own, *tensors]
     name = next(name for name in names if name not in own or not _same_kind(tensors.get(name), own[name]))

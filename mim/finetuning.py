@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.eva import Eva
 from torch import Tensor
 
 from mim.checkpoint import ModelCard, export_backbone
@@ -14,7 +14,7 @@ from mim.data.augment import Augmented
 from mim.data.finetune import FinetuneData
 from mim.data.labelled import Framed, framed_batches
 from mim.data.pretrain import BadFiles
-from mim.encoder import Encoder
+from mim.encoder import Encoder, ViT
 from mim.errors import UserError
 from mim.evaluation.finetune import Finetune, classifier
 from mim.interop import check_timm_folder
@@ -119,9 +119,9 @@ def export(module: Finetune, measurement: Measurement, folder: Path, command: st
         notes=(f"Classes, in order: {', '.join(measurement.classes)}",),
     )
     model = module.evaluated.cpu().eval()
-    vit: VisionTransformer = model.vit if isinstance(model, TokenReducedViT) else model
+    vit: ViT = model.vit if isinstance(model, TokenReducedViT) else model
     statistics = measurement.loaded
-    extra = {"fc_norm": module.recipe.pool == "mean"}
+    extra = {} if isinstance(vit, Eva) else {"fc_norm": module.recipe.pool == "mean"}  # read off those by the export
     difference = export_backbone(vit, folder, mean=statistics.mean, std=statistics.std, card=card, model_args=extra)
     if isinstance(model, TokenReducedViT):
         save_reduction(model.reduction, folder)
@@ -131,7 +131,7 @@ def export(module: Finetune, measurement: Measurement, folder: Path, command: st
     return difference
 
 
-def _teacher(folder: str, vit: VisionTransformer, measurement: Measurement) -> VisionTransformer:
+def _teacher(folder: str, vit: ViT, measurement: Measurement) -> ViT:
     """The classifier that ``--teacher`` names, on the device; it must be what is trained, but for its weights."""
     if measurement.loaded.encoder.reduction is None:
         raise UserError(
@@ -148,7 +148,7 @@ def _teacher(folder: str, vit: VisionTransformer, measurement: Measurement) -> V
             f"--teacher {folder} is another kind of model, or saw images in another way",
             hint="the same fine-tuning without --reduction, and its export",
         )
-    return cast(VisionTransformer, teacher.eval().to(measurement.device))
+    return cast(ViT, teacher.eval().to(measurement.device))
 
 
 def _some_images(measurement: Measurement, count: int = 64) -> Tensor:

@@ -56,7 +56,7 @@ class Segmentation:
         if encoder.img_size[0] != encoder.img_size[1]:
             raise UserError(f"--weights {subject.weights} sees {encoder.img_size}, not squares", hint="--crop 224")
         self.crop = encoder.img_size[0]
-        self.taps = recipe.blocks(len(encoder.vit.blocks))
+        self.taps = recipe.blocks(encoder.depth)
         built_in = subject.data in ("builtin", "shapes")
         self.steps = 0 if recipe.head == "knn" else recipe.steps or (300 if built_in else 4000)
         warmup = min(1500, self.steps // 10) if recipe.warmup_steps is None else recipe.warmup_steps

@@ -239,17 +239,31 @@ def test_an_unknown_tag_ends_in_suggestions():
 
 
 @pytest.mark.parametrize("model", ["resnet18", "swin_tiny_patch4_window7_224"])
-def test_what_is_not_a_plain_vit_is_refused(model):
+def test_what_is_neither_a_plain_nor_a_rotary_vit_is_refused(model):
     with pytest.raises(UserError) as error:
         Encoder(model, img_size=64)
-    assert lines(error)[0] == f"error: --model {model} is not a plain ViT, so patches cannot be hidden"
-    assert lines(error)[2] == "try:   --model vit_small_patch16_224"
+    assert lines(error)[0] == f"error: --model {model} is neither a plain nor a rotary ViT, so patches cannot be hidden"
+    assert lines(error)[2] == "try:   --model vit_small_patch16_224   or   --model vit_small_patch16_dinov3"
 
 
-@pytest.mark.parametrize("model", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3"])
-def test_rotary_positions_are_refused_by_name(model):
-    with pytest.raises(UserError, match="rotary positions, which are not supported yet"):
-        Encoder(model)
+def test_arguments_that_timm_refuses_end_in_its_words():
+    with pytest.raises(UserError, match="num_kv_heads sequence must have one entry per block"):
+        Encoder("vit_base_patch16_sapiens2", img_size=32, kwargs={"depth": 2})
+
+
+@pytest.mark.parametrize(
+    "argument", [{"rope_shift_coords": 0.5}, {"rope_jitter_coords": 1.5}, {"rope_rescale_coords": 2.0}]
+)
+def test_rotary_positions_that_move_at_random_are_refused(argument):
+    with pytest.raises(UserError, match="would move rotary positions at random"):
+        Encoder("vit_small_patch16_dinov3", img_size=32, kwargs={"depth": 1} | argument)
+
+
+@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
+def test_registers_are_tokens_that_can_be_asked_for(model):
+    encoder = Encoder(model, img_size=32, kwargs={"depth": 1}, registers=7)
+    assert encoder.num_prefix == 1 + 7
+    assert encoder.vit.reg_token.shape[1] == 7
 
 
 @pytest.mark.parametrize(

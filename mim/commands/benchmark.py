@@ -75,7 +75,8 @@ def run(
         os.environ.setdefault(variable, level)  # the profiler, asked for memory, talks about much else
     import torch
 
-    from mim.benchmark import Contender, MatrixPeak, build, compare, compile_blocks, loader_rates, ratios
+    from mim.benchmark import Contender, MatrixPeak, build, compare, loader_rates, ratios
+    from mim.layers.blocks import compile_blocks
 
     if threads:
         torch.set_num_threads(threads)

@@ -7,8 +7,7 @@ from mim.errors import UserError
 from mim.outputs import check_file, check_folder
 
 if TYPE_CHECKING:  # torch is imported when there is something to export: --help must not wait for it
-    from timm.models.vision_transformer import VisionTransformer
-
+    from mim.encoder import ViT
     from mim.interop import ModelCard
 
 _SUFFIX = {"timm": "", "onnx": ".onnx", "torch-export": ".pt2"}
@@ -58,7 +57,7 @@ def run(
     print(f"wrote {target}   ({checked})")
 
 
-_Parts = tuple["VisionTransformer", dict[str, Any], dict[str, Any], "ModelCard"]
+_Parts = tuple["ViT", dict[str, Any], dict[str, Any], "ModelCard"]
 
 
 def _from_run(folder: Path, data_licence: str, student: bool) -> _Parts:
@@ -90,9 +89,9 @@ def _from_run(folder: Path, data_licence: str, student: bool) -> _Parts:
 
 def _from_weights(weights: str, model: str | None, data_licence: str, trust: bool) -> _Parts:
     import timm
-    from timm.models.vision_transformer import VisionTransformer
 
     from mim.checkpoint import check_published, init_backbone
+    from mim.encoder import ViT
     from mim.interop import ModelCard, check_timm_folder
 
     if model is None and Path(weights).is_file():
@@ -109,8 +108,8 @@ def _from_weights(weights: str, model: str | None, data_licence: str, trust: boo
         vit = timm.create_model(name, num_classes=0)
     except (OSError, RuntimeError, ValueError) as problem:  # no such model, no config.json, a damaged one
         raise UserError(f"{name} is no model that timm can build", why=str(problem).partition("\n")[0]) from problem
-    if not isinstance(vit, VisionTransformer):
-        raise UserError(f"{name} is not a plain ViT", hint="--model vit_small_patch16_224")
+    if not isinstance(vit, ViT):
+        raise UserError(f"{name} is neither a plain nor a rotary ViT", hint="--model vit_small_patch16_224")
     print(init_backbone(vit, weights, trust=trust, option="--weights"))
     cfg = cast(dict[str, Any], vit.pretrained_cfg)
     card = ModelCard(method="unknown", data="unknown", data_licence=data_licence, notes=(f"converted from {weights}",))

@@ -14,7 +14,6 @@ from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
-from timm.models.vision_transformer import Block
 
 from mim import __version__
 from mim.callbacks import Checkpoints, Evaluation, NaNDump, RunLog, Signals
@@ -26,6 +25,7 @@ from mim.data.pretrain import PretrainData
 from mim.encoder import Encoder
 from mim.errors import MACHINE_ERRORS, DivergedError, MachineError, UserError
 from mim.failures import explained
+from mim.layers.blocks import compile_blocks
 from mim.methods import Method, NonFiniteError, Plan
 from mim.processes import INTERRUPTED, process_rank
 from mim.report import write_report
@@ -104,9 +104,7 @@ class Pretraining:
             if initialised:
                 self._say(initialised)
         if self.options.compile:
-            for module in self.method.modules():
-                if isinstance(module, Block):  # one small graph, compiled once and used by every block
-                    module.compile()
+            compile_blocks(self.method)
         started = time.monotonic()
         try:
             self._fit(trainer, checkpoint)

@@ -8,13 +8,12 @@ import lightning as L
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from mim.encoder import Encoder
+from mim.encoder import Encoder, set_drop_path
 from mim.evaluation.windows import Inference, predict
 from mim.randomness import derive_seed
 from mim.reduction import Tokens
@@ -101,9 +100,7 @@ class SemanticSegmentation(L.LightningModule):
         for pooling in (encoder.vit.attn_pool, encoder.vit.fc_norm):  # not on the way to the patches
             if pooling is not None:
                 pooling.requires_grad_(False)
-        rates = torch.linspace(0, drop_path, len(encoder.vit.blocks)).tolist()
-        for block, rate in zip(cast(Any, encoder.vit.blocks), rates, strict=True):
-            block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+        set_drop_path(encoder.vit, drop_path)
         # Values were checked where masks are read; looking again would wait for the device.
         self.confusion = MulticlassConfusionMatrix(classes, ignore_index=IGNORE, validate_args=False)
         self.scores: SegmentationScores | None = None

@@ -7,12 +7,11 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed
-from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mim.encoder import Encoder
+from mim.encoder import Encoder, ViT
 from mim.masking.base import Masking
 from mim.randomness import RowGenerator, derive_seed
 from mim.schedules import cosine, warmup_cosine
@@ -130,7 +129,7 @@ class Method(L.LightningModule):
         return self.encoder
 
     @property
-    def backbone(self) -> VisionTransformer:
+    def backbone(self) -> ViT:
         """What export writes."""
         return self.evaluated.vit
 
@@ -185,8 +184,11 @@ class Method(L.LightningModule):
         return {}
 
     def no_weight_decay(self) -> set[str]:
-        """Name patterns, beyond biases and 1-D parameters, that are not decayed (read by timm's optimizer factory)."""
-        return set()
+        """Name patterns, beyond biases and 1-D parameters, that are not decayed (read by timm's optimizer factory).
+
+        Frequencies of learned rotary positions are none of the weights that decay is good for.
+        """
+        return {"*rope.freqs"}
 
     def configure_model(self) -> None:
         """Spreads the method over the processes if the strategy asks for that."""
