@@ -390,7 +390,7 @@ def set_drop_path(vit: ViT, rate: float) -> None:
 
 
 def _fix_coordinates(vit: ViT, model: str, given: dict[str, Any]) -> None:
-    """Rotary positions do not move at random in training: Sapiens2, which would, is told not to; others must not ask."""
+    """Rotary positions do not move at random in training: Sapiens2, which would, is told not to."""
     if asked := [name for name in given if name in _MOVING and given[name] is not None]:
         raise UserError(
             f"--model {model}: {', '.join(asked)} would move rotary positions at random",
