@@ -3,12 +3,11 @@
 import difflib
 from collections.abc import Collection, Sequence
 from math import prod
-from typing import Any, Literal, TypeAlias, cast, final
+from typing import Any, Literal, cast, final
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers.drop import DropPath
 from timm.layers.patch_embed import PatchEmbed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import checkpoint_seq
@@ -19,15 +18,13 @@ from torch.utils.checkpoint import checkpoint
 
 from mim.errors import UserError
 from mim.layers.positions import sincos_positions, stretch_positions
+from mim.options.ranges import Count, ShareBelowOne, Whole
 from mim.patches import gather_tokens, patch_grid, patchify, visible_indices
-from mim.ranges import Count, ShareBelowOne, Whole
 from mim.reduction.attention import Attending, can_be_halved, mlp_half
 from mim.reduction.base import TokenReduction
 from mim.reduction.schedule import KeepRate
 from mim.reduction.tokens import Tokens
-
-ViT: TypeAlias = VisionTransformer | Eva
-"""The two families of timm that an encoder wraps: plain ViTs, and those with rotary positions (EVA, DINOv3, PE)."""
+from mim.vit import ViT
 
 _MOVING = ("rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords")
 _MAX_PATCHES = 1 << 18  # 512 x 512
@@ -381,12 +378,6 @@ class Encoder(nn.Module):
         attending = Attending(self.vit.blocks[-1], self.num_prefix)
         x = attending.half(self._run_whole(start, stop=-1), **start.inputs(self.depth - 1))
         return attending, x
-
-
-def set_drop_path(vit: ViT, rate: float) -> None:
-    """Stochastic depth rising linearly from 0 in the first block to ``rate`` in the last."""
-    for block, share in zip(cast(Any, vit.blocks), torch.linspace(0, rate, len(vit.blocks)).tolist(), strict=True):
-        block.drop_path1, block.drop_path2 = DropPath(share), DropPath(share)
 
 
 def _fix_coordinates(vit: ViT, model: str, given: dict[str, Any]) -> None:

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from mim.encoder import Encoder, ViT, set_drop_path
+from mim.encoder import Encoder
 from mim.errors import UserError
+from mim.options.classification import FinetuneRecipe
 from mim.randomness import derive_seed, keyed_generator, keyed_libraries
 from mim.reduction import TokenReducedViT, TokenReduction, Tokens, distillation_loss
 from mim.schedules import between, cosine, warmup_cosine
-from mim.subject import FinetuneRecipe
+from mim.vit import ViT, set_drop_path
 
 
 def classifier(encoder: Encoder, classes: int, recipe: FinetuneRecipe, seed: int) -> ViT:

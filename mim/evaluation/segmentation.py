@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from mim.encoder import Encoder, set_drop_path
+from mim.encoder import Encoder
 from mim.evaluation.windows import Inference, predict
 from mim.randomness import derive_seed
 from mim.reduction import Tokens
 from mim.schedules import between, warmup_poly
+from mim.vit import set_drop_path
 
 IGNORE = -1
 """Class of pixels that are neither learnt nor scored."""

@@ -8,7 +8,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import adapt_input_conv, is_model
 from torch import Tensor
 
-from mim.encoder import ViT
+from mim.vit import ViT
 
 _SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge"}
 

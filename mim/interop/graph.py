@@ -7,9 +7,9 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from mim.encoder import ViT
 from mim.errors import UserError
 from mim.randomness import keyed_generator
+from mim.vit import ViT
 
 
 class _Tokens(nn.Module):

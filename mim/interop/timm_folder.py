@@ -17,11 +17,11 @@ from safetensors.torch import save
 from timm.models.eva import Eva
 from torch import nn
 
-from mim.encoder import ViT
 from mim.errors import UserError
 from mim.interop.layouts import named_tensors
 from mim.interop.reading import CHECKSUMS, sha256
 from mim.randomness import keyed_generator
+from mim.vit import ViT
 
 _WEIGHTS, _CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
 
