@@ -133,6 +133,19 @@ def test_attention_equals_the_unfused_path_of_timm(name):
     torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=2e-5)
 
 
+def test_attention_is_to_the_bit_what_masks_of_earlier_versions_followed():
+    """Queries and keys of the class token from the weights, as written before attention was read in one place."""
+    encoder = build("registers")
+    images, block = images_for(encoder), encoder.vit.blocks[-1]
+    x = encoder.vit.blocks[0](encoder.vit._pos_embed(encoder.vit.patch_embed(images)))
+    attn = block.attn
+    qkv = attn.qkv(block.norm1(x)).view(3, x.shape[1], 3, attn.num_heads, attn.head_dim)
+    logits = torch.einsum("bhd,bnhd->bhn", qkv[:, 0, 0] * attn.scale, qkv[:, :, 1])
+    expected = logits.softmax(dim=-1)[..., encoder.num_prefix :]
+    assert torch.equal(encoder.head_attention(images), expected)
+    assert torch.equal(encoder.forward_with_attention(images)[1], expected.mean(dim=1))
+
+
 def test_attention_needs_a_class_token():
     encoder = build("no class token")
     with pytest.raises(ValueError, match="no class token"):
