@@ -27,7 +27,7 @@ def adapt(
     if (weight := tensors.get("patch_embed.proj.weight")) is not None:
         tensors["patch_embed.proj.weight"], done = _adapt_patches(weight, vit.patch_embed.proj.weight)
         notes += done
-    if (positions := tensors.get("pos_embed")) is not None and positions.ndim == 3:
+    if (positions := tensors.get("pos_embed")) is not None and positions.ndim == 3 and vit.pos_embed is not None:
         tensors["pos_embed"], done = _adapt_positions(positions, vit, grid)
         notes += done
     return tensors, notes

@@ -39,6 +39,8 @@ class MomentumMAE(MAE):
         **mae: Any,  # noqa: ANN401 - checked by MAE
     ) -> None:
         super().__init__(encoder, masking, **mae)
+        if not encoder.has_class_token:
+            raise ValueError("masks follow the attention of the class token, and this encoder has none")
         if not encoder.has_class_attention:
             raise ValueError("masks follow the attention of the class token, which this encoder does not show")
         self.first_momentum = momentum

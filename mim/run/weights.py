@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, cast
 import timm
 import torch
 from jsonargparse import Namespace
-from timm.models import is_model_pretrained
+from timm.models import is_model, is_model_pretrained
+from timm.models.eva import Eva
 from torch import Tensor
 
 from mim.data.pretrain import PretrainData
@@ -20,7 +21,9 @@ from mim.interop import (
     check_timm_folder,
     export_backbone,
     likely_model,
+    likely_rotary,
     load_weights,
+    to_rotary,
     to_timm,
     weights_in,
 )
@@ -148,7 +151,8 @@ def _model_of(weights: str, trust: bool) -> str:
     if not folder.exists():
         check_published(weights, "--weights")
         return weights
-    guess = likely_model(to_timm(load_weights(folder, trust=trust, option="--weights"))[1])
+    tensors = to_timm(load_weights(folder, trust=trust, option="--weights"))[1]
+    guess = likely_rotary(tensors) or likely_model(tensors)
     if guess is None:
         raise UserError(f"--weights {weights} does not say which model it belongs to", hint="--model vit_...")
     return guess
@@ -167,6 +171,8 @@ def init_backbone(vit: ViT, weights: str, *, trust: bool = False, option: str = 
         UserError: if nothing is found, or less than 90 % of the tensors there and in ``vit`` match.
     """
     layout, tensors, grid = _find_weights(weights, trust, option)
+    if isinstance(vit, Eva):
+        tensors = _rotary(vit, weights, tensors, option)
     tensors, notes = adapt(tensors, vit, grid)
     own = vit.state_dict()
     matched = {name: tensors[name] for name in own if _same_kind(tensors.get(name), own[name])}
@@ -179,6 +185,21 @@ def init_backbone(vit: ViT, weights: str, *, trust: bool = False, option: str = 
     unused = len(tensors.keys() - matched.keys())
     notes += [f"{unused} of its tensors not used"] if unused else []
     return ", ".join([f"init: {len(matched)} of {len(own)} tensors from {weights} ({layout} layout)", *notes])
+
+
+def _rotary(vit: Eva, weights: str, tensors: dict[str, Tensor], option: str) -> dict[str, Tensor]:
+    """Tensors under the names of a rotary ViT; refuses a file whose attention has biases that ``vit`` lacks."""
+    named = to_rotary(tensors, vit)
+    name = cast(dict[str, Any], vit.pretrained_cfg)["architecture"]
+    if (lost := [key for key in named if "attn.q_bias" in key or "attn.qkv.bias" in key]) and not any(
+        key in vit.state_dict() for key in ("blocks.0.attn.q_bias", "blocks.0.attn.qkv.bias")
+    ):
+        raise UserError(
+            f"{option} {weights} does not fit {name}",
+            why=f"its attention has biases, as {lost[0]}, and this model has none",
+            hint=f"--model {name}_qkvb" if is_model(f"{name}_qkvb") else "the --model that it was made with",
+        )
+    return named
 
 
 def _find_weights(weights: str, trust: bool, option: str) -> tuple[str, dict[str, Tensor], tuple[int, int] | None]:
@@ -250,7 +271,7 @@ def _same_kind(tensor: Tensor | None, own: Tensor) -> bool:
 
 
 def _misfit(vit: ViT, weights: str, tensors: dict[str, Tensor], matched: int, option: str) -> UserError:
-    own, guess = vit.state_dict(), likely_model(tensors)
+    own, guess = vit.state_dict(), likely_rotary(tensors) or likely_model(tensors)
     names = ["blocks.0.attn.qkv.weight", *own, *tensors]
     name = next(name for name in names if name not in own or not _same_kind(tensors.get(name), own[name]))
     there = "x".join(map(str, tensors[name].shape)) if name in tensors else "missing"
