@@ -52,6 +52,8 @@ PRETRAIN: dict[str, Option] = {
     "out": Option("out", "DIR", "run folder   [runs/NNN-method-data]"),
     "resume": Option("resume", "RUN", "continue a run; 'auto' takes the newest unfinished one, or starts"),
     "init": Option("init", "WEIGHTS", "start from a timm name, a folder, a run or a checkpoint file"),
+    "continue": Option("continue", "WEIGHTS", "go on from strong weights: heads first, then all of it, gently"),
+    "registers": Option(f"{_ENCODER}.registers", "N", "learned tokens beside the class token   [the model's own]"),
     "config": Option("config", "FILE", "settings in YAML; several merge left to right, options win"),
     "img_size": Option(f"{_ENCODER}.img_size", "N", "pixels per side that the model sees"),
     "patch_size": Option(f"{_ENCODER}.patch_size", "N", "pixels per side of a patch"),
@@ -170,9 +172,21 @@ def translate(args: Sequence[str]) -> list[str]:
     targets = [(PRETRAIN[name].target if name in PRETRAIN else name, value) for name, value in given]
     dotted = [f"--{target}={value}" for target, value in targets if target not in ("", "print_config", "help_all")]
     dotted += [f"--{name}" for name in ("print_config", "help_all") if name in names]
+    if "continue" in names:
+        _check_continued(names)
     if "config" in names or names.get("resume", "auto") != "auto":  # auto may find nothing, and then starts
         return dotted
     return [*_recipe(names), *dotted]
+
+
+def _check_continued(names: dict[str, str]) -> None:
+    """Refuses a second place to start from."""
+    if "init" in names:
+        raise UserError("--continue and --init both name weights to start from", hint=f"--continue {names['continue']}")
+    if names.get("resume", "auto") != "auto":
+        raise UserError(
+            "--continue starts a new run, --resume goes on with an old one", hint=f"--resume {names['resume']}"
+        )
 
 
 def _pairs(args: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -203,8 +217,25 @@ def _recipe(names: dict[str, str]) -> list[str]:
     if method not in methods:
         near = difflib.get_close_matches(method, methods, 1) or [" | ".join(methods)]
         raise UserError(f"--method {method}: there is no such method", hint=f"--method {near[0]}")
+    if "continue" in names:
+        return _continued_recipe(method, names)
     demo = names.get("data", "builtin") in BUILT_IN and "model" not in names  # the demo's model is small, on purpose
     return [f"--config={os.path.relpath(CONFIGS / method / ('demo.yaml' if demo else 'default.yaml'))}"]
+
+
+def _continued_recipe(method: str, names: dict[str, str]) -> list[str]:
+    """The recipe of a method for good weights, with the model that these weights are of unless it is named."""
+    recipe = CONFIGS / method / "continue-dinov3_vit_small.yaml"
+    if not recipe.is_file():
+        known = sorted(path.parent.name for path in CONFIGS.glob(f"*/{recipe.name}"))
+        raise UserError(f"--continue: {method} has no recipe for it", hint=f"--method {' | '.join(known)}")
+    config = [f"--config={os.path.relpath(recipe)}"]
+    folder = Path(names["continue"].removeprefix("local-dir:"))
+    if "model" in names or folder.is_file():
+        return config
+    homes = [home for home in (folder, folder / "export" / "backbone") if (home / "config.json").is_file()]
+    name = f"local-dir:{homes[0]}" if homes else names["continue"].partition(".")[0]
+    return config if folder.is_dir() and not homes else [*config, f"--{_ENCODER}.model={name}"]
 
 
 def _dispatch(command: str, args: list[str]) -> int:

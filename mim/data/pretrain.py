@@ -75,6 +75,10 @@ class PretrainData(L.LightningDataModule):
         self.seed = seed
         self.bad_files.total = len(self.source)
 
+    def normalise_by(self, mean: list[float], std: list[float]) -> None:
+        """Takes the statistics of a model instead of ImageNet's; before :meth:`open`."""
+        self._mean, self._std = mean, std
+
     def statistics(self, channels: int) -> tuple[list[float], list[float]]:
         """Mean and standard deviation per channel that images are normalised with."""
         mean = self._mean or (list(IMAGENET_MEAN) if channels == 3 else [0.5] * channels)

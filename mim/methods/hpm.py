@@ -109,7 +109,7 @@ class HPM(Method):
         self.log("health/rank_correlation", rank_correlation(*pairs))
         if scores is not None:
             self.log_dict(self.health(gather_tokens(scores[..., None], hidden)[..., 0], truth))
-        return loss
+        return self.anchored(loss, images)
 
     @torch.no_grad()
     def scores(self, images: Tensor) -> Tensor:
@@ -163,6 +163,7 @@ class HPM(Method):
 
     def setup(self, stage: str) -> None:
         """The teacher starts as the student, whatever weights that was given; a checkpoint is restored after this."""
+        super().setup(stage)
         self.teacher.set(self._judge())  # type: ignore[no-untyped-call]
 
     def train(self, mode: bool = True) -> "HPM":

@@ -171,7 +171,7 @@ class IBOT(Method):
                 "health/hidden": mask.float().mean(),
             }
         )
-        return loss
+        return self.anchored(loss, images)
 
     @torch.no_grad()
     def teach(self, images: Tensor) -> "Taught":
@@ -276,6 +276,7 @@ class IBOT(Method):
 
     def setup(self, stage: str) -> None:
         """The teacher starts as the student, whatever weights that was given; a checkpoint is restored after this."""
+        super().setup(stage)
         self.teacher.set(self._averaged())  # type: ignore[no-untyped-call]  # timm's
 
     def train(self, mode: bool = True) -> "IBOT":

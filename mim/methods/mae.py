@@ -77,7 +77,7 @@ class MAE(Method):
         prediction, hidden = self.reconstruct(images, mask)
         loss = F.mse_loss(prediction, self.target(images, self.encoder.grid, hidden))
         self.log("train/loss", loss)
-        return loss
+        return self.anchored(loss, images)
 
     def draw(self, images: Tensor, generator: RowGenerator) -> Tensor:
         """Masks ``(B, N)`` for this point of the run."""

@@ -60,6 +60,7 @@ class MomentumMAE(MAE):
 
     def setup(self, stage: str) -> None:
         """The teacher starts as the student, whatever weights that was given; a checkpoint is restored after this."""
+        super().setup(stage)
         self.teacher.set(self.encoder)  # type: ignore[no-untyped-call]  # timm's
 
     def train(self, mode: bool = True) -> "MomentumMAE":
