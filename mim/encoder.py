@@ -38,12 +38,12 @@ class Encoder(nn.Module):
         model: timm name of a plain or rotary ViT (EVA-02, DINOv3, PE), or ``local-dir:FOLDER`` for an exported one.
         img_size: image side in pixels, or ``[height, width]``; the model's own if not given.
         patch_size: patch side in pixels; the model's own if not given.
-        in_chans: image channels.
+        in_chans: image channels; the model's own if not given.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
         positions: ``learned``, or the fixed ``sincos`` table of MAE in its place. Rotary positions stay as they are; a
             rotary model that has no table beside them, such as DINOv3, gets none.
-        dynamic_img_size: accept images of any size that divides into patches; positions are resampled. If not given,
-            rotary models do so if they are made for it, as DINOv3 is, and plain ones do not.
+        dynamic_img_size: accept images of any size that divides into patches; positions are resampled. None leaves it
+            to the model.
         resampling: how positions get to another size: ``antialiased`` is timm's way, ``stretched`` that of DINO and
             iBOT, see :func:`mim.layers.positions.stretch_positions`.
         grad_checkpointing: recompute blocks in the backward pass: less memory, about a third more time.
@@ -58,10 +58,10 @@ class Encoder(nn.Module):
         model: str,
         img_size: Count | tuple[Count, Count] | None = None,
         patch_size: Count | None = None,
-        in_chans: Count = 3,
+        in_chans: Count | None = None,
         drop_path_rate: ShareBelowOne = 0.0,
         positions: Literal["learned", "sincos"] = "learned",
-        dynamic_img_size: bool | None = None,
+        dynamic_img_size: bool | None = False,
         resampling: Literal["antialiased", "stretched"] = "antialiased",
         grad_checkpointing: bool = False,
         pretrained: bool = False,
@@ -75,11 +75,9 @@ class Encoder(nn.Module):
         rotary = isinstance(skeleton, Eva)
         settings = {"patch_size": patch_size, "in_chans": in_chans, "num_classes": 0, **(kwargs or {})}
         settings |= {"num_reg_tokens" if rotary else "reg_tokens": registers} if registers is not None else {}
+        settings |= {"drop_path_rate": drop_path_rate, "dynamic_img_size": dynamic_img_size}
         settings = {name: value for name, value in settings.items() if value is not None}
         size = _checked_size(model, skeleton, img_size, settings.get("patch_size"))
-        if dynamic_img_size is None:
-            dynamic_img_size = rotary and skeleton.dynamic_img_size
-        settings |= {"drop_path_rate": drop_path_rate, "dynamic_img_size": dynamic_img_size}
         try:
             vit = timm.create_model(model, pretrained=pretrained, img_size=size, **settings)
         except OSError as problem:  # no network, offline mode, a folder without weights
@@ -166,13 +164,18 @@ class Encoder(nn.Module):
         expected = cast(dict[str, Any], self.vit.pretrained_cfg)
         return list(expected["mean"]), list(expected["std"])
 
-    def pool(self, tokens: Tokens) -> Tensor:
+    @property
+    def pool(self) -> Literal["cls", "mean"]:
+        """What timm's model pools by; where it pools in another way than these two, the mean of the patch tokens."""
+        return "cls" if self.vit.global_pool in ("token", "") and self.has_class_token else "mean"
+
+    def mean_of(self, tokens: Tokens) -> Tensor:
         """Mean over patches, ``(B, D)``, of what :meth:`forward_tokens` gives.
 
         Models made for mean pooling have their final norm behind it; elsewhere ``fc_norm`` is the identity.
         """
-        pooled: Tensor = self.vit.fc_norm(tokens.patch_mean())
-        return pooled
+        mean: Tensor = self.vit.fc_norm(tokens.patch_mean())
+        return mean
 
     def forward(
         self,

@@ -260,10 +260,10 @@ def test_sine_cosine_positions_replace_a_learned_table_and_are_not_put_beside_ro
     assert not Encoder("eva02_tiny_patch14_224", 28, kwargs=CUT, positions="sincos").vit.pos_embed.requires_grad
 
 
-def test_a_model_made_for_any_size_takes_any_size_unless_told_otherwise():
-    assert build("vit_small_patch16_dinov3").any_size
-    assert not build("vit_small_patch16_dinov3", dynamic_img_size=False).any_size
-    assert not build("eva02_tiny_patch14_224").any_size
+def test_any_size_may_be_left_to_the_model():
+    assert build("vit_small_patch16_dinov3", dynamic_img_size=None).any_size
+    assert not build("vit_small_patch16_dinov3").any_size
+    assert not build("eva02_tiny_patch14_224", dynamic_img_size=None).any_size
 
 
 def test_blocks_see_the_prefix_and_the_visible_patches_only():

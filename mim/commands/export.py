@@ -46,18 +46,19 @@ def run(
 
     target = Path(out) if out else Path(cast(Path, run), "export", f"backbone{_SUFFIX[to]}")
     if run:
-        vit, normalisation, model_args, card = _from_run(Path(run), data_licence, student)
+        vit, facts, card = _from_run(Path(run), data_licence, student)
     else:
-        vit, normalisation, model_args, card = _from_weights(cast(str, weights), model, data_licence, trust)
+        vit, facts, card = _from_weights(cast(str, weights), model, data_licence, trust)
     if to == "timm":
-        difference = export_backbone(vit, target, **normalisation, model_args=model_args, card=card)
+        difference = export_backbone(vit, target, **facts, card=card)
         checked = f"checked: timm gives the same features, max difference {difference:g}"
     else:
         checked = f"checked: max difference {write_graph(vit, target, to):.1g}"
     print(f"wrote {target}   ({checked})")
 
 
-_Parts = tuple["ViT", dict[str, Any], dict[str, Any], "ModelCard"]
+_Parts = tuple["ViT", dict[str, Any], "ModelCard"]
+"""A model, what else :func:`mim.interop.export_backbone` wants to know of it, and its card."""
 
 
 def _from_run(folder: Path, data_licence: str, student: bool) -> _Parts:
@@ -84,33 +85,18 @@ def _from_run(folder: Path, data_licence: str, student: bool) -> _Parts:
     )
     kwargs = dict(config.model.init_args.encoder.kwargs or {})
     vit = method.encoder.vit if student else method.backbone
-    return vit, {"mean": mean, "std": std}, kwargs, card
+    return vit, {"mean": mean, "std": std, "model_args": kwargs, "pool": config.pool}, card
 
 
 def _from_weights(weights: str, model: str | None, data_licence: str, trust: bool) -> _Parts:
-    import timm
-
-    from mim.interop import ModelCard, check_timm_folder
-    from mim.run.weights import check_published, init_backbone
-    from mim.vit import ViT
+    from mim.interop import ModelCard
+    from mim.run.weights import load_encoder
 
     if model is None and Path(weights).is_file():
         raise UserError(
             f"--weights {weights} does not say which model it belongs to", hint=f"--weights {weights} --model vit_..."
         )
-    folder = Path(weights.removeprefix("local-dir:"))
-    name = model or (f"local-dir:{folder}" if folder.is_dir() else weights)
-    if (folder / "config.json").is_file():
-        check_timm_folder(folder, "--weights")
-    elif not folder.exists():
-        check_published(weights, "--weights")
-    try:
-        vit = timm.create_model(name, num_classes=0)
-    except (OSError, RuntimeError, ValueError) as problem:  # no such model, no config.json, a damaged one
-        raise UserError(f"{name} is no model that timm can build", why=str(problem).partition("\n")[0]) from problem
-    if not isinstance(vit, ViT):
-        raise UserError(f"{name} is neither a plain nor a rotary ViT", hint="--model vit_small_patch16_224")
-    print(init_backbone(vit, weights, trust=trust, option="--weights"))
-    cfg = cast(dict[str, Any], vit.pretrained_cfg)
+    loaded = load_encoder(weights, model=model, trust=trust)
+    print(f"weights {loaded.note}")
     card = ModelCard(method="unknown", data="unknown", data_licence=data_licence, notes=(f"converted from {weights}",))
-    return vit, {"mean": cfg["mean"], "std": cfg["std"]}, {}, card
+    return loaded.encoder.vit, {"mean": loaded.mean, "std": loaded.std, "pool": loaded.pool}, card

@@ -74,7 +74,7 @@ def _load(weights: str | None, model: str | None, img_size: int | None, trust: b
         return load_encoder(weights, model=model, img_size=img_size, trust=trust)
     assert model is not None
     encoder = untrained_encoder(model, seed=0, model=model, img_size=img_size)
-    return LoadedEncoder(encoder, *encoder.statistics, f"{model}, untrained")
+    return LoadedEncoder(encoder, *encoder.statistics, f"{model}, untrained", encoder.pool)
 
 
 def _images(data: str, loaded: "LoadedEncoder", count: int) -> "Tensor":
@@ -129,8 +129,8 @@ def _known_policies() -> "dict[str, Masking]":
 
     return {
         "random": RandomMasking(0.75),
-        "block": BlockMasking(low=0.5, high=0.5, whole=0.0),
-        "high": AttentionMasking("high", low=0.5, high=0.5, whole=0.0),
-        "hint": AttentionMasking("hint", low=0.5, high=0.5, whole=0.0),
-        "low": AttentionMasking("low", low=0.5, high=0.5, whole=0.0),
+        "block": BlockMasking(low=0.5, high=0.5, unmasked_share=0.0),
+        "high": AttentionMasking("high", low=0.5, high=0.5, unmasked_share=0.0),
+        "hint": AttentionMasking("hint", low=0.5, high=0.5, unmasked_share=0.0),
+        "low": AttentionMasking("low", low=0.5, high=0.5, unmasked_share=0.0),
     }

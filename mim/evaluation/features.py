@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from mim.encoder import Encoder
 
 Pool = Literal["cls", "mean"]
+POOLED = {"cls": "class token", "mean": "mean of patch tokens", "tokens": "all patch tokens"}
+"""What a pool is called where numbers are shown."""
 
 
 def pooled_features(encoder: Encoder, images: Tensor, pool: Pool = "cls") -> Tensor:
@@ -33,7 +35,7 @@ def pooled_features(encoder: Encoder, images: Tensor, pool: Pool = "cls") -> Ten
     tokens = tokens.with_x(tokens.x.float())  # (B, P + N, D)
     if pool == "cls":
         return tokens.x[:, 0].clone()  # a view would keep every token in memory
-    return encoder.pool(tokens).float()
+    return encoder.mean_of(tokens).float()
 
 
 def extract(
@@ -110,7 +112,7 @@ class Features:
         if self.pool == "tokens":
             return encoder.dense(outputs[-1]).flatten(2).transpose(1, 2).float()
         layers = [tokens.with_x(encoder.vit.norm(tokens.x).float()) for tokens in outputs]
-        last = encoder.pool(layers[-1])
+        last = encoder.mean_of(layers[-1])
         if self.pool == "mean":
             return torch.cat([*(tokens.patch_mean() for tokens in layers[:-1]), last.float()], dim=1)
         classes = [tokens.x[:, 0] for tokens in layers]
@@ -119,8 +121,7 @@ class Features:
     def describe(self) -> str:
         """In words, for the line that states the protocol."""
         blocks = "last block" if self.layers == 1 else f"last {self.layers} blocks"
-        words = {"cls": "class token", "mean": "mean of patch tokens", "tokens": "all patch tokens"}
-        return f"{words.get(self.pool, 'class token and mean of patch tokens')} of the {blocks}"
+        return f"{POOLED.get(self.pool, 'class token and mean of patch tokens')} of the {blocks}"
 
 
 @contextmanager

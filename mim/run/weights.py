@@ -15,6 +15,7 @@ from torch import Tensor
 from mim.data.pretrain import PretrainData
 from mim.encoder import Encoder
 from mim.errors import UserError
+from mim.evaluation.features import Pool
 from mim.interop import (
     ModelCard,
     adapt,
@@ -30,6 +31,7 @@ from mim.interop import (
 from mim.methods import Method
 from mim.run.checkpoint_files import AtomicCheckpointIO, newest_good, sidecar, verify
 from mim.run.config import instantiate, parse_saved
+from mim.run.folder import run_of
 from mim.vit import ViT
 
 __all__ = [
@@ -45,12 +47,20 @@ __all__ = [
 ]
 
 _MATCH = 0.9  # share of the model's tensors below which a file was made for another model
+_KERNEL = "patch_embed.proj.weight"
+_ESSENTIAL = ("patch_embed.", "pos_embed", "cls_token", "reg_token", "dist_token", "norm_pre.", "blocks.")
+"""Without one of these a model is another one, however many of its other tensors are there."""
 
 
-def load_method(run: Path) -> tuple[Method, PretrainData, Namespace]:
-    """A run's method with the weights of its newest good checkpoint, its data (not opened) and its settings."""
+def load_method(run: Path, checkpoint: Path | None = None) -> tuple[Method, PretrainData, Namespace]:
+    """A run's method with weights, its data (not opened) and its settings.
+
+    Args:
+        run: run folder.
+        checkpoint: one of its own; the newest good one unless given.
+    """
     config = parse_saved(run / "config.yaml")
-    path, refused = newest_good(run / "checkpoints")
+    path, refused = (checkpoint, []) if checkpoint else newest_good(run / "checkpoints")
     if path is None:
         raise UserError(f"{run} has no checkpoint that can be used", why=refused[0] if refused else "it saved none yet")
     objects = instantiate(config)
@@ -66,12 +76,14 @@ class LoadedEncoder(NamedTuple):
         mean: per channel, of the pixels in 0..1 that it was trained on.
         std: as ``mean``.
         note: one line on where the weights come from and what was done to make them fit.
+        pool: what stands for an image: its run's choice, or what timm's model pools by.
     """
 
     encoder: Encoder
     mean: list[float]
     std: list[float]
     note: str
+    pool: Pool
 
 
 def load_encoder(
@@ -94,21 +106,31 @@ def load_encoder(
     Raises:
         UserError: if nothing is found or the weights do not fit.
     """
-    folder = Path(weights.removeprefix("local-dir:"))
-    if _is_unexported_run(folder):
-        method, data, _ = load_method(folder)
-        encoder = method.evaluated
-        if img_size not in (None, encoder.img_size, encoder.img_size[0]):
-            hint = f"python tools/export.py --run {folder}   first"
-            raise UserError(f"--img_size {img_size}: only an exported run can be resized", hint=hint)
-        if dynamic_img_size and not encoder.any_size:
-            hint = f"python tools/export.py --run {folder}   first"
-            raise UserError(f"--weights {folder}: only an exported run takes images of any size", hint=hint)
-        note = f"newest checkpoint of {folder}, which has not finished"
-        return LoadedEncoder(encoder, *data.statistics(encoder.in_chans), note)
-    encoder = Encoder(model or _model_of(weights, trust), img_size, dynamic_img_size=dynamic_img_size)
-    note = init_backbone(encoder.vit, weights, trust=trust, option="--weights")
-    return LoadedEncoder(encoder.eval(), *encoder.statistics, note.removeprefix("init: "))
+    folder, run = Path(weights.removeprefix("local-dir:")), None if model else run_of(weights)
+    if run is not None and (folder.is_file() or _is_unexported_run(folder)):
+        return _from_checkpoint(run, folder.resolve() if folder.is_file() else None, img_size, dynamic_img_size)
+    encoder = _build(weights, model, img_size, dynamic_img_size, trust)
+    note = init_backbone(encoder.vit, weights, trust=trust, option="--weights").removeprefix("init: ")
+    pool = encoder.pool if run is None else parse_saved(run / "config.yaml").pool
+    mean, std = encoder.statistics
+    if len(mean) != encoder.in_chans:  # those of the architecture, which say nothing about these weights
+        mean, std = PretrainData(weights).statistics(encoder.in_chans)
+        note += f", normalised by {mean[0]:g} and {std[0]:g}, as it does not say by what"
+    return LoadedEncoder(encoder.eval(), mean, std, note, pool)
+
+
+def _from_checkpoint(
+    run: Path, checkpoint: Path | None, img_size: int | tuple[int, int] | None, dynamic_img_size: bool
+) -> LoadedEncoder:
+    """What a run evaluates, with the weights of one of its checkpoints or of the newest."""
+    method, data, config = load_method(run, checkpoint)
+    encoder, hint = method.evaluated, f"python tools/export.py --run {run}   first"
+    if img_size not in (None, encoder.img_size, encoder.img_size[0]):
+        raise UserError(f"--img_size {img_size}: only an exported run can be resized", hint=hint)
+    if dynamic_img_size and not encoder.any_size:
+        raise UserError(f"--weights {run}: only an exported run takes images of any size", hint=hint)
+    note = f"{checkpoint}" if checkpoint else f"newest checkpoint of {run}, which has not finished"
+    return LoadedEncoder(encoder, *data.statistics(encoder.in_chans), note, config.pool)
 
 
 def untrained_encoder(
@@ -121,12 +143,11 @@ def untrained_encoder(
     trust: bool = False,
 ) -> Encoder:
     """The encoder of :func:`load_encoder` before training, as ``seed`` draws it: the row to compare with."""
-    folder = Path(weights.removeprefix("local-dir:"))
-    run = next((home for home in (folder, *folder.parents[:2]) if (home / "config.yaml").is_file()), None)
+    run = None if model else run_of(weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if run is None:
-            return Encoder(model or _model_of(weights, trust), img_size, dynamic_img_size=dynamic_img_size).eval()
+            return _build(weights, model, img_size, dynamic_img_size, trust).eval()
         config = parse_saved(run / "config.yaml")
         if img_size is not None:
             config.model.init_args.encoder.img_size = img_size
@@ -141,21 +162,27 @@ def _is_unexported_run(folder: Path) -> bool:
     return (folder / "config.yaml").is_file() and not exported
 
 
-def _model_of(weights: str, trust: bool) -> str:
-    """What ``timm.create_model`` builds the model of these weights from."""
+def _build(
+    weights: str, model: str | None, img_size: int | tuple[int, int] | None, dynamic_img_size: bool, trust: bool
+) -> Encoder:
+    """The encoder that weights of no run belong to, as they themselves tell, with random weights."""
+    dynamic = dynamic_img_size or None
     folder = Path(weights.removeprefix("local-dir:"))
-    if folder.is_dir():
+    if model is None and folder.is_dir():
         home = _weights_in(folder, "--weights")[0].parent
         check_timm_folder(home, "--weights")
-        return f"local-dir:{home}"
+        return Encoder(f"local-dir:{home}", img_size, dynamic_img_size=dynamic)
     if not folder.exists():
-        check_published(weights, "--weights")
-        return weights
-    tensors = to_timm(load_weights(folder, trust=trust, option="--weights"))[1]
-    guess = likely_rotary(tensors) or likely_model(tensors)
-    if guess is None:
+        if model is None:
+            check_published(weights, "--weights")
+        return Encoder(model or weights, img_size, dynamic_img_size=dynamic)
+    _, tensors, _ = _find_weights(weights, trust, "--weights")
+    name = model or likely_rotary(tensors) or likely_model(tensors)
+    if name is None:
         raise UserError(f"--weights {weights} does not say which model it belongs to", hint="--model vit_...")
-    return guess
+    kernel = tensors.get(_KERNEL)
+    channels = kernel.shape[1] if kernel is not None and kernel.ndim == 4 else None
+    return Encoder(name, img_size, in_chans=channels, dynamic_img_size=dynamic)
 
 
 def init_backbone(vit: ViT, weights: str, *, trust: bool = False, option: str = "--init") -> str:
@@ -168,7 +195,8 @@ def init_backbone(vit: ViT, weights: str, *, trust: bool = False, option: str = 
         option: the command-line option that named the weights, for messages.
 
     Raises:
-        UserError: if nothing is found, or less than 90 % of the tensors there and in ``vit`` match.
+        UserError: if nothing is found, an essential tensor (see ``_ESSENTIAL``) of either side has no match, or less
+            than 90 % of the tensors there and in ``vit`` match.
     """
     layout, tensors, grid = _find_weights(weights, trust, option)
     if isinstance(vit, Eva):
@@ -177,8 +205,9 @@ def init_backbone(vit: ViT, weights: str, *, trust: bool = False, option: str = 
     own = vit.state_dict()
     matched = {name: tensors[name] for name in own if _same_kind(tensors.get(name), own[name])}
     # Both ways round: the first blocks of a deeper model would fit, too, and give nonsense.
-    if len(matched) < _MATCH * max(len(own), len(tensors)):
-        raise _misfit(vit, weights, tensors, len(matched), option)
+    lost = [name for name in {**own, **tensors} if name not in matched and name.startswith(_ESSENTIAL)]
+    if lost or len(matched) < _MATCH * max(len(own), len(tensors)):
+        raise _misfit(vit, weights, tensors, len(matched), lost, option)
     vit.load_state_dict(matched, strict=False)
     missing = [name for name in own if name not in matched]
     notes += [f"not in it and left as they were: {', '.join(missing)}"] if missing else []
@@ -270,16 +299,26 @@ def _same_kind(tensor: Tensor | None, own: Tensor) -> bool:
     return tensor is not None and tensor.shape == own.shape and tensor.is_floating_point() == own.is_floating_point()
 
 
-def _misfit(vit: ViT, weights: str, tensors: dict[str, Tensor], matched: int, option: str) -> UserError:
+def _misfit(
+    vit: ViT, weights: str, tensors: dict[str, Tensor], matched: int, lost: list[str], option: str
+) -> UserError:
     own, guess = vit.state_dict(), likely_rotary(tensors) or likely_model(tensors)
-    names = ["blocks.0.attn.qkv.weight", *own, *tensors]
+    architecture = cast(dict[str, Any], vit.pretrained_cfg)["architecture"]
+    few = matched < _MATCH * len(own)
+    names = ["blocks.0.attn.qkv.weight", *own, *tensors] if few else [*lost, *own, *tensors]
     name = next(name for name in names if name not in own or not _same_kind(tensors.get(name), own[name]))
     there = "x".join(map(str, tensors[name].shape)) if name in tensors else "missing"
     here = "x".join(map(str, own[name].shape)) if name in own else "missing"
-    deeper = f", but {len(tensors) - matched} of its own have no place" if matched >= _MATCH * len(own) else ""
-    example = f"e.g. {name} is {there} there, {here} here" + (f" -> looks like {guess}" if guess else "")
+    unused = sum(other not in own for other in tensors)
+    deeper = f", but {unused} of its own have no place" if not few and unused else ""
+    example = f"e.g. {name} is {there} there, {here} here"
+    guess = None if guess == architecture else guess
+    hint = f"--model {guess}" if guess else "the --model that these weights were made with"
+    if name == _KERNEL and name in tensors and option == "--init" and not guess:
+        hint = f"--in_chans {tensors[name].shape[1]}"
     return UserError(
-        f"{option} {weights} does not fit {cast(dict[str, Any], vit.pretrained_cfg)['architecture']}",
-        why=f"matched {matched} of {len(own)} tensors{deeper}; {example}",
-        hint=f"--model {guess}" if guess else "the --model that these weights were made with",
+        f"{option} {weights} does not fit {architecture}",
+        why=f"matched {matched} of {len(own)} tensors{deeper}; {example}"
+        + (f" -> looks like {guess}" if guess else ""),
+        hint=hint,
     )

@@ -68,7 +68,7 @@ def test_an_export_can_be_exported_again(tmp_path, file):
 
 def test_a_file_is_converted_for_the_model_that_is_named(tmp_path, file, capsys):
     export(weights=str(file), model="test_vit", out=tmp_path / "out")
-    assert "init: 78 of 78 tensors" in capsys.readouterr().out
+    assert "78 of 78 tensors" in capsys.readouterr().out
 
 
 def test_a_file_without_a_model_is_refused(tmp_path, file):
