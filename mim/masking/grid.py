@@ -1,9 +1,7 @@
 """Random masking in squares of several patches, so that nothing visible is next to most of what is hidden (Pixio)."""
 
-import torch
 from torch import Tensor
 
-from mim.masking.base import fresh_rows
 from mim.masking.uniform import RandomMasking, all_but_smallest
 from mim.options.ranges import Count
 from mim.randomness import RowGenerator
@@ -30,17 +28,8 @@ class GridMasking(RandomMasking):
             raise ValueError(f"{patches} patches are no whole number of squares of {self.cell} x {self.cell}")
         return super().visible_count(patches // area) * area
 
-    def forward(
-        self,
-        batch_size: int,
-        grid: tuple[int, int],
-        *,
-        scores: Tensor | None = None,
-        progress: float = 0.0,
-        generator: RowGenerator | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        """``(B, N)`` bool, True = hidden; see :meth:`Masking.forward`.
+    def draw(self, generator: RowGenerator, grid: tuple[int, int], scores: Tensor | None, progress: float) -> Tensor:
+        """``(B, N)`` bool, True = hidden; see :meth:`Masking.draw`.
 
         Raises:
             ValueError: if a side of the image is not a multiple of ``cell``.
@@ -48,7 +37,7 @@ class GridMasking(RandomMasking):
         rows, columns = (side // self.cell for side in grid)
         if (rows * self.cell, columns * self.cell) != grid:
             raise ValueError(f"{grid[0]} x {grid[1]} patches do not divide into squares of {self.cell} x {self.cell}")
-        noise = (generator or fresh_rows(batch_size, device)).rand(rows * columns).to(device)  # (B, squares)
+        noise = generator.rand(rows * columns)  # (B, squares)
         hidden = all_but_smallest(noise, self.visible_count(grid[0] * grid[1]) // self.cell**2)
         squares = hidden.view(-1, rows, 1, columns, 1).expand(-1, -1, self.cell, -1, self.cell)
-        return squares.reshape(batch_size, -1)
+        return squares.reshape(len(noise), -1)

@@ -30,7 +30,7 @@ def ibot(masking, model=DINOV3):
     return IBOT(encoder(model, dynamic_img_size=True, drop_path_rate=0.2), masking, head, teacher, 0.0, optim=OPTIM)
 
 
-ATTENTION = AttentionMasking(low=0.5, high=0.5, whole=0.0)
+ATTENTION = AttentionMasking(low=0.5, high=0.5, unmasked_share=0.0)
 METHODS = {
     "mae": lambda model=DINOV3: MAE(encoder(model, positions="sincos"), RandomMasking(), 16, 1, 2, optim=OPTIM),
     "momentum_mae": lambda model=DINOV3: MomentumMAE(
@@ -39,7 +39,7 @@ METHODS = {
     "hpm": lambda model=DINOV3: HPM(
         encoder(model), HardPatchMasking(start=0.5), PixelTarget(), DifficultyConfig(units=2), 16, 1, 2, OPTIM
     ),
-    "ibot": lambda model=DINOV3: ibot(BlockMasking(whole=0.0), model),
+    "ibot": lambda model=DINOV3: ibot(BlockMasking(unmasked_share=0.0), model),
     "attmask": lambda model=DINOV3: ibot(ATTENTION, model),
 }
 
