@@ -44,7 +44,7 @@ def rotary(make):
 
 
 ROTARY = {
-    "mae": rotary(lambda encoder, standardise: MAE(encoder, RandomMasking(), 16, 2, 2, standardise)),
+    "mae": rotary(lambda encoder, standardise: MAE(encoder, RandomMasking(), PixelTarget(standardise), 16, 2, 2)),
     "hpm": rotary(
         lambda encoder, standardise: HPM(
             encoder, HardPatchMasking(start=0.34), PixelTarget(standardise), DifficultyConfig(units=8), 16, 2, 2

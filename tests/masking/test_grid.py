@@ -5,6 +5,7 @@ from mim.encoder import Encoder
 from mim.masking import GridMasking, RandomMasking
 from mim.methods import MAE
 from mim.randomness import RowGenerator
+from mim.targets import PixelTarget
 
 
 def squares_of(mask, grid, cell):
@@ -57,7 +58,7 @@ def test_a_square_without_patches_is_refused():
 
 def test_mae_trains_with_it():
     encoder = Encoder("vit_tiny_patch16_224", 32, 8, kwargs={"embed_dim": 16, "depth": 1, "num_heads": 2}, registers=2)
-    method = MAE(encoder, GridMasking(0.75, 2), 16, 1, 2)
+    method = MAE(encoder, GridMasking(0.75, 2), PixelTarget(), 16, 1, 2)
     method.log = lambda *_, **__: None
     method.training_step(([torch.randn(2, 3, 32, 32)], torch.zeros(2)), 0).backward()
     assert encoder.vit.reg_token.grad.any()

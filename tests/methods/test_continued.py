@@ -12,6 +12,7 @@ from mim.encoder import Encoder
 from mim.layers.anchor import AnchorConfig
 from mim.masking import RandomMasking
 from mim.methods import MAE, OptimConfig, Plan
+from mim.targets import PixelTarget
 
 STEPS, HELD = 4, 2
 ANCHORS = AnchorConfig(weights=0.1, gram=1.0, features=0.5)
@@ -69,7 +70,7 @@ def test_an_anchored_run_goes_on_bit_exactly_whether_the_encoder_stood_still_or_
 def mae(**optim):
     torch.manual_seed(0)
     encoder = Encoder("vit_tiny_patch16_224", 32, 8, kwargs={"depth": 3, "embed_dim": 16, "num_heads": 2})
-    method = MAE(encoder, RandomMasking(), 16, 1, 2, optim=OptimConfig(**optim))
+    method = MAE(encoder, RandomMasking(), PixelTarget(), 16, 1, 2, optim=OptimConfig(**optim))
     method.plan = Plan(max_steps=20, steps_per_epoch=2, batch_size=256)
     method.log = lambda *_, **__: None
     return method

@@ -32,7 +32,9 @@ def ibot(masking, model=DINOV3):
 
 ATTENTION = AttentionMasking(low=0.5, high=0.5, unmasked_share=0.0)
 METHODS = {
-    "mae": lambda model=DINOV3: MAE(encoder(model, positions="sincos"), RandomMasking(), 16, 1, 2, optim=OPTIM),
+    "mae": lambda model=DINOV3: MAE(
+        encoder(model, positions="sincos"), RandomMasking(), PixelTarget(), 16, 1, 2, OPTIM
+    ),
     "momentum_mae": lambda model=DINOV3: MomentumMAE(
         encoder(model), ATTENTION, decoder_width=16, decoder_depth=1, decoder_heads=2, optim=OPTIM
     ),
