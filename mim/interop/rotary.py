@@ -32,6 +32,8 @@ def to_rotary(tensors: dict[str, Tensor], vit: Eva) -> dict[str, Tensor]:
     """
     own = vit.state_dict()
     tensors = _from_hugging_face(tensors)
+    # Fixed tables are made anew; only learned frequencies are weights.
+    tensors = {name: tensor for name, tensor in tensors.items() if "rope" not in name or name == "rope.freqs"}
     lost = {} if any(_BIAS.fullmatch(name) for name in own) else _biases(tensors)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in lost}
     renamed = {_scales(name): tensor for name, tensor in tensors.items()}

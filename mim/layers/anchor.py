@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mim.options.ranges import NotNegative
-
 
 @dataclass(frozen=True)
 class AnchorConfig:
@@ -23,9 +21,14 @@ class AnchorConfig:
         features: one minus the cosine of each patch's features with the start's.
     """
 
-    weights: NotNegative = 0.0
-    gram: NotNegative = 0.0
-    features: NotNegative = 0.0
+    weights: float = 0.0
+    gram: float = 0.0
+    features: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuses to push away."""
+        if not all(0 <= weight < 1e9 for weight in (self.weights, self.gram, self.features)):
+            raise ValueError(f"an anchor has weights from 0 to 1e9, not {self.weights}, {self.gram}, {self.features}")
 
     @property
     def holds(self) -> bool:

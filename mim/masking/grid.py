@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from mim.masking.uniform import RandomMasking, all_but_smallest
-from mim.options.ranges import Count
 from mim.randomness import RowGenerator
 
 
@@ -15,7 +14,7 @@ class GridMasking(RandomMasking):
         cell: patches per side of a square; both sides of the image must be a multiple of it.
     """
 
-    def __init__(self, ratio: float = 0.75, cell: Count = 2) -> None:
+    def __init__(self, ratio: float = 0.75, cell: int = 2) -> None:
         super().__init__(ratio)
         if cell < 1:
             raise ValueError(f"cell {cell}: a square has one patch per side or more")

@@ -12,6 +12,11 @@ def test_nothing_holds_unless_asked_for():
     assert AnchorConfig(features=1.0).looks
 
 
+def test_an_anchor_does_not_push_away():
+    with pytest.raises(ValueError, match="an anchor has weights from 0"):
+        AnchorConfig(gram=-1.0)
+
+
 def test_the_distance_of_weights_pulls_each_back_by_its_own_difference():
     own, start = [torch.tensor([3.0, 1.0], requires_grad=True)], [torch.tensor([1.0, 1.0])]
     distance = weight_distance(own, start)
