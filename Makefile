@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 # The tests of a file share what one of them has trained. Files with many tests are not the long ones.
 IN_PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow test-versions audit lock lint types install clean
+.PHONY: demo test test-middle test-slow test-versions audit lock lint types install clean
 
 demo: install
 	$(BIN)/python tools/pretrain.py
 
 test: install lint types
 	$(BIN)/python -m pytest $(IN_PARALLEL)
+
+# Trainings that are killed, stopped, sharded and spread over two processes: what a change of the training loop should pass.
+test-middle: install
+	$(BIN)/python -m pytest -m middle $(IN_PARALLEL)
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

@@ -1,8 +1,4 @@
-"""The thin front of the command line: help and typing mistakes are answered before torch is imported.
-
-Short options are translated to the dotted ones of the full schema, which is nothing but the signatures of the classes
-that a run is made of; ``--help_all`` shows it.
-"""
+"""The thin front of the command line: help and typing mistakes are answered before torch is imported."""
 
 import difflib
 import errno
@@ -11,78 +7,23 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from mim import __version__
 from mim.distributed.processes import INTERRUPTED, leave_group, leaving_on_signals, let_the_first_end, process_rank
 from mim.errors import MACHINE_ERRORS, StoppedError, UserError
+from mim.options.grammar import Option, read
+from mim.options.help import page
+from mim.options.pretraining import GROUPS, PRETRAIN, translate
+from mim.options.signatures import Groups, flat, option_groups, options_of
+from mim.program import called
 
 if TYPE_CHECKING:  # even this parser takes a moment to import: help and typing mistakes come first
     from jsonargparse import ArgumentParser
-
-CONFIGS = Path(__file__).parents[1] / "configs"
-BUILT_IN = ("builtin", "shapes")
-
-
-class Option(NamedTuple):
-    """A short option.
-
-    Args:
-        target: its name in the full schema, without dashes.
-        value: how its value is written in the help; empty for a switch.
-        text: one line of help, with the default in brackets.
-    """
-
-    target: str
-    value: str
-    text: str
-
-
-_ENCODER = "model.init_args.encoder"
-PRETRAIN: dict[str, Option] = {
-    "data": Option("data.path", "PATH", "folder, list.csv, 'train-{0000..0099}.tar', builtin or shapes   [builtin]"),
-    "method": Option("", "NAME", "recipe to start from: a folder in configs/   [mae]"),
-    "model": Option(f"{_ENCODER}.model", "NAME", "any timm Vision Transformer   [vit_small_patch16_224]"),
-    "epochs": Option("epochs", "N", "passes over the images"),
-    "batch_size": Option("data.batch_size", "N", "images per step over all devices; the learning rate follows"),
-    "out": Option("out", "DIR", "run folder   [runs/NNN-method-data]"),
-    "resume": Option("resume", "RUN", "continue a run; 'auto' takes the newest unfinished one, or starts"),
-    "init": Option("init", "WEIGHTS", "start from a timm name, a folder, a run or a checkpoint file"),
-    "continue": Option("continue", "WEIGHTS", "go on from strong weights: heads first, then all of it, gently"),
-    "registers": Option(f"{_ENCODER}.registers", "N", "learned tokens beside the class token   [the model's own]"),
-    "config": Option("config", "FILE", "settings in YAML; several merge left to right, options win"),
-    "img_size": Option(f"{_ENCODER}.img_size", "N", "pixels per side that the model sees"),
-    "patch_size": Option(f"{_ENCODER}.patch_size", "N", "pixels per side of a patch"),
-    "in_chans": Option(f"{_ENCODER}.in_chans", "N", "channels of the images   [the model's, 3]"),
-    "mask_ratio": Option("model.init_args.masking.init_args.ratio", "R", "share of patches that is hidden"),
-    "blr": Option("model.init_args.optim.blr", "LR", "base learning rate, for 256 images"),
-    "seed": Option("seed", "N", "of everything random   [0]"),
-    "accumulate": Option("trainer.accumulate_grad_batches", "N", "micro-batches per step: same result, less memory"),
-    "devices": Option("trainer.devices", "N", "devices to train on   [all]"),
-    "strategy": Option("trainer.strategy", "S", "ddp, or fsdp: every device holds a share of the optimizer   [ddp]"),
-    "precision": Option("trainer.precision", "P", "32-true or bf16-mixed   [bf16-mixed where the GPU has it]"),
-    "compile": Option("compile", "", "compile the transformer blocks"),
-    "threads": Option("threads", "N", "CPU threads of the training process   [torch's choice]"),
-    "num_workers": Option("data.num_workers", "N", "loader processes   [one per core]"),
-    "max_bad": Option("data.max_bad", "SHARE", "share of unreadable files that is tolerated   [0.01]"),
-    "save_every": Option("save_every", "N", "epochs between checkpoints   [20 over the run]"),
-    "eval_every": Option("eval_every", "N", "epochs between probes and pictures   [10 over the run]"),
-    "pictures": Option("pictures", "N", "images in a picture strip   [8]"),
-    "pool": Option("pool", "P", "what stands for an image: mean of the patch tokens, or cls   [mean]"),
-    "probe_images": Option("probe_images", "N", "most images that a probe learns from   [5000]"),
-    "log_every": Option("log_every", "N", "steps between lines of metrics.csv   [10]"),
-    "overwrite": Option("overwrite", "", "replace the run that --out holds"),
-    "allow_change": Option("allow_change", "A,B", "settings that a resumed run may change"),
-    "trust": Option("trust", "", "load an --init file although it can run code"),
-    "print_config": Option("print_config", "", "print all settings as YAML and stop"),
-    "help_all": Option("help_all", "", "every option of the full schema; also --model.help MAE"),
-    "debug": Option("", "", "show the traceback of an error"),
-}
-"""The short options of ``pretrain``: the one table that translates them."""
 
 COMMANDS = {
     "pretrain": "pretrain a Vision Transformer on images without labels",
@@ -93,6 +34,7 @@ COMMANDS = {
     "visualize": "draw what a model sees, which tokens a reduction leaves, or what masking policies hide",
     "compare": "put several runs side by side, or train them first",
     "export": "write a run's backbone as a timm folder",
+    "features": "write class and patch features of images to disk",
     "check_data": "look at a data set before training on it",
     "make_shapes": "write the generated shapes as folders of images and masks",
     "benchmark": "measure speed and memory of a training step and of the loader",
@@ -101,6 +43,77 @@ COMMANDS = {
     "pareto_finetuned": "draw accuracy over speed of what was fine-tuned with token reductions",
     "info": "list methods, models, configs, or what a run holds",
 }
+
+EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
+    "pretrain": (("", "built-in photos, two minutes on two cores"), ("--data photos", "your own images")),
+    "knn": (
+        ("--weights runs/001-mae-photos --data labelled", "a run"),
+        ("--weights vit_small_patch16_224", "a timm name"),
+    ),
+    "linear_probe": (
+        ("--weights runs/001-mae-photos --data labelled", ""),
+        ("--weights runs/001-mae-photos --head attentive --lrs 0.001,0.01", ""),
+    ),
+    "finetune": (
+        ("--weights runs/001-mae-photos --data labelled --epochs 50", ""),
+        ("--weights runs/001-mae-photos --config evaluation/finetune-demo", "a recipe"),
+    ),
+    "segment": (
+        ("--weights runs/001-mae-photos --data my_masks", "a linear head"),
+        ("--weights runs/001-mae-photos --head upernet --finetune", "all of it"),
+    ),
+    "visualize": (
+        ("--weights runs/001-mae-photos --reduction tome:8", "which tokens are left"),
+        ("--weights runs/001-mae-photos --policy all", "what masks hide"),
+    ),
+    "compare": (
+        ("--runs runs/001-mae-photos,runs/002-hpm-photos", "runs that there are"),
+        ("--methods mae,hpm --data photos --seeds 3", "trains them first"),
+    ),
+    "export": (
+        ("--run runs/001-mae-photos", "a timm folder"),
+        ("--run runs/001-mae-photos --to onnx --out photos.onnx", "a graph"),
+    ),
+    "check_data": (
+        ("--data photos", "sizes, colours, bad files"),
+        ("--data photos --fix good.csv", "and a list of the good ones"),
+    ),
+    "features": (
+        ("--weights runs/001-mae-photos --data photos", ""),
+        ("--weights runs/001-mae-photos --data photos --patch false", ""),
+    ),
+    "make_shapes": (("--out shapes", ""), ("--out shapes --train 4096 --size 96", "")),
+    "benchmark": (
+        ("--config mae/vit_base_patch16_224 --against plain", "a step"),
+        ("--config ibot/demo --data photos", "and its loader"),
+    ),
+    "benchmark_reduction": (
+        ("--reduction tome,evit --shares 0.75,0.5", ""),
+        ("--model vit_large_patch16_224 --reduction all", ""),
+    ),
+    "pareto": (
+        ("--weights runs/001-mae-photos --data labelled", ""),
+        ("--weights runs/001-mae-builtin --masks builtin", ""),
+    ),
+    "pareto_finetuned": (
+        ("--finetuned runs/001-mae-photos", ""),
+        ("--finetuned runs/001-mae-photos --device cpu --threads 1", ""),
+    ),
+    "info": (("configs", "the recipes that --config takes"), ('models "vit_small*"', "timm models")),
+}
+"""Two calls of each command, with a remark."""
+
+EVERY = {
+    "config": Option("FILE", "YAML, or a recipe's name; options win"),
+    "plugin": Option("PACKAGE", "import your own package, which runs its code: settings may name its classes"),
+    "print_config": Option("", "settings as YAML"),
+    "help_all": Option("", "all about each option"),
+    "debug": Option("", "tracebacks"),
+}
+"""What every command takes."""
+
+WITHOUT_RUNS = {"check_data", "make_shapes", "info"}
+"""Commands that build nothing from settings, and so take no ``--plugin``."""
 
 RESUMABLE = {"pretrain", "finetune", "segment"}
 """Commands that a signal interrupts with status 75 at any moment."""
@@ -115,6 +128,8 @@ def main(command: str | None = None, args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
+    if command is None and (script := Path(sys.argv[0]).stem).startswith("mim-"):
+        command = script.removeprefix("mim-").removesuffix("-script").replace("-", "_")
     if command is None:
         if not args or args[0] in ("-h", "--help"):
             print(_commands_help())
@@ -171,171 +186,148 @@ def _too_long(args: Sequence[str]) -> UserError:
     )
 
 
-def translate(args: Sequence[str]) -> list[str]:
-    """Turns short options into dotted ones, after the recipe that ``--method`` and ``--data`` imply."""
-    given = list(_pairs(args))
-    names = dict(given)
-    targets = [(PRETRAIN[name].target if name in PRETRAIN else name, value) for name, value in given]
-    dotted = [f"--{target}={value}" for target, value in targets if target not in ("", "print_config", "help_all")]
-    dotted += [f"--{name}" for name in ("print_config", "help_all") if name in names]
-    if "continue" in names:
-        _check_continued(names)
-    if "config" in names or names.get("resume", "auto") != "auto":  # auto may find nothing, and then starts
-        return dotted
-    return [*_recipe(names), *dotted]
-
-
-def _check_continued(names: dict[str, str]) -> None:
-    """Refuses a second place to start from."""
-    if "init" in names:
-        raise UserError("--continue and --init both name weights to start from", hint=f"--continue {names['continue']}")
-    if names.get("resume", "auto") != "auto":
-        raise UserError(
-            "--continue starts a new run, --resume goes on with an old one", hint=f"--resume {names['resume']}"
-        )
-
-
-def _pairs(args: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Names and values of options; refuses unknown short names and missing values."""
-    rest = list(args)
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith("--"):
-            raise UserError(f"{argument} stands alone", why="options begin with two dashes", hint="--data PATH")
-        name, equals, value = argument[2:].partition("=")
-        name = name if "." in name else name.replace("-", "_")
-        if "." not in name and name not in PRETRAIN:
-            near = difflib.get_close_matches(name, PRETRAIN, 1)
-            raise UserError(f"there is no option --{name}", hint=f"did you mean --{near[0]}?" if near else "--help")
-        switch = name in PRETRAIN and not PRETRAIN[name].value
-        if not equals and rest and not rest[0].startswith("--") and not (switch and rest[0] not in ("true", "false")):
-            equals, value = "=", rest.pop(0)
-        if not equals and not switch:
-            form = PRETRAIN[name].value if name in PRETRAIN else "VALUE"
-            raise UserError(f"--{name} needs a value", hint=f"--{name} {form}")
-        yield name, value if equals else "true"
-
-
-def _recipe(names: dict[str, str]) -> list[str]:
-    """The config of the method: its demo for the built-in images, its default for one's own images or model."""
-    method = names.get("method", "mae")
-    methods = sorted(folder.name for folder in CONFIGS.iterdir() if (folder / "default.yaml").is_file())
-    if method not in methods:
-        near = difflib.get_close_matches(method, methods, 1) or [" | ".join(methods)]
-        raise UserError(f"--method {method}: there is no such method", hint=f"--method {near[0]}")
-    if "continue" in names:
-        return _continued_recipe(method, names)
-    demo = names.get("data", "builtin") in BUILT_IN and "model" not in names  # the demo's model is small, on purpose
-    return [f"--config={os.path.relpath(CONFIGS / method / ('demo.yaml' if demo else 'default.yaml'))}"]
-
-
-def _continued_recipe(method: str, names: dict[str, str]) -> list[str]:
-    """The recipe of a method for good weights, with the model that these weights are of unless it is named."""
-    recipe = CONFIGS / method / "continue-dinov3_vit_small.yaml"
-    if not recipe.is_file():
-        known = sorted(path.parent.name for path in CONFIGS.glob(f"*/{recipe.name}"))
-        raise UserError(f"--continue: {method} has no recipe for it", hint=f"--method {' | '.join(known)}")
-    config = [f"--config={os.path.relpath(recipe)}"]
-    folder = Path(names["continue"].removeprefix("local-dir:"))
-    if "model" in names or folder.is_file():
-        return config
-    homes = [home for home in (folder, folder / "export" / "backbone") if (home / "config.json").is_file()]
-    name = f"local-dir:{homes[0]}" if homes else names["continue"].partition(".")[0]
-    return config if folder.is_dir() and not homes else [*config, f"--{_ENCODER}.model={name}"]
-
-
 def _dispatch(command: str, args: list[str]) -> int:
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, 1)
-        raise UserError(f"there is no command {command}", hint=near[0] if near else " | ".join(COMMANDS))
+        why = None if near else f"there are {', '.join(COMMANDS)}"
+        raise UserError(f"there is no command {command}", why=why, hint=called(near[0] if near else "pretrain"))
+    if {"-h", "--help"} & set(args):
+        print(help_page(command))
+        return 0
+    names, args = _plugins(args) if command not in WITHOUT_RUNS else ([], args)
+    if not names:
+        return _carried_out(command, args)
+    from mim.options.class_paths import plugins
+
+    with plugins(names):
+        return _carried_out(command, args)
+
+
+def _plugins(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The packages that ``--plugin`` names, and the other arguments."""
+    names, others, rest = list[str](), list[str](), list(args)
+    while rest:
+        argument = rest.pop(0)
+        option, equals, value = argument.partition("=")
+        if option != "--plugin":
+            others.append(argument)
+            continue
+        value = value if equals or not rest or rest[0].startswith("--") else rest.pop(0)
+        if not value:
+            raise UserError("--plugin needs a value", hint="--plugin my_package")
+        names += [name.strip() for name in value.split(",")]
+    return names, others
+
+
+def _carried_out(command: str, args: list[str]) -> int:
     if command == "pretrain":
-        if {"-h", "--help"} & set(args):
-            print(_pretrain_help())
-            return 0
         args = translate(args)
-    module = importlib.import_module(f"mim.commands.{command}")
-    if command == "pretrain":
+        _check_folders(args)
         try:
-            status: int = module.main(args)
+            status: int = importlib.import_module("mim.commands.pretrain").main(args)
         except UserError as error:
-            raise _in_short(error) from error
+            raise in_short(error) from error
         return status
     if command == "info" and args and not args[0].startswith("-"):  # `info models "vit_small*"`
         args = [f"--{name}={value}" for name, value in zip(("what", "name"), args, strict=False)]
-    _call(module.run, command, args)
+    call(importlib.import_module(f"mim.commands.{command}").run, command, args)
     return 0
 
 
-def _in_short(error: UserError) -> UserError:
+def _check_folders(args: Sequence[str]) -> None:
+    """A run to go on with that is not there, or a folder in use, told before torch is imported."""
+    if process_rank() != 0:  # the first process makes the folder that the others find
+        return
+    from mim.run.folder import RunFolder
+
+    given = dict(arg.removeprefix("--").partition("=")[::2] for arg in args)
+    resumed = RunFolder.find(given["resume"], given.get("out")) if "resume" in given else None
+    if resumed is None and "out" in given:
+        RunFolder(Path(given["out"])).check_free(given.get("overwrite") == "true")
+
+
+def in_short(error: UserError) -> UserError:
     """The same mistake under the option's short name, if it has one."""
     for name, option in PRETRAIN.items():
+        if not option.target:
+            continue
         for target in (option.target, option.target.replace("init_args.", "")):  # the parser itself leaves it out
             if f"--{target} " in error.error:
                 error = error.about(f"--{name}", instead_of=f"--{target}")
     return error
 
 
-def _call(run: Callable[..., None], command: str, args: list[str]) -> None:
+def call(run: Callable[..., Any], command: str, args: list[str]) -> Any:  # noqa: ANN401 - what the command gives
     """Runs a command whose options are the arguments of one function."""
+    groups = _groups(run)
+    if "--help_all" in args:
+        print(help_page(command, whole=True))
+        return None
+    given = read(args, flat(groups))
+    arguments = [f"--{name}" if name == "print_config" else f"--{name}={value}" for name, value in given]
     from jsonargparse import ArgumentError
 
-    from mim.options.config_file import check_config_files
+    from mim.options.config_file import with_config_files
     from mim.options.refusals import refusal
 
-    check_config_files(args)
     parser = function_parser(run, command)
     try:
-        options = parser.parse_args(args).as_dict()
+        options = parser.parse_args(with_config_files(arguments)).as_dict()
     except ArgumentError as error:
-        raise refusal(error, parser, f"python tools/{command}.py --help") from error
+        raise refusal(error, parser, f"{called(command)} --help") from error
     for name, value in options.items():
         if value in ([], ()):
             raise UserError(f"--{name} is empty", why="it is a list of one or more", hint=f"leave --{name} out")
     grouped = {
         name: cls(**{field.name: options.pop(field.name) for field in fields(cls)})
-        for name, cls in _option_groups(run).items()
+        for name, cls in option_groups(run).items()
     }
     if "config" not in inspect.signature(run).parameters:
         options.pop("config")
-    run(**grouped, **options)
+    options.pop("plugin", None)  # taken before anything was parsed; one that a file records has been checked
+    return run(**grouped, **options)
 
 
-def function_parser(run: Callable[..., None], command: str) -> "ArgumentParser":
+def _groups(run: Callable[..., Any]) -> Groups:
+    """The options of a command by heading, and those that every command has."""
+    groups = options_of(run)
+    own = flat(groups)
+    every = EVERY.keys() - own.keys() - ({"print_config"} if "config" in own else set())
+    every -= {"plugin"} if run.__module__.rpartition(".")[2] in WITHOUT_RUNS else set()
+    return groups | {"Any command": {name: option for name, option in EVERY.items() if name in every}}
+
+
+def function_parser(run: Callable[..., Any], command: str) -> "ArgumentParser":
     """The options of a command: the arguments of its function, and the fields of those that are dataclasses."""
     from jsonargparse import ActionConfigFile, ArgumentParser
 
-    parser = ArgumentParser(prog=f"python tools/{command}.py", description=COMMANDS[command], exit_on_error=False)
+    parser = ArgumentParser(prog=called(command), description=COMMANDS[command], exit_on_error=False)
     if "config" not in inspect.signature(run).parameters:
         parser.add_argument("--config", action=ActionConfigFile, help="Settings in YAML; options win.")
-    groups = _option_groups(run)
+    if command not in WITHOUT_RUNS:
+        parser.add_argument("--plugin", type=list[str] | str | None, default=None, help=EVERY["plugin"].text)
+    groups = option_groups(run)
     for cls in groups.values():
         parser.add_class_arguments(cls, None, as_group=False)
     parser.add_function_arguments(run, as_group=False, skip=set(groups))
     return parser
 
 
-def _option_groups(run: Callable[..., None]) -> dict[str, Any]:
-    """Arguments of a command that stand for several options each."""
-    arguments = inspect.signature(run).parameters.items()
-    return {name: argument.annotation for name, argument in arguments if is_dataclass(argument.annotation)}
-
-
-def _pretrain_help() -> str:
-    rows = [(f"--{name} {option.value}".rstrip(), option.text) for name, option in PRETRAIN.items()]
-    return "\n".join(
-        [
-            f"mim {__version__}: {COMMANDS['pretrain']}",
-            "",
-            "  python tools/pretrain.py                          built-in photos, under two minutes on two CPU cores",
-            "  python tools/pretrain.py --data photos            your own images",
-            "",
-            *(f"  {option:<22}{text}" for option, text in rows),
-            "",
-            "Dotted options reach every other setting: --model.init_args.decoder_depth 4   (--help_all lists them)",
+def help_page(command: str, *, whole: bool = False) -> str:
+    """The help of a command: one screen, or all that is known of each option."""
+    if command == "pretrain":
+        groups = GROUPS
+        footer = "Dotted names reach every other setting: --model.init_args.decoder_depth 4 (--help_all lists them)."
+    else:
+        groups = _groups(importlib.import_module(f"mim.commands.{command}").run)
+        *others, last = [
+            f"--{name} {option.value}".rstrip() + f" ({option.text})" for name, option in groups.popitem()[1].items()
         ]
-    )
+        footer = f"Any command takes {', '.join(others)} and {last}."
+    examples = [(f"{called(command)} {args}".rstrip(), remark) for args, remark in EXAMPLES[command]]
+    return page(f"mim {__version__}: {COMMANDS[command]}", examples, groups, footer, whole=whole)
 
 
 def _commands_help() -> str:
     rows = [f"  {name:<20}{text}" for name, text in COMMANDS.items()]
-    return "\n".join([f"mim {__version__}: python -m mim COMMAND [--help]   or   python tools/COMMAND.py", "", *rows])
+    return "\n".join([f"mim {__version__}: {called('COMMAND')} [--help]", "", *rows])

@@ -27,7 +27,7 @@ class UserError(Exception):
         error, why, hint = (
             text and text.replace(f"{instead_of} ", f"{option} ") for text in (self.error, self.why, self.hint)
         )
-        return UserError(error or "", why=why, hint=hint, alone=self.alone)
+        return type(self)(error or "", why=why, hint=hint, alone=self.alone)
 
     def __str__(self) -> str:
         """The lines ``error:``, ``why:`` and ``try:``, each only if it says something."""
@@ -45,6 +45,12 @@ class MachineError(UserError):
     """Memory, a disk or another process failed: the same command may well end better."""
 
     status: ClassVar[int] = 4
+
+
+class InterruptedRunError(UserError):
+    """A signal stopped the work, which is saved and can be gone on with."""
+
+    status: ClassVar[int] = 75
 
 
 class StoppedError(Exception):

@@ -9,7 +9,7 @@ import timm
         ("vit_tiny_patch16_224", "plain", "learned positions; class token"),
         ("vit_small_patch16_dinov3", "rotary", "rotary positions; class token, 4 registers"),
         ("eva02_tiny_patch14_224", "rotary", "learned and rotary positions; class token"),
-        ("levit_128", "refused", "timm's Levit"),
+        ("levit_256d", "refused", "timm's Levit"),
     ],
 )
 def test_what_a_model_is_stands_in_its_row(name, kind, traits):

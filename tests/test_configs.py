@@ -2,7 +2,6 @@
 
 import importlib
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +9,9 @@ import torch
 from mim.cli import COMMANDS, function_parser
 from mim.encoder import Encoder
 from mim.methods import Method
+from mim.options.recipes import CONFIGS as ROOT
 from mim.run.config import parse
 
-ROOT = Path(__file__).parents[1] / "configs"
 EVALUATIONS = sorted((ROOT / "evaluation").glob("*.yaml"))
 CONFIGS = sorted(set(ROOT.rglob("*.yaml")) - set(EVALUATIONS))
 
@@ -46,7 +45,7 @@ def test_the_first_line_of_a_recipe_says_what_it_is(path):
 
 
 def test_a_recipe_shows_the_command_that_runs_it(path):
-    assert "python tools/pretrain.py" in path.read_text()
+    assert "python -m mim pretrain" in path.read_text()
 
 
 @pytest.mark.parametrize(
@@ -63,9 +62,9 @@ def test_every_method_has_a_default_and_a_demo(folder):
 def test_an_evaluation_recipe_sets_options_of_the_command_that_it_shows(path):
     text = path.read_text()
     assert text.startswith("# ")
-    command = re.search(r"tools/(\w+)\.py", text)[1]
+    command = re.search(r"-m mim (\w+)", text)[1]
     assert command in COMMANDS
-    assert f"configs/evaluation/{path.name}" in text
+    assert f"--config evaluation/{path.stem}" in text
     run = importlib.import_module(f"mim.commands.{command}").run
     function_parser(run, command).parse_args(["--config", str(path), "--weights", "test_vit"])
 

@@ -15,6 +15,7 @@ from mim.benchmark.inference import Inference, measure
 from mim.benchmark.pareto_page import Point, timing_in_words
 from mim.errors import UserError
 from mim.interop import check_timm_folder
+from mim.program import called
 from mim.reduction import KeepRate, TokenReducedViT, TokenReduction
 from mim.reduction.files import SETTINGS, load_reduction
 from mim.reduction.macs import count_macs
@@ -83,9 +84,7 @@ def _found(home: Path) -> list[_Finetuning]:
             settings = json.loads((file.parent / "settings.json").read_text())
             found.append(_Finetuning(file.parent, json.loads(file.read_text()), settings))
     if not found:
-        raise UserError(
-            f"--finetuned {home}: no fine-tuning lies there", hint="python tools/finetune.py --reduction tome"
-        )
+        raise UserError(f"--finetuned {home}: no fine-tuning lies there", hint=f"{called('finetune')} --reduction tome")
     for what in dict.fromkeys(each.what for each in found):
         _check([each for each in found if each.what == what], home)
     return sorted(found, key=lambda each: each.name != "none")

@@ -1,6 +1,7 @@
 """Checkpoints at fixed steps and at signals, always between two optimizer steps."""
 
 import signal
+import threading
 from pathlib import Path
 from types import FrameType
 
@@ -30,8 +31,9 @@ class Signals(Callback):
 
         def take_over() -> None:
             register()
-            for number in STOP_SIGNALS:
-                signal.signal(number, self._note)
+            if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
+                for number in STOP_SIGNALS:
+                    signal.signal(number, self._note)
 
         connector.register_signal_handlers = take_over  # type: ignore[method-assign]
 

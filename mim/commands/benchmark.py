@@ -6,10 +6,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
-from mim.cli import CONFIGS, translate
 from mim.errors import UserError
 from mim.options.outputs import check_file
+from mim.options.pretraining import translate
 from mim.options.ranges import Count, Processes, Threads
+from mim.options.recipes import recipe_file
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -20,7 +21,7 @@ PHASES = ("forward", "backward", "optimizer", "step")
 
 
 def run(
-    config: Path = CONFIGS / "mae" / "default.yaml",
+    config: str = "mae/default",
     against: str | None = None,
     model: str | None = None,
     img_size: Count | None = None,
@@ -37,7 +38,7 @@ def run(
     """Measure speed and memory of a training step and of the loader.
 
     Args:
-        config: the recipe to measure.
+        config: the recipe to measure, by its name or file.
         against: a second recipe that takes turns with the first, or 'plain': the same method without our shortcuts.
         model: any timm Vision Transformer instead of the recipe's.
         img_size: pixels per side instead of the recipe's.
@@ -71,7 +72,7 @@ def run(
     if against == "plain":
         contenders.append(Contender.plain(*build(recipe, place), kind))
     elif against:
-        contenders.append(Contender(_name(Path(against)), *build(_parse(Path(against), overrides), place), kind))
+        contenders.append(Contender(_name(against), *build(_parse(against, overrides), place), kind))
     if compile:
         for contender in contenders:
             if contender.name != "plain":
@@ -103,15 +104,14 @@ def run(
     write_json(json, results)
 
 
-def _name(config: Path) -> str:
-    return f"{config.parent.name}/{config.stem}"
+def _name(config: str | Path) -> str:
+    file = recipe_file(config)
+    return f"{file.parent.name}/{file.stem}"
 
 
-def _parse(config: Path, overrides: Mapping[str, object]) -> "Namespace":
+def _parse(config: str | Path, overrides: Mapping[str, object]) -> "Namespace":
     from mim.run.config import parse
 
-    if not config.is_file():
-        raise UserError(f"{config} is not a file", hint="python tools/info.py configs")
     given = [f"--{name}={value}" for name, value in overrides.items() if value is not None]
     return parse(translate([f"--config={config}", *given]))
 

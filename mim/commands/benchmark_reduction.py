@@ -5,13 +5,13 @@ from typing import Any, Literal
 
 from mim.errors import UserError
 from mim.options.outputs import check_file
-from mim.options.ranges import Count, Threads
+from mim.options.ranges import Count, Names, Threads
 from mim.options.shares import parse_shares
 
 
 def run(
-    reduction: str = "all",
-    shares: str = "0.75,0.5",
+    reduction: Names = "all",
+    shares: Names = "0.75,0.5",
     model: str = "vit_base_patch16_224",
     img_size: Count | None = None,
     batch_size: Count = 8,

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from mim.errors import UserError
 from mim.options.outputs import check_folder
-from mim.options.ranges import Count, Positive
+from mim.options.ranges import Count, Names, Positive
 
 
 def run(
-    runs: str = "",
-    methods: str = "",
+    runs: Names = "",
+    methods: Names = "",
     data: str = "builtin",
     epochs: Positive | None = None,
     seeds: Count = 3,
@@ -21,7 +21,7 @@ def run(
     Args:
         runs: run folders, separated by commas; those whose names differ only after '-seed-' share a row.
         methods: what to train first, separated by commas: a method, a method with another masking policy as
-            mae+RandomMasking, or a config file. All see the same images for the same number of epochs.
+            mae+RandomMasking, or a config by its file or name. All see the same images for the same number of epochs.
         data: images to train on.
         epochs: of every training; the recipe's own unless given.
         seeds: trainings of each.
@@ -55,8 +55,8 @@ def _train(method: str, data: str, epochs: float | None, seed: int, out: Path) -
     """Trains, or goes on with what was begun; a finished training is taken as it is."""
     import json
 
-    from mim.cli import translate
     from mim.commands.pretrain import main
+    from mim.options.pretraining import translate
 
     name, _, policy = method.partition("+")
     folder = out / f"{Path(name).stem}{f'-{policy}' if policy else ''}-seed-{seed}"
@@ -65,7 +65,7 @@ def _train(method: str, data: str, epochs: float | None, seed: int, out: Path) -
         return folder
     args = ["--resume", str(folder)] if (folder / "config.yaml").is_file() else ["--out", str(folder)]
     if args[0] == "--out":
-        args += ["--config", name] if name.endswith((".yaml", ".yml")) else ["--method", name]
+        args += ["--config", name] if name.endswith((".yaml", ".yml")) or "/" in name else ["--method", name]
         args += ["--data", data, "--seed", str(seed)]
         args += ["--epochs", str(epochs)] if epochs is not None else []
         args += ["--model.init_args.masking", policy] if policy else []

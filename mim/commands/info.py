@@ -1,13 +1,16 @@
 """Lists what there is: methods, models, configs, and what a run holds."""
 
 import ast
+import re
 from pathlib import Path
 from typing import Literal
 
-from mim.cli import CONFIGS
 from mim.errors import UserError
+from mim.options.recipes import CONFIGS, method_names, recipe_names
+from mim.program import called
 
 METHODS = Path(__file__).parents[1] / "methods"
+MASKING = Path(__file__).parents[1] / "masking"
 
 
 def run(what: Literal["methods", "models", "configs", "run"], name: str | None = None) -> None:
@@ -21,10 +24,29 @@ def run(what: Literal["methods", "models", "configs", "run"], name: str | None =
 
 
 def _methods(name: str | None) -> None:
-    for config in sorted(CONFIGS.glob("*/default.yaml")):
-        source = METHODS / f"{config.parent.name}.py"
-        docstring = ast.get_docstring(ast.parse(source.read_text())) if source.exists() else None
-        print(f"{config.parent.name:<10}{(docstring or '').splitlines()[0] if docstring else ''}")
+    _print_table({method: _described(method) for method in method_names()})
+
+
+def _described(method: str) -> str:
+    """The first line about a method: of its own file, or else of its masking policy's, which is what makes it."""
+    source = METHODS / f"{method}.py"
+    if not source.is_file():
+        named = re.search(r"class_path: (\w+Masking)", (CONFIGS / method / "default.yaml").read_text())
+        files = [file for file in MASKING.glob("*.py") if named and f"class {named[1]}(" in file.read_text()]
+        source = files[0] if files else CONFIGS / method / "default.yaml"
+    if source.suffix == ".yaml":
+        return _first_line(source)
+    return (ast.get_docstring(ast.parse(source.read_text())) or "").partition("\n")[0]
+
+
+def _first_line(config: Path) -> str:
+    return config.read_text().partition("\n")[0].lstrip("# ")
+
+
+def _print_table(rows: dict[str, str]) -> None:
+    width = max(map(len, rows), default=0) + 2
+    for name, text in rows.items():
+        print(f"{name:<{width}}{text}")
 
 
 def _models(name: str | None) -> None:
@@ -41,15 +63,13 @@ def _models(name: str | None) -> None:
 
 
 def _configs(name: str | None) -> None:
-    for config in sorted(CONFIGS.glob("*/*.yaml")):
-        first = config.read_text().splitlines()[0].lstrip("# ")
-        print(f"{config.relative_to(CONFIGS.parent)!s:<44}{first}")
+    _print_table({name: _first_line(CONFIGS / f"{name}.yaml") for name in recipe_names()})
 
 
 def _run(name: str | None) -> None:
     summary = Path(name or "", "summary.json")
     if name is None or not summary.is_file():
-        raise UserError(f"{name}: no run there", hint="python tools/info.py run runs/001-mae-builtin")
+        raise UserError(f"{name}: no run there", hint=f"{called('info')} run runs/001-mae-builtin")
     from mim.run.folder import RunFolder
 
     for key, value in RunFolder(summary.parent).read_summary().items():

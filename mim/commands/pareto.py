@@ -4,7 +4,7 @@ from typing import Literal
 
 from mim.errors import UserError
 from mim.options.classification import ClassificationOptions
-from mim.options.ranges import Count, Processes, Threads
+from mim.options.ranges import Count, Names, Processes, Threads
 from mim.options.shares import parse_shares
 
 
@@ -13,8 +13,8 @@ def run(
     data: str = "builtin",
     masks: str | None = None,
     pool: Literal["cls", "mean"] | None = None,
-    reduction: str = "all",
-    shares: str = "0.75,0.5",
+    reduction: Names = "all",
+    shares: Names = "0.75,0.5",
     model: str | None = None,
     img_size: Count | None = None,
     batch_size: Count = 8,

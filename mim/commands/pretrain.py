@@ -25,6 +25,7 @@ from mim.distributed.sharding import ShardedStrategy
 from mim.encoder import Encoder
 from mim.errors import MACHINE_ERRORS, DivergedError, MachineError, UserError
 from mim.methods import Method, NonFiniteError, Plan
+from mim.program import called
 from mim.report import write_report
 from mim.run.checkpoint_files import AtomicCheckpointIO, check_room, checkpoint_step, newest_good
 from mim.run.config import changes, instantiate, parse, parse_saved, run_options, save_config
@@ -40,11 +41,17 @@ FREE_TO_CHANGE = ("trainer.", "data.num_workers", "data.max_bad", "log_every", "
 
 def main(args: Sequence[str]) -> int:
     """Parses dotted options, trains, exports; returns the exit status."""
+    return trained(args)[0]
+
+
+def trained(args: Sequence[str]) -> tuple[int, RunFolder]:
+    """As :func:`main`, with the run's folder."""
     options = dict(arg.removeprefix("--").partition("=")[::2] for arg in args)
     resumed = RunFolder.find(options["resume"], options.get("out")) if "resume" in options else None
     if resumed is not None:
         args = _resumed_arguments(resumed, args)
-    return Pretraining(parse(args), resumed).run(args)
+    pretraining = Pretraining(parse(args), resumed)
+    return pretraining.run(args), pretraining.folder
 
 
 class Pretraining:
@@ -165,10 +172,10 @@ class Pretraining:
         elif self.rank != 0:
             return RunFolder(Path(self.config.out or "runs"))
         else:
-            data = Path(self.data.path).name.split(".")[0] or "data"
-            name = f"{self.method.name}-{data}"
+            name = f"{self.method.name}-{self.data.short_name}"
             folder = RunFolder.create(self.config.out, name, self.config.overwrite)
-            folder.write_origin(list(args))
+            plugins = [f"--plugin={','.join(self.config.plugin)}"] if self.config.plugin else []
+            folder.write_origin([*args, *plugins])
             save_config(self.config, folder.config)
         if self.rank == 0:
             self.data.bad_files.write_to(folder.bad_files)
@@ -253,7 +260,7 @@ class Pretraining:
             f"{plan.steps_per_epoch:,.1f} steps per epoch, {plan.max_steps:,} steps in {plan.epochs:.4g} epochs",
             *self._gently(),
             f"  device  {device}, {trainer.precision}, {data.num_workers} workers, {torch.get_num_threads()} threads",
-            f"  resume  python tools/pretrain.py --resume {self.folder.path}",
+            f"  resume  {called('pretrain')} --resume {self.folder.path}",
         ]
         lines += [f"  damaged {error}" for error in damaged[:5]]
         if data.first_step:
@@ -301,7 +308,7 @@ class Pretraining:
             folder.write_summary(status="interrupted", **facts)
             self._say(
                 f"stopped by a signal after step {trainer.global_step:,}, saved\n"
-                f"  resume  python tools/pretrain.py --resume {folder.path}"
+                f"  resume  {called('pretrain')} --resume {folder.path}"
             )
             return INTERRUPTED
         if isinstance(trainer.strategy, ShardedStrategy):  # the last checkpoint holds whole what is in parts here
@@ -407,7 +414,7 @@ class Pretraining:
                 return MachineError(
                     f"process {rank} of {trainer.world_size} died ({how}), so all others were stopped",
                     why="look above for its own error; if there is none, it was probably killed for lack of memory",
-                    hint=f"python tools/pretrain.py --resume {self.folder.path}",
+                    hint=f"{called('pretrain')} --resume {self.folder.path}",
                 )
         return None
 
@@ -420,7 +427,7 @@ class Pretraining:
             at=f" at batch {per_device} per device",
             memory_hint=f"--accumulate {accumulate}   (same global batch and learning rate), --precision bf16-mixed, "
             "--model.init_args.encoder.grad_checkpointing true",
-            loader_hint=f"python tools/pretrain.py --resume {self.folder.path}   "
+            loader_hint=f"{called('pretrain')} --resume {self.folder.path}   "
             f"(with --num_workers {self.data.num_workers // 2} if memory was short)",
         )
 
@@ -443,10 +450,14 @@ def _resumed_arguments(run: RunFolder, args: Sequence[str]) -> list[str]:
     if differing:
         rows = [f"         {name:<40} {old} -> {new}" for name, (old, new) in differing.items()]
         raise UserError(
-            "\n".join([f"--resume {run.path}: {len(rows)} settings differ from the saved run", *rows]),
+            "\n".join([f"--resume {run.path}: {_counted(rows)} from the saved run", *rows]),
             why="resuming continues the same schedule and optimizer",
             hint=f"drop them,  or  --allow_change {','.join(differing)},  or start fresh:  --init {run.path}",
         )
     if "epochs" in changed:
         print(f"note: epochs {changed['epochs'][0]} -> {changed['epochs'][1]}: schedules are stretched", flush=True)
     return merged
+
+
+def _counted(rows: Sequence[str]) -> str:
+    return "1 setting differs" if len(rows) == 1 else f"{len(rows)} settings differ"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from mim.errors import UserError
 from mim.options.outputs import check_picture
-from mim.options.ranges import Count
+from mim.options.ranges import Count, Names
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,8 +20,8 @@ def run(
     weights: str | None = None,
     model: str | None = None,
     data: str = "builtin",
-    reduction: str | None = None,
-    policy: str | None = None,
+    reduction: Names | None = None,
+    policy: Names | None = None,
     images: Count = 4,
     columns: Count = 5,
     img_size: Count | None = None,

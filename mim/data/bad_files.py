@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 from mim.errors import UserError
+from mim.program import called
 
 Bad = tuple[str, str]
 """(file, reason) of something that could not be read."""
@@ -60,11 +61,15 @@ class BadFiles:
         seen = seen or self.total
         if not self.too_many(seen):
             return
+        from mim.data.objects import is_object  # with torch, which whoever only names files does without
+
         share = len(self.reasons) / seen
         tolerant = f"{self.go_on} --max_bad {min(1.0, max(0.05, 2 * share)):.2g}".strip()
-        hint = f"python tools/check_data.py --data {shlex.quote(self.data)} --fix good.csv   then   --data good.csv"
-        if self._log is not None:
-            hint = f"python tools/pretrain.py --resume {self._log.parent} {tolerant}"
+        hint = f"{called('check_data')} --data {shlex.quote(self.data)} --fix good.csv   then   --data good.csv"
+        if is_object(self.data):
+            hint = "mend the data set"
+        elif self._log is not None:
+            hint = f"{called('pretrain')} --resume {self._log.parent} {tolerant}"
             tolerant = f"mend the files, empty {self._log} and --resume {self._log.parent}"
         raise UserError(
             f"{len(self.reasons)} of {seen:,} images are unreadable ({share:.1%}, limit {self.limit:.1%})",

@@ -85,6 +85,10 @@ class ImageError(Exception):
         return f"{printable(self.path)}: {self.reason}"
 
 
+class NoPictureError(TypeError):
+    """An object that is no picture of any kind, so that the next one will hardly be one."""
+
+
 class Header(NamedTuple):
     """What a file says about itself before it is decoded."""
 
@@ -119,6 +123,46 @@ def read_image(source: Path | bytes, channels: int = 3, name: str = "") -> Tenso
             pixels: Tensor = pil_to_tensor(_upright(_eight_bit(image, channels), _orientation(image)))
             return pixels
     except Exception as error:  # a decoder of random bytes may raise anything: struct.error, TokenError, RuntimeError
+        raise ImageError(name, _reason(error)) from None
+
+
+def read_picture(picture: object, channels: int = 3, name: str = "image") -> Tensor:
+    """A picture that is in memory already, or a file, as uint8 pixels.
+
+    Args:
+        picture: an image of PIL, a uint8 tensor ``(C, H, W)`` or ``(H, W)``, a uint8 array ``(H, W, C)`` or ``(H, W)``,
+            a path, or the content of a file.
+        channels: as in :func:`read_image`.
+        name: what messages call it.
+
+    Returns:
+        ``(C, H, W)`` uint8, upright; shares no memory with ``picture``.
+
+    Raises:
+        NoPictureError: for what is none of these.
+        ImageError: as in :func:`read_image`.
+    """
+    if isinstance(picture, str | Path | bytes):
+        return read_image(Path(picture) if isinstance(picture, str) else picture, channels, name)
+    if not isinstance(picture, Image.Image | Tensor | np.ndarray):
+        raise NoPictureError(f"an item is a {type(picture).__name__}, not a picture")
+    if not isinstance(picture, Image.Image) and picture.dtype not in (torch.uint8, np.dtype(np.uint8)):
+        raise NoPictureError(f"an item is of {str(picture.dtype).removeprefix('torch.')}, not of uint8")
+    try:
+        if isinstance(picture, Image.Image):
+            if channels not in (1, 3):
+                raise ValueError(f"{channels} channels need a uint8 tensor or array")
+            _check_size(*picture.size)
+            return pil_to_tensor(_upright(_eight_bit(picture, channels), _orientation(picture)))  # type: ignore[no-any-return]
+        values = picture.detach().cpu().numpy() if isinstance(picture, Tensor) else picture
+        values = np.moveaxis(values, 0, -1) if isinstance(picture, Tensor) and values.ndim == 3 else values
+        values = values[..., None] if values.ndim == 2 else values
+        fitting = (1, 3) if channels in (1, 3) else (channels,)
+        if values.ndim != 3 or 0 in values.shape or values.shape[-1] not in fitting:
+            raise ValueError(f"shape {tuple(picture.shape)}, where {channels} channels are expected")
+        _check_size(values.shape[1], values.shape[0])
+        return _to_tensor(values, channels)
+    except Exception as error:  # as in read_image: PIL may decode here
         raise ImageError(name, _reason(error)) from None
 
 

@@ -15,6 +15,7 @@ from mim.data.bad_files import Bad
 from mim.data.builtin import PhotoSource, check_colour
 from mim.data.images import ImageError
 from mim.data.loading import WatchedLoader
+from mim.data.objects import ObjectSource, is_object, open_object
 from mim.data.shapes import ShapeSource
 from mim.data.sources import HELD_OUT, FolderSource, ListSource, Source, open_source
 from mim.data.views import SingleView
@@ -90,9 +91,16 @@ def open_labelled(data: str, channels: int = 3, classes: Literal["same", "common
     if data == "shapes":
         shapes = ShapeSource("train")
         return LabelledImages(shapes, ShapeSource("val"), shapes.classes, "shapes")
-    train, test = open_source(data, channels, same_classes=False)
+    train: Source
+    test: Source | None
+    train, test = open_object(data, channels) if is_object(data) else open_source(data, channels, same_classes=False)
     part = next((name for name in HELD_OUT if (Path(data) / name).is_dir()), "val") if test else ""
     for source, where in ((train, "train/" if test else data), (test, f"{part}/")):
+        if source is not None and not source.labels and is_object(data):
+            why = (
+                "labels are a list `targets` beside the items, as torchvision's data sets have, or a ClassLabel column"
+            )
+            raise UserError(f"--data {data} has no labels", why=why, hint="set dataset.targets")
         if source is not None and not source.labels:
             raise UserError(
                 f"--data {data}: {where} has no labels",
@@ -212,9 +220,14 @@ def _only(source: Source, classes: Sequence[str]) -> Part:
 
 
 def _stamp(source: Source, index: int) -> str:
-    """Size and time of an image's file; built-in images and members of tar files have none of their own."""
+    """Size and time of an image's file; built-in images and members of tar files have none of their own.
+
+    What comes out of an object of Python may differ at the next call: features of it are never taken from before.
+    """
     if isinstance(source, Part):
         return _stamp(source.source, source.indices[index])
+    if isinstance(source, ObjectSource):
+        return source.token
     if not isinstance(source, FolderSource | ListSource):
         return ""
     try:

@@ -25,6 +25,11 @@ STALL = 120
 _LONGEST_NAME = 1024
 
 
+def loader_processes(given: int | None) -> int:
+    """Loader processes: as many as given, or one per core, at most 16."""
+    return min(16, len(os.sched_getaffinity(0))) if given is None else given
+
+
 class NothingReadableError(RuntimeError):
     """So many images in a row cannot be read that it is hardly the images."""
 
@@ -54,7 +59,10 @@ class WatchedLoader(DataLoader[Any]):
         # torch sets its handler for that once, and after each training Lightning puts back what it had found.
         if signal.getsignal(signal.SIGCHLD) in (signal.SIG_DFL, signal.SIG_IGN):
             signal_handling._SIGCHLD_handler_set = False
-        return super().__iter__()
+        others = set(multiprocessing.active_children())
+        batches = super().__iter__()
+        _own.update(process.pid for process in set(multiprocessing.active_children()) - others)
+        return batches
 
     def in_hands(self) -> Iterator[tuple[int, str]]:
         """Number of each process, and the file that it reads or read last before it died; empty between two files."""
@@ -114,7 +122,12 @@ def _end_all() -> None:
     """Ends what is left: loader processes do not listen to the signal with which Python asks them to leave."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each of them
     for process in multiprocessing.active_children():
-        process.kill()
+        if process.pid in _own:  # a program around us may have processes, too
+            process.kill()
+
+
+_own: set[int | None] = set()
+"""Ids of the loader processes that were started."""
 
 
 _row: NDArray[np.uint8] | None = None

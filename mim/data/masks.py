@@ -29,6 +29,7 @@ from mim.data.loading import reading
 from mim.data.shapes import ShapeSource
 from mim.data.sources import HELD_OUT, FolderSource
 from mim.errors import UserError
+from mim.program import called
 
 Colour = tuple[int, int, int]
 _PACKED = np.array([1 << 16, 1 << 8, 1], dtype=np.int64)  # red, green and blue as one number
@@ -307,7 +308,7 @@ def _held_out(root: Path) -> str:
     raise UserError(
         f"--data {root}: no images with masks",
         why=f"found {found}; readable are train/ and val/ with images/ and masks/, ADE20K's and Pascal VOC's folders",
-        hint=f"--data {inside}" if inside else "python tools/make_shapes.py --out data/shapes   shows the layout",
+        hint=f"--data {inside}" if inside else f"{called('make_shapes')} --out data/shapes   shows the layout",
     )
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Literal, final
 
 import lightning as L
@@ -13,6 +14,7 @@ from mim.data.builtin import PhotoSource, check_colour
 from mim.data.crops import Centers, Crops, collate, collate_readable
 from mim.data.images import ImageError
 from mim.data.loading import EndlessLoader, WatchedLoader
+from mim.data.objects import is_object, open_object, short_name
 from mim.data.sampler import Shard, StepSampler
 from mim.data.shapes import ShapeSource
 from mim.data.sources import Source, open_source
@@ -78,6 +80,13 @@ class PretrainData(L.LightningDataModule):
     def normalise_by(self, mean: list[float], std: list[float]) -> None:
         """Takes the statistics of a model instead of ImageNet's; before :meth:`open`."""
         self._mean, self._std = mean, std
+
+    @property
+    def short_name(self) -> str:
+        """For the run's folder."""
+        if is_object(self.path):
+            return short_name(self.path)
+        return Path(self.path).name.split(".")[0] or "data"
 
     def statistics(self, channels: int) -> tuple[list[float], list[float]]:
         """Mean and standard deviation per channel that images are normalised with."""
@@ -164,6 +173,8 @@ def _open(path: str, channels: int) -> tuple[Source, Source | None]:
         return PhotoSource("train"), PhotoSource("test")
     if path == "shapes":
         return ShapeSource("train"), ShapeSource("val")
+    if is_object(path):
+        return open_object(path, channels)
     return open_source(path, channels)
 
 

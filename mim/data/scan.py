@@ -17,6 +17,7 @@ from tqdm import tqdm
 from mim.data.images import Header, ImageError, read_header, read_image
 from mim.data.sources import FileSource, FolderSource, ListSource, open_source
 from mim.errors import UserError
+from mim.program import called
 from mim.randomness import keyed_generator
 
 SHEET = 64
@@ -48,7 +49,7 @@ def scan(data: str, sample: int | None, channels: int, fix: Path | None, out: Pa
         fix: list of the good files to write; reads every image.
         out: contact sheet to write.
     """
-    train, held_out = open_source(data, channels, otherwise="python tools/make_shapes.py --out shapes   draws some")
+    train, held_out = open_source(data, channels, otherwise=f"{called('make_shapes')} --out shapes   draws some")
     if fix and not isinstance(train, FolderSource | ListSource):
         raise UserError(f"--fix {fix}: a list names files, not members of tar files", hint="leave --fix out")
     if fix and fix.suffix.lower() != ".csv":

@@ -21,6 +21,7 @@ from torch import Tensor
 from mim.encoder import Encoder
 from mim.errors import UserError
 from mim.evaluation.features import Features, evaluating
+from mim.program import called
 
 Batches = Callable[[range], Iterable[tuple[Tensor, Tensor]]]
 """Gives normalised images ``(B, C, H, W)`` on the encoder's device and their labels ``(B,)`` for a range of rows."""
@@ -82,7 +83,7 @@ def cached_bank(
     readable = labels >= 0
     unreadable((~readable).nonzero()[:, 0].tolist())
     if not readable.any():
-        raise UserError(f"none of the {len(labels)} images can be read", hint="python tools/check_data.py --data DATA")
+        raise UserError(f"none of the {len(labels)} images can be read", hint=f"{called('check_data')} --data DATA")
     return Bank(everything, labels) if readable.all() else Bank(everything[readable], labels[readable])
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mim.encoder import Encoder
+from mim.reduction.tokens import Tokens
 
 Pool = Literal["cls", "mean"]
 POOLED = {"cls": "class token", "mean": "mean of patch tokens", "tokens": "all patch tokens"}
@@ -107,8 +108,18 @@ class Features:
 
         With a reduction, means count merged tokens by their size, and patch tokens are put back where they belong.
         """
+        return self._pooled(encoder, self._outputs(encoder, images))
+
+    def with_patches(self, encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`of`, and the last block's patch tokens where they lie: ``(B, F)`` and ``(B, h, w, D)``, float32."""
+        outputs = self._outputs(encoder, images)
+        return self._pooled(encoder, outputs), encoder.dense(outputs[-1]).permute(0, 2, 3, 1).float()
+
+    def _outputs(self, encoder: Encoder, images: Tensor) -> list[Tokens]:
         depth = encoder.depth
-        outputs = encoder.after_blocks(images, range(depth - self.layers, depth))
+        return encoder.after_blocks(images, range(depth - self.layers, depth))
+
+    def _pooled(self, encoder: Encoder, outputs: list[Tokens]) -> Tensor:
         if self.pool == "tokens":
             return encoder.dense(outputs[-1]).flatten(2).transpose(1, 2).float()
         layers = [tokens.with_x(encoder.vit.norm(tokens.x).float()) for tokens in outputs]

@@ -26,6 +26,7 @@ class AttentionMasking(Masking):
     """
 
     guided: ClassVar[bool] = True
+    ratio_settings: ClassVar[tuple[str, ...]] = ("low", "high")
 
     def __init__(
         self,

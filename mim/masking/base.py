@@ -13,9 +13,11 @@ class Masking(nn.Module):
 
     Attributes:
         guided: chooses by scores.
+        ratio_settings: the arguments that say how much is hidden; ``--mask_ratio`` sets them all.
     """
 
     guided: ClassVar[bool] = False
+    ratio_settings: ClassVar[tuple[str, ...]] = ()
 
     def extra_repr(self) -> str:
         """The policy's settings, as a run prints them before it starts."""

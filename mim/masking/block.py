@@ -1,6 +1,7 @@
 """Block-wise masking: rectangles, as in BEiT (arXiv:2106.08254) and, with a random ratio, iBOT (arXiv:2111.07832)."""
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,8 @@ class BlockMasking(Masking):
         high: largest ratio; each image draws its own between the two.
         unmasked_share: share of the images in which nothing is hidden.
     """
+
+    ratio_settings: ClassVar[tuple[str, ...]] = ("low", "high")
 
     def __init__(self, low: float = 0.1, high: float = 0.5, unmasked_share: float = 0.5) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
 """Uniform random masking, the policy of MAE (arXiv:2111.06377)."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ class RandomMasking(Masking):
     Args:
         ratio: share of patches to hide, in [0, 1); MAE uses 0.75. Exactly ``int(N * (1 - ratio))`` stay visible.
     """
+
+    ratio_settings: ClassVar[tuple[str, ...]] = ("ratio",)
 
     def __init__(self, ratio: float = 0.75) -> None:
         super().__init__()
@@ -42,6 +46,8 @@ class VaryingRandomMasking(Masking):
         high: largest ratio; each image draws its own between the two and hides exactly ``int(N * ratio)`` patches.
         unmasked_share: share of the images in which nothing is hidden.
     """
+
+    ratio_settings: ClassVar[tuple[str, ...]] = ("low", "high")
 
     def __init__(self, low: float = 0.65, high: float = 0.75, unmasked_share: float = 0.5) -> None:
         super().__init__()

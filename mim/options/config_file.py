@@ -6,6 +6,9 @@ from pathlib import Path
 import yaml
 
 from mim.errors import UserError
+from mim.options.class_paths import check_plugins
+from mim.options.recipes import recipe_file
+from mim.program import called
 
 MAX_BYTES = 1 << 18
 """256 KiB; recipes have two."""
@@ -13,24 +16,28 @@ MAX_DEPTH = 32
 """Levels of nesting; recipes have five."""
 
 
-def check_config_files(args: Sequence[str]) -> None:
-    """Looks at every file that ``--config`` names.
+def with_config_files(args: Sequence[str]) -> list[str]:
+    """The same ``--name=value`` arguments with the file of every recipe that ``--config`` names, after a look at it.
 
     A few hundred bytes of aliases can stand for gigabytes of settings, and the parser would go through all of them.
 
     Raises:
-        UserError: for a file that is too large, too deep or refers to itself; what else is wrong, the parser tells.
+        UserError: for a file that is not there, too large, too deep or refers to itself; the parser tells the rest.
     """
-    for position, arg in enumerate(args):
-        name, equals, value = arg.partition("=")
-        value = value if equals else "".join(args[position + 1 : position + 2])
-        if name == "--config" and Path(value).is_file():
-            check_config_file(Path(value))
+    opened = []
+    for arg in args:
+        name, _, value = arg.partition("=")
+        if name == "--config":
+            file = recipe_file(value)
+            check_config_file(file)
+            arg = f"{name}={file}"
+        opened.append(arg)
+    return opened
 
 
 def check_config_file(path: Path, option: str = "--config") -> None:
     """Looks at one file; ``option`` is what named it. Raises as :func:`check_config_files`."""
-    hint = "a recipe like those in configs/"
+    hint = f"{called('info')} configs   lists recipes to begin with"
     if path.stat().st_size > MAX_BYTES:
         raise UserError(f"{option} {path}: {path.stat().st_size >> 10} KiB, more than {MAX_BYTES >> 10}", hint=hint)
     depth = 0
@@ -44,3 +51,4 @@ def check_config_file(path: Path, option: str = "--config") -> None:
     except (yaml.YAMLError, ValueError) as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(f"{option} {path} is not YAML", why=why, hint=hint) from error
+    check_plugins(path, option)

@@ -64,6 +64,7 @@ def _with_target(model: MappingNode) -> bool:
     for place, (key, value) in enumerate(model.value):
         if key.value == STANDARDISE:
             target = yaml.compose(f"{{class_path: PixelTarget, init_args: {{{STANDARDISE}: null}}}}", yaml.SafeLoader)
+            assert target is not None
             init_args = target.value[1][1]
             init_args.value = [(init_args.value[0][0], value)]
             model.value[place] = (ScalarNode(key.tag, "target"), target)

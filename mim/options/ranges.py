@@ -4,14 +4,20 @@ To a type checker, and to whoever calls from Python, each is a plain ``int`` or 
 """
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import yaml
 from jsonargparse.typing import register_type
 
 from mim.errors import UserError
 
 MANY = 10**9
 """More steps, epochs or images than anybody counts to."""
+
+
+_CHECKS: dict[Any, Callable[[object], float]] = {}
+"""How each type of numbers is looked at."""
 
 
 def _numbers(kind: type[float], words: str, low: float, high: float = MANY, *, open_ends: str = "") -> Any:  # noqa: ANN401
@@ -33,7 +39,22 @@ def _numbers(kind: type[float], words: str, low: float, high: float = MANY, *, o
 
     made = type(words, (kind,), {})
     register_type(made, kind, checked)
+    _CHECKS[made] = checked
     return made
+
+
+def fits(kind: Any, text: str) -> bool:  # noqa: ANN401 - one of the types below
+    """Whether a value of the command line is a number of this kind."""
+    try:
+        _CHECKS[kind](yaml.safe_load(text))
+    except (ValueError, yaml.YAMLError):
+        return False
+    return True
+
+
+def _joined(value: object) -> str:
+    """Names with commas between them, from a list or from one text."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 if TYPE_CHECKING:
@@ -47,6 +68,8 @@ if TYPE_CHECKING:
     Share: TypeAlias = float
     SomeShare: TypeAlias = float
     ShareBelowOne: TypeAlias = float
+    ProperShare: TypeAlias = float
+    Names: TypeAlias = str
 else:
     Count = _numbers(int, "int from 1 to 1e9", 1)
     Whole = _numbers(int, "int from 0 to 1e9", 0)
@@ -58,6 +81,9 @@ else:
     Share = _numbers(float, "float from 0 to 1", 0, 1)
     SomeShare = _numbers(float, "float above 0 to 1", 0, 1, open_ends="low")
     ShareBelowOne = _numbers(float, "float from 0 to below 1", 0, 1, open_ends="high")
+    ProperShare = _numbers(float, "float above 0 to below 1", 0, 1, open_ends="low high")
+    Names = type("names with commas", (str,), {})
+    register_type(Names, str, _joined)
 
 
 def check_rising(option: str, ends: tuple[float, float]) -> None:

@@ -6,6 +6,7 @@ import re
 from jsonargparse import ArgumentError, ArgumentParser
 
 from mim.errors import UserError, printable
+from mim.options.class_paths import plugin_hint, refused_class
 
 _REASON = re.compile(
     r"Not a valid subclass of \w+|Expected a (?!<class 'NoneType'>|path)[^\n]+?(?=\. Got|\n|$)"
@@ -23,7 +24,7 @@ def refusal(error: ArgumentError, parser: ArgumentParser, everything: str) -> Us
         parser: knows what would have been right.
         everything: the option that lists all others.
     """
-    hint = f"{everything} lists every option"
+    hint = f"{everything}   lists every option"
     text = str(error).strip()
     reasons = re.findall(_REASON, text)
     values = next(filter(None, (re.findall(given, text) for given in _GIVEN)), [])
@@ -32,6 +33,8 @@ def refusal(error: ArgumentError, parser: ArgumentParser, everything: str) -> Us
         key = ".".join(dict.fromkeys(re.findall(r'Parser key "([\w.]+)"', text)))
         given = re.sub(r"^NestedArg\(key='[\w.]*', val='?(.*?)'?\)$", r"\1", values[-1] if values else "that")
         why = " or ".join(dict.fromkeys(map(_plain, reasons)))[:200]
+        if foreign := refused_class(text):
+            given, hint = foreign, plugin_hint(foreign)
         return UserError(f"--{key} cannot be {printable(given[:80])}", why=why, hint=hint)
     if missing := re.search(r"following arguments are required: ([\w.]+)", text):
         return UserError(f"--{missing[1]} is missing", hint=hint)

@@ -8,9 +8,10 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from safetensors.torch import load_file, save_file
 
-import mim.options.class_paths  # noqa: F401 - which decides what classes a file may name
 from mim.errors import UserError
+from mim.options.class_paths import known_class_paths, plugin_hint, refused_class
 from mim.options.config_file import check_config_file
+from mim.program import called
 from mim.reduction import Labels, TokenReduction
 from mim.reduction.recipes import named_reduction
 from mim.reduction.schedule import config_of
@@ -65,7 +66,7 @@ def load_reduction(folder: Path, vit: Any) -> TokenReduction:  # noqa: ANN401 - 
         UserError: if there is none, or it was trained with another model.
     """
     if not (folder / SETTINGS).is_file():
-        raise UserError(f"{folder} holds no reduction", hint="python tools/finetune.py --reduction cropr")
+        raise UserError(f"{folder} holds no reduction", hint=f"{called('finetune')} --reduction cropr")
     reduction = _read(folder / SETTINGS, vit)
     state = load_file(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else {}
     try:
@@ -77,13 +78,16 @@ def load_reduction(folder: Path, vit: Any) -> TokenReduction:  # noqa: ANN401 - 
 
 
 def _read(path: Path, vit: Any) -> TokenReduction:  # noqa: ANN401 - a timm ViT
-    parser = ArgumentParser(exit_on_error=False, add_help=False)
-    parser.add_subclass_arguments(TokenReduction, "reduction", required=True)
     try:
         check_config_file(path, "--reduction")
-        reduction: TokenReduction = parser.instantiate(parser.parse_path(str(path))).reduction
+        with known_class_paths():
+            parser = ArgumentParser(exit_on_error=False, add_help=False)
+            parser.add_subclass_arguments(TokenReduction, "reduction", required=True)
+            reduction: TokenReduction = parser.instantiate(parser.parse_path(str(path))).reduction
         reduction.check(vit)
     except (ArgumentError, ValueError, TypeError, OSError) as error:
         reason = re.sub(r"\s+", " ", str(error))[:400]
-        raise UserError(f"--reduction {path}: {reason}", hint="docs/reduction.md shows such a file") from error
+        foreign = refused_class(str(error))
+        hint = plugin_hint(foreign) if foreign else "docs/reduction.md shows such a file"
+        raise UserError(f"--reduction {path}: {reason}", hint=hint) from error
     return reduction

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mim.errors import UserError
+from mim.program import called
 from mim.reduction.base import TokenReduction
 from mim.reduction.clustering import GridClustering
 from mim.reduction.cropr import Cropr
@@ -180,10 +181,10 @@ def named_reduction(text: str, vit: Any, labels: Labels | None = None) -> TokenR
     name, _, value = text.partition(":")
     chosen = recipe(name)
     if chosen.trained and (labels is None or chosen.masks > labels.masks):
-        kind, command = ("masks", "segment.py --finetune true") if chosen.masks else ("labels", "finetune.py")
+        kind, command = ("masks", f"{called('segment')} --finetune") if chosen.masks else ("labels", called("finetune"))
         raise UserError(
             f"--reduction {name}: its scores are random until they are trained with {kind}",
-            hint=f"python tools/{command} --reduction {text}",
+            hint=f"{command} --reduction {text}",
         )
     try:
         known = labels or Labels(1)

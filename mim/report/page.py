@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mim.evaluation.features import POOLED
+from mim.program import called
 from mim.report.charts import chart, seeds
 from mim.report.markup import Html, count, duration, folded, number, percent, section, table, tag
 from mim.report.record import KNN, LINEAR, LOSS, LR, RANKME, SPREAD, Run, read_json, read_run, to_float
@@ -269,7 +270,7 @@ def use(run: Run) -> Html:
         model = f'model = timm.create_model("local-dir:{export}", pretrained=True)'
         lines = f"import timm\n{model}\nfeatures = model.forward_features(images)"
         parts += [tag("p", "Load it, with nothing but timm:"), tag("pre", lines)]
-    parts += [tag("p", "Go on where it stopped:"), tag("pre", f"python tools/pretrain.py --resume {run.where}")]
+    parts += [tag("p", "Go on where it stopped:"), tag("pre", f"{called('pretrain')} --resume {run.where}")]
     parts += [tag("p", "Run it again:"), tag("pre", command)] if command else []
     return section("Use it", *parts)
 

@@ -20,6 +20,7 @@ from mim.distributed.sharding import local
 from mim.errors import MachineError, UserError
 from mim.interop import refuse_compressed
 from mim.options.outputs import free_bytes
+from mim.program import called
 
 KEEP = 2
 """Checkpoints kept in a folder: the newest, and the one before in case that is damaged."""
@@ -255,5 +256,5 @@ def _no_room(error: OSError, path: Path, size: int) -> MachineError:
     return MachineError(
         f"{path} cannot be written: {error.strerror}",
         why=f"it needs {needed:.0f} MiB and as much again in reserve; {free:.0f} MiB are free",
-        hint="make room, then  python tools/pretrain.py --resume RUN   (the checkpoint before is intact)",
+        hint=f"make room, then  {called('pretrain')} --resume RUN   (the checkpoint before is intact)",
     )

@@ -50,7 +50,7 @@ def collect(runs: Sequence[Path]) -> list[Entry]:
     groups: dict[str, list[Path]] = {}
     for run in runs:
         if not (run / "summary.json").is_file():
-            raise UserError(f"--runs {run}: no run there", hint="a folder that tools/pretrain.py has made")
+            raise UserError(f"--runs {run}: no run there", hint="--runs with folders that pretrain has made")
         groups.setdefault(run.name.partition("-seed-")[0], []).append(run)
     entries, untrained = [], Entry(UNTRAINED, [])
     for name, folders in groups.items():

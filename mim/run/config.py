@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,13 +11,13 @@ from typing import Any, Literal
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from lightning import Trainer
 
-import mim.options.class_paths  # noqa: F401 - which decides what classes a file may name
 from mim.data.pretrain import PretrainData
 from mim.errors import UserError
 from mim.methods import Method  # and with it every method, by class_path
-from mim.options.config_file import check_config_files
+from mim.options.class_paths import PluginError, known_class_paths, plugins_in_use
+from mim.options.config_file import with_config_files
 from mim.options.old_names import current_arguments
-from mim.options.ranges import MANY, Count, Positive, Seed, Threads, Whole
+from mim.options.ranges import MANY, Count, Positive, ProperShare, Seed, Threads, Whole
 from mim.options.refusals import refusal
 
 _HELP = "--help_all explains every option"
@@ -77,8 +78,10 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--resume", type=str | None, default=None, help="Run folder to continue, or 'auto'.")
     parser.add_argument("--overwrite", type=bool, default=False, help="Replace the run that --out holds.")
     parser.add_argument("--allow_change", type=str, default="", help="Settings that a resumed run may change.")
+    parser.add_argument("--plugin", type=list[str] | str | None, default=None, help="Packages of your own; recorded.")
     parser.add_argument("--init", type=str | None, default=None, help="Weights to start from.")
     parser.add_argument("--continue", type=str | None, default=None, help="Strong weights to go on from.")
+    parser.add_argument("--mask_ratio", type=ProperShare | None, default=None, help="Share of patches that is hidden.")
     parser.add_argument("--trust", type=bool, default=False, help="Load an --init file although it can run code.")
     parser.add_class_arguments(RunOptions, None, as_group=True)
     parser.add_subclass_arguments(Method, "model", required=True)
@@ -90,18 +93,45 @@ def build_parser() -> ArgumentParser:
 
 def parse(args: Sequence[str]) -> Namespace:
     """Parses dotted options; a mistake becomes a :class:`UserError` with a suggestion."""
-    check_config_files(args)
-    parser = build_parser()
-    try:
-        return parser.parse_args(current_arguments(args))
-    except ArgumentError as error:
-        raise refusal(error, parser, "--help_all") from error
+    args = with_config_files(args)
+    config = _parsed(args)
+    if config.mask_ratio is not None:
+        config = _parsed([*args, *_mask_ratio(config, args)])
+    config.plugin = plugins_in_use() or None
+    return config
+
+
+def _parsed(args: Sequence[str]) -> Namespace:
+    with known_class_paths():
+        parser = build_parser()
+        try:
+            return parser.parse_args(current_arguments(args))
+        except ArgumentError as error:
+            raise refusal(error, parser, "--help_all") from error
+
+
+def _mask_ratio(config: Namespace, args: Sequence[str]) -> list[str]:
+    """What ``--mask_ratio`` means to the policy of this run: its settings of that kind, all set to the one number."""
+    masking = "model.init_args.masking"
+    path = getattr(config.get(masking), "class_path", None) or "the method"
+    module, _, name = path.rpartition(".")
+    settings: tuple[str, ...] = getattr(getattr(sys.modules.get(module), name, None), "ratio_settings", ())
+    if not settings:
+        hint = f"--help_all   and a setting of --{masking}.init_args"
+        raise UserError(f"--mask_ratio {config.mask_ratio:g}: {name or path} has no such setting", hint=hint)
+    names = [f"--{masking}.init_args.{setting}" for setting in settings]
+    for name in names:
+        if any(arg.startswith(f"{name}=") for arg in args):
+            raise UserError(f"--mask_ratio and {name} are two words for one setting", hint="one of them")
+    return [f"{name}={config.mask_ratio}" for name in names]
 
 
 def parse_saved(file: Path) -> Namespace:
     """The settings that a run has written down; refuses a file that no run writes."""
     try:
         return parse([f"--config={file}"])
+    except PluginError:
+        raise
     except UserError as error:
         hint = "another run, or a .ckpt file of this one beside --model"
         raise UserError(f"{file} is not what a run writes", why=error.error, hint=hint) from error
@@ -110,7 +140,8 @@ def parse_saved(file: Path) -> Namespace:
 def instantiate(config: Namespace) -> Namespace:
     """Builds what a parsed config describes; what a constructor refuses becomes a :class:`UserError`."""
     try:
-        objects: Namespace = build_parser().instantiate(config)
+        with known_class_paths():
+            objects: Namespace = build_parser().instantiate(config)
     except (ValueError, TypeError, IndexError, RuntimeError) as error:  # the latter for models beyond all memory
         cause: BaseException = error
         while cause.__cause__ is not None:  # jsonargparse wraps it in a description of the types it has tried
@@ -132,23 +163,26 @@ def run_options(config: Namespace) -> RunOptions:
     return RunOptions(**{field.name: config[field.name] for field in fields(RunOptions)})
 
 
-SESSION = ("config", "out", "resume", "overwrite", "allow_change")
+SESSION = ("config", "out", "resume", "overwrite", "allow_change", "mask_ratio")
 """Options of one call of the command, not settings of the run."""
+_KEPT_APART = (*SESSION, "plugin")
+"""Also what is written down for people: where the classes of the settings come from."""
 
 
 def flatten(config: Namespace) -> dict[str, Any]:
     """Every setting of the run under its dotted name."""
-    return {name: value for name, value in vars(config.as_flat()).items() if name.split(".")[0] not in SESSION}
+    return {name: value for name, value in vars(config.as_flat()).items() if name.split(".")[0] not in _KEPT_APART}
 
 
 def save_config(config: Namespace, path: Path) -> None:
     """Writes every setting, resolved, so that ``--config`` takes it back."""
     kept = config.clone()
-    for name in SESSION:
+    for name in SESSION if config.plugin else _KEPT_APART:
         kept.pop(name, None)
     header = "# Every setting of this run; feed it back with --config.\n"
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(header + build_parser().dump(kept, skip_none=False, skip_validation=True))
+    with known_class_paths():
+        temporary.write_text(header + build_parser().dump(kept, skip_none=False, skip_validation=True))
     os.replace(temporary, path)  # whole or absent: a run is a folder with this file in it
 
 

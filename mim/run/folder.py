@@ -21,6 +21,7 @@ from tqdm import tqdm
 from mim.data.bad_files import BadFileWarning
 from mim.errors import MachineError, UserError
 from mim.options.outputs import free_bytes
+from mim.program import called
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 """What a disk answers that is full, read-only, forbidden or broken."""
@@ -60,12 +61,7 @@ class RunFolder:
                 raise UserError(f"runs cannot be written: {error.strerror}", hint=hint) from error
         path = Path(out)
         run = cls(path)
-        if run.config.exists() and not overwrite:
-            raise UserError(
-                f"--out {out} holds a run already",
-                why=f"it has {'finished' if run.status() == 'done' else 'not finished'}",
-                hint=f"--resume {out}   or   --overwrite   or leave --out away: runs are numbered",
-            )
+        run.check_free(overwrite)
         try:
             path.mkdir(parents=True, exist_ok=True)
             (path / ".writable").touch()
@@ -87,11 +83,20 @@ class RunFolder:
             run = cls(Path(resume))
             if not run.config.is_file():
                 known = ", ".join(sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))[-3:])
-                raise UserError(f"--resume {resume}: no run there", hint=known or "start one: python tools/pretrain.py")
+                raise UserError(f"--resume {resume}: no run there", hint=known or f"start one: {called('pretrain')}")
             return run
         folders = [Path(out)] if out else sorted(Path("runs").glob("*"), key=_number, reverse=True)
         runs = [cls(folder) for folder in folders if (folder / "config.yaml").is_file()]
         return next((run for run in runs if run.status() != "done"), None)
+
+    def check_free(self, overwrite: bool) -> None:
+        """Refuses a folder that holds a run already, unless that one is to be overwritten."""
+        if self.config.exists() and not overwrite:
+            raise UserError(
+                f"--out {self.path} holds a run already",
+                why=f"it has {'finished' if self.status() == 'done' else 'not finished'}",
+                hint=f"--resume {self.path}   or   --overwrite   or leave --out away: runs are numbered",
+            )
 
     def status(self) -> str:
         """``running``, ``interrupted`` or ``done``."""
@@ -125,7 +130,7 @@ class RunFolder:
         return MachineError(
             f"{error.filename or self.path} cannot be written: {error.strerror}",
             why=f"{free_bytes(self.path) / 2**20:.0f} MiB are free there",
-            hint=f"make room, then  python tools/pretrain.py --resume {self.path}   (saved checkpoints are intact)",
+            hint=f"make room, then  {called('pretrain')} --resume {self.path}   (saved checkpoints are intact)",
         )
 
     def say(self, text: str) -> None:

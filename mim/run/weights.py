@@ -29,6 +29,7 @@ from mim.interop import (
     weights_in,
 )
 from mim.methods import Method
+from mim.program import called
 from mim.run.checkpoint_files import AtomicCheckpointIO, newest_good, sidecar, verify
 from mim.run.config import instantiate, parse_saved
 from mim.run.folder import run_of
@@ -124,7 +125,7 @@ def _from_checkpoint(
 ) -> LoadedEncoder:
     """What a run evaluates, with the weights of one of its checkpoints or of the newest."""
     method, data, config = load_method(run, checkpoint)
-    encoder, hint = method.evaluated, f"python tools/export.py --run {run}   first"
+    encoder, hint = method.evaluated, f"{called('export')} --run {run}   first"
     if img_size not in (None, encoder.img_size, encoder.img_size[0]):
         raise UserError(f"--img_size {img_size}: only an exported run can be resized", hint=hint)
     if dynamic_img_size and not encoder.any_size:

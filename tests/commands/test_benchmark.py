@@ -10,13 +10,14 @@ from torch import nn
 
 from mim.benchmark.plain import PLAIN_LOSSES
 from mim.benchmark.training import Contender, MatrixPeak, Timing, compare, ratios
-from mim.cli import CONFIGS, main
+from mim.cli import main
 from mim.commands import benchmark
 from mim.encoder import Encoder
 from mim.errors import UserError
 from mim.masking import HardPatchMasking, RandomMasking
 from mim.methods import HPM, MAE, Method, OptimConfig
 from mim.methods.hpm import DifficultyConfig
+from mim.options.recipes import CONFIGS
 from mim.targets import PixelTarget
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
@@ -242,7 +243,7 @@ def test_an_option_of_another_measurement_is_refused_instead_of_ignored(command,
 
 
 def test_a_recipe_that_is_not_there_is_refused():
-    with pytest.raises(UserError, match="is not a file"):
+    with pytest.raises(UserError, match="no such file, nor a recipe"):
         benchmark.run(Path("nothing.yaml"), device="cpu")
 
 

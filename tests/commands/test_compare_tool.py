@@ -31,6 +31,7 @@ def test_the_page_shows_the_same_images_and_needs_nothing_else(compared):
     assert "http" not in page.replace("http-equiv", "")
 
 
+@pytest.mark.middle
 def test_finished_trainings_are_not_repeated_and_evaluations_become_columns(compared, monkeypatch, capsys):
     folder, arguments = compared
     assert main("knn", ["--weights", str(folder / "tiny-seed-0"), "--data", "shapes", "--num_workers", "0"]) == 0

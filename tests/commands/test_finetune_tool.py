@@ -44,6 +44,7 @@ def exported(folder):
     return load_file(Path(folder, "export", "model.safetensors"))
 
 
+@pytest.mark.middle
 def test_scores_stand_beside_training_from_scratch_and_timm_loads_the_classifier(weights, photos):
     assert finetune(weights, photos, "--seeds", 2, "--out", "result") == 0
     result = json.loads(Path("result/metrics.json").read_text())
@@ -79,6 +80,7 @@ def start(weights, photos, *args):
     return subprocess.Popen([*command, *SHORT, *map(str, args)], env=environment, **pipe)
 
 
+@pytest.mark.middle
 def test_a_stopped_training_goes_on_to_the_same_weights(weights, photos, stop_after_a_checkpoint):
     long = ["--epochs", 12, "--eval_every", 1, "--from_scratch", "false"]
     assert finetune(weights, photos, *long, "--out", "whole") == 0
@@ -95,6 +97,7 @@ def test_resuming_with_other_settings_is_refused(weights, photos, capsys):
     assert "blr 0.02 -> 0.5" in capsys.readouterr().err
 
 
+@pytest.mark.middle
 def test_two_processes_equal_one_and_count_every_image_once(weights, photos):
     """15 images to score are 8 and 7. Sums are taken in another order: equal to rounding."""
     exact = ["--drop_path", 0, "--mixup", 0, "--cutmix", 0, "--from_scratch", "false"]

@@ -9,7 +9,7 @@ from mim.cli import main
     ("args", "expected"),
     [
         (["methods"], "MAE: masked autoencoders are scalable vision learners"),
-        (["configs"], "configs/mae/demo.yaml"),
+        (["configs"], "mae/demo "),
         (["models", "vit_small_patch16_*"], "vit_small_patch16_224\n"),
         (["--what", "models", "--name", "test_vit*"], "test_vit2"),
     ],

@@ -47,6 +47,7 @@ def test_without_a_test_part_a_share_is_held_out(weights, photos):
     assert "learnt from 27 images, scored on 9" in json.loads(Path("result/metrics.json").read_text())["protocol"]
 
 
+@pytest.mark.middle
 def test_two_processes_give_the_result_of_one(weights, photos):
     """15 images to score are 8 and 7: nothing is counted twice to make the parts equal."""
     assert knn(weights, "--data", photos, "--out", "one") == 0

@@ -70,6 +70,7 @@ def test_mistakes_end_in_a_message(weights, photos, args, expected, capsys):
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.middle
 def test_two_processes_share_the_trainings_and_get_the_numbers_of_one(weights, photos):
     """The features lie in the cache: what remains is equal to the bit."""
     options = ["--head", "multi_query", "--queries", "4"]

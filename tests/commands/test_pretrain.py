@@ -105,6 +105,7 @@ def test_workers_do_not_change_the_weights(run, tmp_path):
     assert differences(run, tmp_path / "run") == []
 
 
+@pytest.mark.middle
 def test_a_run_that_was_killed_then_stopped_then_resumed_ends_bit_exactly(run, tmp_path):
     out, args = tmp_path / "run", ["--resume", "auto"]
     strikes = [(signal.SIGKILL, -signal.SIGKILL, 6), (signal.SIGTERM, 75, 2), (signal.SIGINT, 75, 1)]
@@ -131,25 +132,50 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, tmp_path,
     assert differences(run, out) == []
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ["--precision", "bf16-mixed"],
-        ["--model.init_args.encoder.grad_checkpointing", "true"],
-        ["--trainer.gradient_clip_val", "1.0"],
-        ["--pool", "cls"],
-        ["--in_chans", "1"],
-        ["--img_size", "[32, 48]"],
-    ],
-    ids=lambda settings: settings[0].split(".")[-1].lstrip("-"),
-)
-def test_lightnings_settings_train_to_the_end(tmp_path, settings):
-    if settings[0] == "--in_chans":  # the generated shapes are RGB
-        from mim.commands.make_shapes import run as make_shapes
+def losses(run):
+    return torch.tensor([float(row["train/loss"]) for row in rows(run) if row["train/loss"]])
 
-        make_shapes(tmp_path / "shapes", train=40, val=20, size=32)
-        settings = [*settings, "--data", tmp_path / "shapes" / "train" / "images"]
-    assert train(tmp_path / "run", "--epochs", 0.1, "--pictures", 1, *settings) == 0
+
+def exported_input(run):
+    return json.loads((run / "export" / "backbone" / "config.json").read_text())["pretrained_cfg"]["input_size"]
+
+
+def test_bf16_trains_on_nearly_the_same_losses_and_says_so(probed, tmp_path):
+    assert train(tmp_path / "run", "--epochs", 0.1, "--precision", "bf16-mixed") == 0
+    assert ", bf16-mixed, " in (tmp_path / "run" / "log.txt").read_text()
+    assert not torch.equal(losses(tmp_path / "run"), losses(probed))
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(probed), rtol=0.01, atol=0)
+
+
+def test_gradient_checkpointing_changes_no_loss(probed, tmp_path):
+    assert train(tmp_path / "run", "--epochs", 0.1, "--model.init_args.encoder.grad_checkpointing", "true") == 0
+    assert torch.equal(losses(tmp_path / "run"), losses(probed))
+
+
+def test_a_clipped_gradient_leads_to_other_losses(probed, tmp_path):
+    assert train(tmp_path / "run", "--epochs", 0.1, "--trainer.gradient_clip_val", "1e-8") == 0
+    clipped, free = losses(tmp_path / "run"), losses(probed)
+    assert torch.equal(clipped[:1], free[:1])  # before the first step that moves anything
+    assert not torch.equal(clipped, free)
+
+
+def test_the_pool_that_probes_measure_is_in_their_protocol(tmp_path):
+    assert train(tmp_path / "run", "--epochs", 0.1, "--probe_images", 60, "--pool", "cls") == 0
+    assert "class token" in json.loads((tmp_path / "run" / "summary.json").read_text())["probe"]["protocol"]
+
+
+def test_images_of_one_channel_train_a_backbone_of_one_channel(tmp_path):
+    from mim.commands.make_shapes import run as make_shapes
+
+    make_shapes(tmp_path / "shapes", train=40, val=20, size=32)  # the generated shapes are RGB
+    data = ["--data", tmp_path / "shapes" / "train" / "images"]
+    assert train(tmp_path / "run", "--epochs", 0.1, "--in_chans", "1", *data) == 0
+    assert exported_input(tmp_path / "run") == [1, 32, 32]
+
+
+def test_images_that_are_not_square_train_a_backbone_that_is_not_square(tmp_path):
+    assert train(tmp_path / "run", "--epochs", 0.1, "--img_size", "[32, 48]") == 0
+    assert exported_input(tmp_path / "run") == [3, 32, 48]
 
 
 @pytest.mark.slow

@@ -49,6 +49,7 @@ def hpm(tmp_path_factory):
     return trained(HPM, tmp_path_factory.mktemp("hpm") / "whole")
 
 
+@pytest.mark.middle
 def test_teacher_centers_and_schedules_survive_a_kill_bit_exactly(attmask, tmp_path):
     out = tmp_path / "run"
     process = start(*ATTMASK, "--out", out, "--num_workers", 2)
@@ -103,12 +104,14 @@ def largest_difference(run, other):
     return largest
 
 
+@pytest.mark.middle
 def test_accumulation_equals_the_whole_batch(hpm, tmp_path):
     """Gradients are averaged in another order: equal to rounding."""
     assert train(HPM, tmp_path / "four", "--accumulate", 4) == 0
     assert largest_difference(hpm, tmp_path / "four") < 1e-6
 
 
+@pytest.mark.middle
 def test_a_teacher_and_its_centers_are_the_same_on_two_processes_and_over_micro_batches(attmask, tmp_path):
     """Sums are taken in another order: equal to rounding only, 1e-6 after 12 AdamW steps (weights up to 1)."""
     process = start(*ATTMASK, "--out", tmp_path / "two", "--devices", 2, "--trainer.accelerator", "cpu")

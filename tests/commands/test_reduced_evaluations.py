@@ -123,7 +123,7 @@ def test_segmentation_reads_features_that_were_put_back(weights, masks, options)
 @pytest.mark.parametrize(
     ("command", "args", "line"),
     [
-        (knn, ["--reduction", "cropr"], "python tools/finetune.py --reduction cropr"),
+        (knn, ["--reduction", "cropr"], "python -m mim finetune --reduction cropr"),
         (knn, ["--reduction", "nonsense"], "--reduction nonsense: there is no such reduction"),
         (knn, ["--reduction", "."], "holds no reduction"),
         (finetune, ["--reduction", "tome", "--anneal", "[0.5,0.1]"], "--anneal [0.5,0.1]"),
@@ -145,7 +145,7 @@ def test_early_exit_learns_from_masks_alone(weights, photos, masks, capsys):
     assert segment(weights, masks, "--out", "result", "--reduction", "dtop:0.6", "--finetune", "true") == 0
     assert "EarlyExit(" in result("result")["protocol"]
     assert finetune(weights, photos, "--reduction", "dtop") == 2
-    assert "python tools/segment.py --finetune true --reduction dtop" in capsys.readouterr().err
+    assert "python -m mim segment --finetune --reduction dtop" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -156,6 +156,7 @@ def test_every_setting_of_a_reduction_has_a_section_of_its_own(reduction, folder
     assert section_name("knn", reduction) == folder
 
 
+@pytest.mark.middle
 def test_a_trained_reduction_outlives_the_file_that_described_it(weights, photos):
     """What was exported is all that is needed to score with it, or to train on from it."""
     Path("mine.yaml").write_text(
@@ -171,6 +172,7 @@ def test_a_trained_reduction_outlives_the_file_that_described_it(weights, photos
     assert not torch.equal(states[0]["routers.0.queries"], states[1]["routers.0.queries"])
 
 
+@pytest.mark.middle
 def test_a_reduced_model_learns_from_the_whole_one(weights, photos, capsys):
     assert finetune(weights, photos, "--out", "whole", "--epochs", 1) == 0
     options = ["--out", "tuned", "--reduction", "dynamicvit:0.6", "--teacher", "whole/export", "--ema", 0.9]

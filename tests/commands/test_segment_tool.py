@@ -84,6 +84,7 @@ def test_the_section_appears_in_the_report_of_the_run(weights, masks, tmp_path):
     assert "overlay_0" in page
 
 
+@pytest.mark.middle
 def test_two_processes_score_like_one(weights, masks):
     """Five images are three and two; the answer is counted once for each."""
     options = ["--batch_norm", "false", "--scale", "[1.0,1.5]"]
@@ -99,6 +100,7 @@ def test_two_processes_score_like_one(weights, masks):
         assert one[name] == pytest.approx(two[name], abs=1e-3)  # sums in another order may turn a pixel on a border
 
 
+@pytest.mark.middle
 def test_a_stopped_training_goes_on_to_the_same_weights(weights, masks, stop_after_a_checkpoint):
     long = ["--steps", "20", "--save_every", "1", "--head", "upernet", "--finetune", "true"]
     assert segment(weights, masks, *long, "--out", "whole") == 0

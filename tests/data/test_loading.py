@@ -1,5 +1,6 @@
 """Loader processes that die or hang are noticed, and the file in their hands is named."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -115,3 +116,22 @@ def test_memory_of_the_machine_that_runs_out_is_told_from_a_bug():
     assert found.error == "out of memory at batch 16 per device"
     assert "can't allocate memory" in found.why
     assert as_machine_error(RuntimeError("shapes do not fit")) is None
+
+
+def test_processes_of_the_program_around_us_outlive_ours():
+    """From Python a run is a guest: what it ends at exit are its own loader processes."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    other = multiprocessing.Process(target=time.sleep, args=(60,))
+    other.start()
+    batches = iter(WatchedLoader(torch.arange(4), num_workers=1))
+    next(batches)
+    (loader,) = set(multiprocessing.active_children()) - {other}
+    try:
+        loading._end_all()
+        loader.join(10)
+        assert not loader.is_alive()
+        assert other.is_alive()
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+        other.kill()
+        other.join()

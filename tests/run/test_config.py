@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import mim.masking
 from mim.cli import PRETRAIN
 from mim.errors import UserError
 from mim.methods import MAE
@@ -35,12 +36,46 @@ def known():
 
 @pytest.mark.parametrize("name", sorted(PRETRAIN.keys() - SETTINGS_OF_A_CALL))
 def test_every_short_option_exists_in_the_full_schema(name, known):
-    assert PRETRAIN[name].target in known | {"model.init_args.masking.init_args.ratio"}
+    assert PRETRAIN[name].target in known
 
 
-def test_the_mask_ratio_reaches_the_policy():
-    config = parse([TINY, f"--{PRETRAIN['mask_ratio'].target}=0.6"])
-    assert config.model.init_args.masking.init_args.ratio == 0.6
+@pytest.mark.parametrize("name", sorted(PRETRAIN))
+def test_a_short_option_is_explained_in_words_of_its_own(name):
+    text = PRETRAIN[name].text
+    assert len(text.split()) > 1
+    assert [option.text for option in PRETRAIN.values()].count(text) == 1
+
+
+@pytest.mark.parametrize("name", ["seed", "log_every", "pictures", "pool", "probe_images", "max_bad", "data"])
+def test_the_default_that_the_help_shows_is_that_of_the_schema(name):
+    assert PRETRAIN[name].default == str(build_parser().get_defaults()[PRETRAIN[name].target])
+
+
+def test_the_kind_of_a_short_option_is_that_of_the_full_schema():
+    actions = {action.dest: str(getattr(action, "_typehint", None)) for action in build_parser()._actions}
+    short = {option.target: option.kind.__name__ for option in PRETRAIN.values() if option.kind}
+    loose = {"data.max_bad", "model.init_args.encoder.in_chans"}  # a plain number there; a part of a class
+    assert {target: kind for target, kind in short.items() if target not in loose and kind not in actions[target]} == {}
+
+
+@pytest.mark.parametrize("policy", [name for name in mim.masking.__all__ if name != "Masking"])
+def test_the_mask_ratio_reaches_every_policy(policy):
+    arguments = [TINY, f"--model.init_args.masking={policy}", "--mask_ratio=0.6"]
+    settings = getattr(mim.masking, policy).ratio_settings
+    chosen = parse(arguments).model.init_args.masking.init_args
+    assert settings
+    assert [chosen[name] for name in settings] == [0.6] * len(settings)
+
+
+def test_a_policy_without_a_ratio_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(mim.masking.RandomMasking, "ratio_settings", ())
+    with pytest.raises(UserError, match=r"--mask_ratio 0.6: RandomMasking"):
+        parse([TINY, "--mask_ratio=0.6"])
+
+
+def test_the_mask_ratio_beside_its_dotted_name_is_refused():
+    with pytest.raises(UserError, match="two words for one setting"):
+        parse([TINY, "--mask_ratio=0.6", "--model.init_args.masking.init_args.ratio=0.7"])
 
 
 @pytest.mark.parametrize("name", METHODS)

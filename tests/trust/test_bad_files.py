@@ -42,7 +42,7 @@ def assert_stopped(run, photos, output):
     """All three lines, and a run that can go on without a step done twice."""
     assert "error: 1 of 300 images are unreadable (0.3%, limit 0.0%)" in output
     assert f"why:   first: {photos}/{BAD:03}.png (" in output
-    assert f"try:   python tools/pretrain.py --resume {run} --max_bad 0.05 " in output
+    assert f"try:   python -m mim pretrain --resume {run} --max_bad 0.05 " in output
     assert "Traceback" not in output
     assert summary(run)["status"] == "failed"
     assert (run / "bad_files.txt").read_text().startswith(f"{photos}/{BAD:03}.png\t")

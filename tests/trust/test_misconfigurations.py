@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hints import check_hint
 from PIL import Image
 
 from mim.cli import main
@@ -37,7 +38,7 @@ MISTAKES = {
     "a model that is no ViT": (["--model", "resnet18"], "resnet18"),
     "a method that is none": (["--method", "maee"], "maee"),
     "a ratio above one": (["--mask_ratio", "1.5"], "1.5"),
-    "a ratio of nothing": (["--mask_ratio", "0"], "ratio=0"),
+    "a ratio of nothing": (["--mask_ratio", "0"], "--mask_ratio cannot be 0"),
     "a policy for another method": ([MODEL + "masking", "AttentionMasking"], "guid"),
     "heads that do not divide the width": ([MODEL + "decoder_heads", "5"], "5"),
     "a batch of nothing": (["--batch_size", "0"], "batch_size"),
@@ -190,6 +191,7 @@ def mistake(place, tmp_path, capsys):
         heads = [line.split(":")[0] for line in text.splitlines() if not line.startswith("         ")]
         assert heads in (["error"], ["error", "try"], ["error", "why"], ["error", "why", "try"]), text
         assert named in text.partition("try:")[0]
+        check_hint(command, text, args)
         assert sorted(tmp_path.rglob("*")) == place
         return text
 

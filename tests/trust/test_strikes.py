@@ -30,7 +30,9 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("strikes")
 
 
-@pytest.mark.parametrize(("aimed", "workers"), [(False, 0), (False, 2), (True, 2)])
+@pytest.mark.parametrize(
+    ("aimed", "workers"), [pytest.param(False, 0, marks=pytest.mark.middle), (False, 2), (True, 2)]
+)
 @pytest.mark.parametrize("method", SETTINGS)
 def test_a_killed_run_ends_as_if_nobody_had_touched_it(method, aimed, workers, folder):
     """At random moments, or while it saves."""

@@ -1,0 +1,116 @@
+"""How options are written, the same for every command: what stands on the command line becomes names and values.
+
+``--name value`` and ``--name=value``; dashes are underscores; a switch may stand alone or take ``true`` or ``false``;
+lists are ``10,20`` or ``[10,20]``.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from mim.errors import UserError, printable
+
+_NUMBERS = re.compile(r"\s*[-+.\deE]+\s*(,\s*[-+.\deE]+\s*)+")
+
+
+class Option(NamedTuple):
+    """One option of a command.
+
+    Args:
+        value: how its value is written in the help; empty for a switch.
+        text: what it is for.
+        default: what holds if it is not given, in words.
+        target: its name in the full schema of a run, without dashes.
+        kind: a type of :mod:`mim.options.ranges` that its value must be of.
+        lists: whether its value is a list: never, ``always``, if it has ``commas``, or written as one ``text``.
+    """
+
+    value: str
+    text: str
+    default: str = ""
+    target: str = ""
+    kind: Any = None
+    lists: str = ""
+
+
+def read(args: Sequence[str], known: Mapping[str, Option], *, dotted: bool = False) -> list[tuple[str, str]]:
+    """Names and values of the options that ``args`` give, in their order.
+
+    Args:
+        args: of the command line.
+        known: the options that there are, by name.
+        dotted: names with dots are of the full schema, which whoever reads it will judge.
+
+    Raises:
+        UserError: for a name that is not known, a value that is missing, and a number out of its range.
+    """
+    return list(_pairs(args, known, dotted))
+
+
+def _pairs(args: Sequence[str], known: Mapping[str, Option], dotted: bool) -> Iterator[tuple[str, str]]:
+    rest, bare = list(args), ""
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--") and bare:
+            raise UserError(f"--{bare} cannot be {printable(argument)}", why="expected true or false", hint=f"--{bare}")
+        if not argument.startswith("--"):
+            raise UserError(
+                f"{printable(argument)} stands alone",
+                why="options begin with two dashes",
+                hint=_suggestion(argument, known),
+            )
+        name, equals, value = argument[2:].partition("=")
+        full = dotted and "." in name
+        option = None if full else known.get(name := name.replace("-", "_"))
+        if not full and option is None:
+            raise _unknown(name, value if equals else "".join(rest[:1]), known)
+        switch = option is not None and not option.value
+        if not equals and rest and not rest[0].startswith("--") and (not switch or rest[0] in ("true", "false")):
+            equals, value = "=", rest.pop(0)
+        if not equals and not switch:
+            raise UserError(f"--{name} needs a value", hint=f"--{name} {option.value if option else 'VALUE'}")
+        bare = name if switch and not equals else ""
+        value = value if equals else "true"
+        yield name, _checked(name, as_list(value, option.lists if option else "numbers"), option)
+
+
+def as_list(value: str, lists: str) -> str:
+    """A value as YAML has it, with the brackets that people leave out; one text of commas loses them."""
+    bracketed = value.startswith("[") and value.endswith("]")
+    if lists == "text":
+        return re.sub(r"\s*,\s*", ",", value[1:-1].strip()) if bracketed else value
+    wanted = {"": False, "always": value != "null", "commas": "," in value, "numbers": _NUMBERS.fullmatch(value)}[lists]
+    return f"[{value}]" if wanted and not value.startswith("[") else value
+
+
+def _checked(name: str, value: str, option: Option | None) -> str:
+    """The value, if it is in its option's range: told here, it is told before anything heavy is imported."""
+    if option is None or option.kind is None or value == "null":
+        return value
+    from mim.options.ranges import fits
+
+    if not fits(option.kind, value):
+        an = "an" if option.kind.__name__.startswith("int") else "a"
+        example = next(number for number in (option.default, "1", "0.5") if fits(option.kind, number))
+        why = f"expected {an} {option.kind.__name__}"
+        raise UserError(f"--{name} cannot be {printable(value[:80])}", why=why, hint=f"--{name} {example}")
+    return value
+
+
+def _unknown(name: str, value: str, known: Mapping[str, Option]) -> UserError:
+    near = difflib.get_close_matches(name, known, 1)
+    hint = "--help"
+    if near:
+        given = value if value and not value.startswith("--") and known[near[0]].value else known[near[0]].value
+        hint = f"--{near[0]} {printable(given)}".rstrip()
+    return UserError(f"there is no option --{printable(name)}", hint=hint)
+
+
+def _suggestion(argument: str, known: Mapping[str, Option]) -> str:
+    """What a word without dashes may have been meant as: an option's name, or else the first option's value."""
+    name = argument.lstrip("-").partition("=")[0].replace("-", "_")
+    if near := difflib.get_close_matches(name, known, 1, cutoff=0.8):
+        return f"--{near[0]} {known[near[0]].value}".rstrip()
+    first = next(name for name, option in known.items() if option.value)
+    return f"--{first} {known[first].value}"
