@@ -1,4 +1,4 @@
-"""The one adapter over timm's ``VisionTransformer``: encode all, only the visible, or partly replaced patches."""
+"""The one adapter over timm's plain and rotary ViTs: encode all, only the visible, or partly replaced patches."""
 
 import difflib
 from collections.abc import Collection, Sequence
@@ -8,22 +8,25 @@ from typing import Any, Literal, cast, final
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers.attention import Attention
-from timm.layers.norm import LayerNorm
 from timm.layers.patch_embed import PatchEmbed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import checkpoint_seq
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mim.errors import UserError
 from mim.layers.positions import sincos_positions, stretch_positions
-from mim.options.ranges import Count, ShareBelowOne
+from mim.options.ranges import Count, ShareBelowOne, Whole
 from mim.patches import gather_tokens, patch_grid, patchify, visible_indices
+from mim.reduction.attention import Attending, can_be_halved, mlp_half
 from mim.reduction.base import TokenReduction
 from mim.reduction.schedule import KeepRate
 from mim.reduction.tokens import Tokens
+from mim.vit import ViT
 
+_MOVING = ("rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords")
 _MAX_PATCHES = 1 << 18  # 512 x 512
 
 
@@ -32,12 +35,13 @@ class Encoder(nn.Module):
     """A timm Vision Transformer whose patches can be hidden.
 
     Args:
-        model: timm name of a plain ViT, or ``local-dir:FOLDER`` for an exported one.
+        model: timm name of a plain or rotary ViT (EVA-02, DINOv3, PE), or ``local-dir:FOLDER`` for an exported one.
         img_size: image side in pixels, or ``[height, width]``; the model's own if not given.
         patch_size: patch side in pixels; the model's own if not given.
         in_chans: image channels; the model's own if not given.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
-        positions: ``learned``, or the fixed ``sincos`` table of MAE.
+        positions: ``learned``, or the fixed ``sincos`` table of MAE in its place. Rotary positions stay as they are; a
+            rotary model that has no table beside them, such as DINOv3, gets none.
         dynamic_img_size: accept images of any size that divides into patches; positions are resampled. None leaves it
             to the model.
         resampling: how positions get to another size: ``antialiased`` is timm's way, ``stretched`` that of DINO and
@@ -46,6 +50,7 @@ class Encoder(nn.Module):
         pretrained: start from timm's weights.
         kwargs: further arguments of the timm model, such as ``{reg_tokens: 4}``.
         reduction: shortens the sequence inside the blocks; may be set and taken away later, too.
+        registers: learned tokens beside the class token that belong to no patch; the model's own number if not given.
     """
 
     def __init__(
@@ -62,13 +67,17 @@ class Encoder(nn.Module):
         pretrained: bool = False,
         kwargs: dict[str, Any] | None = None,
         reduction: TokenReduction | None = None,
+        registers: Whole | None = None,
     ) -> None:
         super().__init__()
         self.pretrained, self.resampling = pretrained, resampling
+        skeleton = _skeleton(model)
+        rotary = isinstance(skeleton, Eva)
         settings = {"patch_size": patch_size, "in_chans": in_chans, "num_classes": 0, **(kwargs or {})}
+        settings |= {"num_reg_tokens" if rotary else "reg_tokens": registers} if registers is not None else {}
         settings |= {"drop_path_rate": drop_path_rate, "dynamic_img_size": dynamic_img_size}
         settings = {name: value for name, value in settings.items() if value is not None}
-        size = _checked_size(model, img_size, settings.get("patch_size"))
+        size = _checked_size(model, skeleton, img_size, settings.get("patch_size"))
         try:
             vit = timm.create_model(model, pretrained=pretrained, img_size=size, **settings)
         except OSError as problem:  # no network, offline mode, a folder without weights
@@ -77,9 +86,13 @@ class Encoder(nn.Module):
                 why=str(problem).partition("\n")[0],
                 hint="--model local-dir:FOLDER with weights on this machine, or a network connection",
             ) from problem
-        self.vit = cast(VisionTransformer, vit)
+        except AssertionError as problem:  # how timm refuses arguments that do not go together
+            raise UserError(f"--model {model} cannot be built with {kwargs}", why=str(problem)) from problem
+        self.vit = cast(ViT, vit)
         if not len(self.vit.blocks):
             raise UserError(f"--model {model} with kwargs {kwargs} has no blocks", hint="a depth of 1 or more")
+        _fix_coordinates(self.vit, model, kwargs or {})
+        self._tables: dict[tuple[object, ...], Tensor] = {}  # fixed rotary positions by grid; see _rotary
         self.vit.set_grad_checkpointing(grad_checkpointing)
         if reduction is not None:
             reduction.check(self.vit)
@@ -88,7 +101,7 @@ class Encoder(nn.Module):
         for pooling in (self.vit.attn_pool, self.vit.fc_norm):
             if pooling is not None:
                 pooling.requires_grad_(False)
-        if positions == "sincos":
+        if positions == "sincos" and not (rotary and self.vit.pos_embed is None):
             prefix = 0 if self.vit.no_embed_class else self.num_prefix
             table = sincos_positions(self.grid, self.dim, prefix)
             self.vit.pos_embed = nn.Parameter(table, requires_grad=False)
@@ -126,9 +139,43 @@ class Encoder(nn.Module):
         return int(self.vit.num_prefix_tokens)
 
     @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.vit.blocks)
+
+    @property
+    def any_size(self) -> bool:
+        """Whether images may have another size than :attr:`img_size`."""
+        return bool(self.vit.dynamic_img_size)
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the first token stands for the whole image."""
+        return self.vit.cls_token is not None
+
+    @property
+    def has_class_attention(self) -> bool:
+        """Whether there is a class token whose attention in the last block can be read."""
+        return self.has_class_token and can_be_halved(self.vit.blocks[-1])
+
+    @property
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation, per channel, of the pixels in 0..1 that timm's weights of this model expect."""
+        expected = cast(dict[str, Any], self.vit.pretrained_cfg)
+        return list(expected["mean"]), list(expected["std"])
+
+    @property
     def pool(self) -> Literal["cls", "mean"]:
         """What timm's model pools by; where it pools in another way than these two, the mean of the patch tokens."""
-        return "cls" if self.vit.global_pool in ("token", "") and self.vit.has_class_token else "mean"
+        return "cls" if self.vit.global_pool in ("token", "") and self.has_class_token else "mean"
+
+    def mean_of(self, tokens: Tokens) -> Tensor:
+        """Mean over patches, ``(B, D)``, of what :meth:`forward_tokens` gives.
+
+        Models made for mean pooling have their final norm behind it; elsewhere ``fc_norm`` is the identity.
+        """
+        mean: Tensor = self.vit.fc_norm(tokens.patch_mean())
+        return mean
 
     def forward(
         self,
@@ -151,16 +198,14 @@ class Encoder(nn.Module):
             reduction, ``K`` is what it leaves, in its own order.
         """
         self._check(images, mask)
-        embedded = self._embed(images, mask, mask_token, visible_count)
-        whole = mask is None or mask_token is not None
-        tokens = self._run_blocks(embedded, patch_grid(images, self.patch_size) if whole else None)
+        tokens = self._run_blocks(self._start(images, mask, mask_token, visible_count))
         normed: Tensor = self.vit.norm(tokens.x)
         return normed
 
     def forward_tokens(self, images: Tensor) -> Tokens:
         """As :meth:`forward`, with the map that tells what a reduction made of each patch."""
         self._check(images, None)
-        tokens = self._run_blocks(self._embed(images), patch_grid(images, self.patch_size))
+        tokens = self._run_blocks(self._start(images))
         return tokens.with_x(self.vit.norm(tokens.x))
 
     def forward_with_attention(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,21 +214,17 @@ class Encoder(nn.Module):
         Attention is the mean over heads; its softmax runs over prefix and patches, so rows sum to less than 1. Both are
         those of the model without its reduction, which would leave patches that nobody looks at.
         """
-        if not self.vit.has_class_token:
-            raise ValueError("this ViT has no class token whose attention could be read")
-        before_last = self._run_whole(self._embed(images), stop=-1)
-        attention = _class_attention(self.vit.blocks[-1], before_last)
-        tokens: Tensor = self.vit.norm(self.vit.blocks[-1](before_last))
-        return tokens, attention.mean(dim=1)[:, self.num_prefix :]
+        attended, x = self._attend(images)
+        tokens: Tensor = self.vit.norm(mlp_half(self.vit.blocks[-1], x))
+        return tokens, attended.class_attention()
 
     def head_attention(self, images: Tensor) -> Tensor:
         """The class token's attention to the patches in the last block, head by head: ``(B, heads, N)``."""
-        before_last = self._run_whole(self._embed(images), stop=-1)
-        return _class_attention(self.vit.blocks[-1], before_last)[..., self.num_prefix :]
+        return self._attend(images)[0].head_attention()
 
     def feature_map(self, images: Tensor) -> Tensor:
         """Patch tokens as ``(B, D, h, w)``; those that a reduction took away are put back."""
-        (tokens,) = self.after_blocks(images, [len(self.vit.blocks) - 1])
+        (tokens,) = self.after_blocks(images, [self.depth - 1])
         return self.dense(tokens)
 
     def after_blocks(self, images: Tensor, layers: Collection[int]) -> list[Tokens]:
@@ -195,9 +236,9 @@ class Encoder(nn.Module):
         """
         self._check(images, None)
         run = self.reduction or TokenReduction(KeepRate(1.0))  # which calls block after block
-        grid, checkpointing = patch_grid(images, self.patch_size), bool(self.vit.grad_checkpointing)
+        start, checkpointing = self._start(images), bool(self.vit.grad_checkpointing)
         return run.after_blocks(
-            layers, self.vit.blocks, self._embed(images), self.num_prefix, grid, checkpointing=checkpointing
+            layers, self.vit.blocks, start.x, self.num_prefix, start.grid, start.rope, checkpointing=checkpointing
         )
 
     def dense(self, tokens: Tokens) -> Tensor:
@@ -210,7 +251,7 @@ class Encoder(nn.Module):
         """Refuses shapes that do not belong together, where timm would not notice."""
         height, width = images.shape[2:]
         rows, columns = patch_grid(images, self.patch_size)
-        if (height, width) != self.img_size and not self.vit.dynamic_img_size:
+        if (height, width) != self.img_size and not self.any_size:
             built = f"{self.img_size[0]} x {self.img_size[1]}"
             raise ValueError(
                 f"images of {height} x {width} pixels, but the encoder was built for {built}; set img_size"
@@ -220,36 +261,35 @@ class Encoder(nn.Module):
                 f"mask is {tuple(mask.shape)}, but there are {len(images)} images of {rows * columns} patches"
             )
 
-    def _embed(
+    def _start(
         self,
         images: Tensor,
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
         visible_count: int | None = None,
-    ) -> Tensor:
+    ) -> Tokens:
         """Tokens with positions, ``(B, P + K, D)``, as they enter the first block."""
+        grid, visible = patch_grid(images, self.patch_size), None
         if mask is not None and mask_token is None:
-            tokens = self._embed_visible(images, visible_indices(mask, visible_count))
+            visible = visible_indices(mask, visible_count)
+            x = self._join(images, self._project_visible(images, visible), visible)  # reads no other pixels
         else:
             patches = self.vit.patch_embed(images)  # (B, N, D), or (B, h, w, D) with dynamic_img_size
             if mask is not None and mask_token is not None:
                 hidden = mask.view(patches.shape[:-1])[..., None]
                 patches = torch.where(hidden, mask_token.to(patches.dtype), patches)
-            tokens = self._add_positions(images, patches)
-        embedded: Tensor = self.vit.norm_pre(tokens)
-        return embedded
+            x = self._add_positions(images, patches)
+        whole = grid if visible is None else None
+        return Tokens.start(self.vit.norm_pre(x), self.num_prefix, whole, self._rotary(grid), visible)
 
     def _add_positions(self, images: Tensor, patches: Tensor) -> Tensor:
         """All ``patches`` with prefix and positions; timm does it, unless positions are resampled in another way."""
-        if self.resampling == "antialiased" or not self.vit.dynamic_img_size:
+        timms = self.resampling == "antialiased" or not self.any_size
+        if timms and not isinstance(self.vit, Eva):  # Eva would make its rotary positions anew at every call
             tokens: Tensor = self.vit._pos_embed(patches)
             return tokens
         patches = patches.flatten(1, -2)  # (B, N, D)
         return self._join(images, patches, torch.arange(patches.shape[1], device=patches.device)[None])
-
-    def _embed_visible(self, images: Tensor, visible: Tensor) -> Tensor:
-        """What :meth:`_add_positions` gives for prefix and patches ``visible (B, K)``; reads no other pixels."""
-        return self._join(images, self._project_visible(images, visible), visible)
 
     def _join(self, images: Tensor, patches: Tensor, places: Tensor) -> Tensor:
         """``patches (B, K, D)`` that stand at ``places (B or 1, K)`` with their positions, behind the prefix."""
@@ -264,7 +304,8 @@ class Encoder(nn.Module):
             if prefix and not vit.no_embed_class:
                 prefix = [torch.cat(prefix, dim=1) + on_prefix]
         tokens: Tensor = torch.cat([*(token.expand(batch, -1, -1) for token in prefix), patches], dim=1)
-        return tokens if table is None else vit.pos_drop(tokens)
+        drops = table is not None or isinstance(vit, Eva)  # as in timm
+        return vit.pos_drop(tokens) if drops else tokens
 
     def _project_visible(self, images: Tensor, visible: Tensor) -> Tensor:
         """Patch embedding of the patches ``visible (B, K)``, without positions."""
@@ -279,7 +320,7 @@ class Encoder(nn.Module):
     def _positions(self, images: Tensor) -> Tensor | None:
         """The position table for images of this size, ``(1, P + N, D)``, or ``(1, N, D)`` if the prefix has none."""
         table: Tensor | None = self.vit.pos_embed
-        if table is None or not self.vit.dynamic_img_size:
+        if table is None or not self.any_size:
             return table
         prefix = 0 if self.vit.no_embed_class else self.num_prefix
         if self.resampling == "stretched":
@@ -289,38 +330,75 @@ class Encoder(nn.Module):
         )
         return resampled
 
-    def _run_blocks(self, tokens: Tensor, grid: tuple[int, int] | None) -> Tokens:
-        """All blocks, with the reduction if there is one; ``grid`` unless patches are missing."""
+    def _rotary(self, grid: tuple[int, int]) -> Tensor | None:
+        """Rotary positions of all patches, ``(N, 2d)`` or ``(depth, heads, N, 2d)``; None for models without them."""
+        rope: Any = getattr(self.vit, "rope", None)
+        if rope is None:
+            return None
+        shape = {"shape": list(grid)} if self.any_size or not hasattr(rope, "feat_shape") else {}  # timm's own rule
+        if next(rope.parameters(), None) is not None:  # learned frequencies
+            table: Tensor = rope.get_embed(**shape)
+            return table
+        like = next(rope.buffers())
+        key = (grid, like.device, like.dtype)
+        if key not in self._tables:
+            with torch.inference_mode(False), torch.no_grad():  # or training could not use what probes have made
+                self._tables[key] = rope.get_embed(**shape)
+        return self._tables[key]
+
+    def _run_blocks(self, start: Tokens) -> Tokens:
+        """All blocks, with the reduction if there is one."""
         if self.reduction is None:
-            return Tokens.start(self._run_whole(tokens), self.num_prefix, grid)
-        checkpointing = bool(self.vit.grad_checkpointing)
-        reduced: Tokens = self.reduction(self.vit.blocks, tokens, self.num_prefix, grid, checkpointing=checkpointing)
+            return start.with_x(self._run_whole(start))
+        reduced: Tokens = self.reduction(
+            self.vit.blocks,
+            start.x,
+            self.num_prefix,
+            start.grid,
+            start.rope,
+            checkpointing=bool(self.vit.grad_checkpointing),
+            visible=start.visible,
+        )
         return reduced
 
-    def _run_whole(self, tokens: Tensor, stop: int | None = None) -> Tensor:
-        blocks = self.vit.blocks[:stop]
-        if self.vit.grad_checkpointing and torch.is_grad_enabled():
-            tokens = checkpoint_seq(blocks, tokens, use_reentrant=False)
-        else:
-            tokens = blocks(tokens)
-        return tokens
+    def _run_whole(self, start: Tokens, stop: int | None = None) -> Tensor:
+        """Tokens ``(B, P + K, D)`` behind all blocks, or behind those before ``stop``."""
+        checkpointing = self.vit.grad_checkpointing and torch.is_grad_enabled()
+        x, blocks = start.x, self.vit.blocks[:stop]
+        if isinstance(self.vit, VisionTransformer):
+            return checkpoint_seq(blocks, x, use_reentrant=False) if checkpointing else blocks(x)
+        inputs, by_block = start.inputs(0), start.rope is not None and start.rope.ndim == 4
+        for layer, block in enumerate(blocks):
+            inputs = start.inputs(layer) if by_block else inputs
+            x = checkpoint(block, x, use_reentrant=False, **inputs) if checkpointing else block(x, **inputs)
+        return x
+
+    def _attend(self, images: Tensor) -> tuple[Attending, Tensor]:
+        """Queries and keys of the last block, and the tokens behind its attention."""
+        if not self.has_class_attention:
+            raise ValueError("this ViT has no class token whose attention could be read")
+        start = self._start(images)
+        attending = Attending(self.vit.blocks[-1], self.num_prefix)
+        x = attending.half(self._run_whole(start, stop=-1), **start.inputs(self.depth - 1))
+        return attending, x
 
 
-def _class_attention(block: nn.Module, tokens: Tensor) -> Tensor:
-    """Attention of the first token to all, ``(B, heads, P + N)``, recomputed from the block's weights."""
-    attn = cast(Attention, block.attn)
-    batch, length, _ = tokens.shape
-    qkv = attn.qkv(cast(LayerNorm, block.norm1)(tokens)).view(batch, length, 3, attn.num_heads, attn.head_dim)
-    query, key = attn.q_norm(qkv[:, 0, 0]), attn.k_norm(qkv[:, :, 1])  # (B, heads, d), (B, P + N, heads, d)
-    logits = torch.einsum("bhd,bnhd->bhn", query * attn.scale, key)
-    return logits.softmax(dim=-1)
+def _fix_coordinates(vit: ViT, model: str, given: dict[str, Any]) -> None:
+    """Rotary positions do not move at random in training: Sapiens2, which would, is told not to."""
+    if asked := [name for name in given if name in _MOVING and given[name] is not None]:
+        raise UserError(
+            f"--model {model}: {', '.join(asked)} would move rotary positions at random",
+            why="timm draws that from the global generator, so that no run could be repeated",
+            hint=f"the same model without {', '.join(asked)}",
+        )
+    if (rope := getattr(vit, "rope", None)) is not None:
+        rope.aug_active = False
 
 
 def _checked_size(
-    model: str, img_size: int | tuple[int, int] | None, patch_size: int | tuple[int, int] | None
+    model: str, skeleton: ViT, img_size: int | tuple[int, int] | None, patch_size: int | tuple[int, int] | None
 ) -> tuple[int, int]:
     """The image size to build for; refuses, on a skeleton without weights, what could not work."""
-    skeleton = _skeleton(model)
     embed = skeleton.patch_embed
     own_patch = tuple(side // cells for side, cells in zip(embed.img_size, embed.grid_size, strict=True))
     size, patch = _pair(img_size or embed.img_size), _pair(patch_size or own_patch)
@@ -342,7 +420,7 @@ def _checked_size(
     )
 
 
-def _skeleton(model: str) -> VisionTransformer:
+def _skeleton(model: str) -> ViT:
     """The model without storage for weights, if it is a ViT that can be wrapped."""
     try:
         with torch.device("meta"):
@@ -350,22 +428,18 @@ def _skeleton(model: str) -> VisionTransformer:
     except (RuntimeError, ValueError) as error:  # the latter for what looks like a path
         if not str(error).startswith(("Unknown model", "Invalid pretrained tag", "Model name")):
             raise
-        known = ["*vit*", "deit*"]
+        known = ["*vit*", "deit*", "eva*"]
         near = difflib.get_close_matches(model, timm.list_models(known) + timm.list_pretrained(known), n=3, cutoff=0.5)
         raise UserError(
             f"--model {model}: timm {timm.__version__} has no such model",
             hint="   or   ".join(f"--model {name}" for name in near or ["vit_small_patch16_224"]),
         ) from None
-    if isinstance(skeleton, VisionTransformer):
+    if isinstance(skeleton, VisionTransformer | Eva):
         return skeleton
-    kind = type(skeleton).__name__
-    why = f"it is timm's {kind}; positions are added to tokens in a plain ViT only"
-    if getattr(skeleton, "rope", None) is not None:
-        why = f"timm's {kind} turns its tokens by rotary positions, which are not supported yet"
     raise UserError(
-        f"--model {model} is not a plain ViT, so patches cannot be hidden",
-        why=why,
-        hint="--model vit_small_patch16_224",
+        f"--model {model} is neither a plain nor a rotary ViT, so patches cannot be hidden",
+        why=f"it is timm's {type(skeleton).__name__}, whose tokens are no patches that could be left out one by one",
+        hint="--model vit_small_patch16_224   or   --model vit_small_patch16_dinov3",
     )
 
 

@@ -1,7 +1,5 @@
 """What a decoder has to predict for hidden patches: their pixels, or what another network makes of them."""
 
-from typing import Any, cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -111,9 +109,8 @@ class FeatureTarget(Target):
             self.encoder = Encoder(model, dynamic_img_size=True, pretrained=True).eval().requires_grad_(False)
         except UserError as error:  # which speaks of the encoder that is trained
             raise error.about("--model.init_args.target.init_args.model", instead_of="--model") from None
-        expected = cast(dict[str, Any], self.encoder.vit.pretrained_cfg)
         given_mean, given_std, own_mean, own_std = (
-            torch.tensor(values).view(-1, 1, 1) for values in (mean, std, expected["mean"], expected["std"])
+            torch.tensor(values).view(-1, 1, 1) for values in (mean, std, *self.encoder.statistics)
         )
         # From the run's normalisation to the frozen ViT's in one product and one sum.
         self.register_buffer("scale", given_std / own_std, persistent=False)

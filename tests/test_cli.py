@@ -267,3 +267,31 @@ def test_every_command_is_a_module_with_a_run_or_main():
 
 def test_short_options_of_a_run_have_a_place_in_the_full_schema():
     assert [name for name, option in PRETRAIN.items() if not option.target] == ["method", "debug"]
+
+
+def test_continue_takes_the_recipe_for_good_weights_and_the_model_that_they_are_of(tmp_path):
+    recipe, model, origin = translate(["--method=ibot", "--continue", "vit_base_patch16_dinov3.lvd1689m"])
+    assert recipe == "--config=ibot/continue-dinov3_vit_small"
+    assert model == "--model.init_args.encoder.model=vit_base_patch16_dinov3"
+    assert origin == "--continue=vit_base_patch16_dinov3.lvd1689m"
+    (tmp_path / "export" / "backbone").mkdir(parents=True)
+    (tmp_path / "export" / "backbone" / "config.json").touch()
+    assert translate(["--continue", str(tmp_path)])[1].endswith(f"=local-dir:{tmp_path}/export/backbone")
+    assert len(translate(["--continue", __file__])) == 2  # a file does not tell its model
+    assert translate(["--continue=x.y", "--model=test_vit"])[1:] == [
+        "--continue=x.y",
+        "--model.init_args.encoder.model=test_vit",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--continue=a", "--init=b"], "error: --continue and --init both name weights to start from"),
+        (["--continue=a", "--resume=runs/001"], "error: --continue starts a new run, --resume goes on with an old one"),
+        (["--continue=a", "--method=momentum_mae"], "error: --continue: momentum_mae has no recipe for it"),
+    ],
+)
+def test_continue_is_refused_where_it_cannot_be_meant(options, line, capsys):
+    assert main("pretrain", options) == 2
+    assert capsys.readouterr().err.splitlines()[0] == line

@@ -133,6 +133,19 @@ def test_attention_equals_the_unfused_path_of_timm(name):
     torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=2e-5)
 
 
+def test_attention_is_to_the_bit_what_masks_of_earlier_versions_followed():
+    """Queries and keys of the class token from the weights, as written before attention was read in one place."""
+    encoder = build("registers")
+    images, block = images_for(encoder), encoder.vit.blocks[-1]
+    x = encoder.vit.blocks[0](encoder.vit._pos_embed(encoder.vit.patch_embed(images)))
+    attn = block.attn
+    qkv = attn.qkv(block.norm1(x)).view(3, x.shape[1], 3, attn.num_heads, attn.head_dim)
+    logits = torch.einsum("bhd,bnhd->bhn", qkv[:, 0, 0] * attn.scale, qkv[:, :, 1])
+    expected = logits.softmax(dim=-1)[..., encoder.num_prefix :]
+    assert torch.equal(encoder.head_attention(images), expected)
+    assert torch.equal(encoder.forward_with_attention(images)[1], expected.mean(dim=1))
+
+
 def test_attention_needs_a_class_token():
     encoder = build("no class token")
     with pytest.raises(ValueError, match="no class token"):
@@ -239,17 +252,31 @@ def test_an_unknown_tag_ends_in_suggestions():
 
 
 @pytest.mark.parametrize("model", ["resnet18", "swin_tiny_patch4_window7_224"])
-def test_what_is_not_a_plain_vit_is_refused(model):
+def test_what_is_neither_a_plain_nor_a_rotary_vit_is_refused(model):
     with pytest.raises(UserError) as error:
         Encoder(model, img_size=64)
-    assert lines(error)[0] == f"error: --model {model} is not a plain ViT, so patches cannot be hidden"
-    assert lines(error)[2] == "try:   --model vit_small_patch16_224"
+    assert lines(error)[0] == f"error: --model {model} is neither a plain nor a rotary ViT, so patches cannot be hidden"
+    assert lines(error)[2] == "try:   --model vit_small_patch16_224   or   --model vit_small_patch16_dinov3"
 
 
-@pytest.mark.parametrize("model", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3"])
-def test_rotary_positions_are_refused_by_name(model):
-    with pytest.raises(UserError, match="rotary positions, which are not supported yet"):
-        Encoder(model)
+def test_arguments_that_timm_refuses_end_in_its_words():
+    with pytest.raises(UserError, match="num_kv_heads sequence must have one entry per block"):
+        Encoder("vit_base_patch16_sapiens2", img_size=32, kwargs={"depth": 2})
+
+
+@pytest.mark.parametrize(
+    "argument", [{"rope_shift_coords": 0.5}, {"rope_jitter_coords": 1.5}, {"rope_rescale_coords": 2.0}]
+)
+def test_rotary_positions_that_move_at_random_are_refused(argument):
+    with pytest.raises(UserError, match="would move rotary positions at random"):
+        Encoder("vit_small_patch16_dinov3", img_size=32, kwargs={"depth": 1} | argument)
+
+
+@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
+def test_registers_are_tokens_that_can_be_asked_for(model):
+    encoder = Encoder(model, img_size=32, kwargs={"depth": 1}, registers=7)
+    assert encoder.num_prefix == 1 + 7
+    assert encoder.vit.reg_token.shape[1] == 7
 
 
 @pytest.mark.parametrize(

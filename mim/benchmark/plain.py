@@ -99,14 +99,26 @@ def _filled(encoder: Encoder, fill: FillMasked, images: Tensor, mask: Tensor, vi
     vit, prefix = encoder.vit, encoder.num_prefix
     order = mask.byte().argsort(dim=1, stable=True)
     restore = order.argsort(dim=1)
-    tokens = vit._pos_embed(vit.patch_embed(images))  # (B, P + N, D)
+    embedded = vit._pos_embed(vit.patch_embed(images))  # (B, P + N, D), and rotary positions where there are any
+    tokens, rope = embedded if isinstance(embedded, tuple) else (embedded, None)
     visible = gather_tokens(tokens[:, prefix:], order[:, :visible_count])  # (B, K, D)
-    latent = vit.norm(vit.blocks(vit.norm_pre(torch.cat([tokens[:, :prefix], visible], dim=1))))
-    latent = fill.project(latent)  # (B, P + K, E)
+    latent = vit.norm_pre(torch.cat([tokens[:, :prefix], visible], dim=1))
+    for block, turned in zip(vit.blocks, _ropes(rope, order[:, :visible_count], len(vit.blocks)), strict=True):
+        latent = block(latent) if turned is None else block(latent, rope=turned)
+    latent = fill.project(vit.norm(latent))  # (B, P + K, E)
     hidden = fill.mask_token.to(latent.dtype).expand(len(images), mask.shape[1] - visible_count, -1)
     patches = gather_tokens(torch.cat([latent[:, prefix:], hidden], dim=1), restore)  # (B, N, E)
     sequence: Tensor = torch.cat([latent[:, :prefix], patches], dim=1) + fill.positions
     return sequence
+
+
+def _ropes(rope: Tensor | None, visible: Tensor, depth: int) -> list[Tensor | None]:
+    """Rotary positions of the visible patches for every block, ``(B, 1 or heads, K, 2d)``."""
+    if rope is None:
+        return [None] * depth
+    if rope.ndim == 2:  # (N, 2d), the same in every block
+        return [rope[visible][:, None]] * depth
+    return [table[:, visible].transpose(0, 1) for table in rope]  # (heads, N, 2d) each
 
 
 def _all_predictions(trunk: Trunk, sequence: Tensor) -> Tensor:

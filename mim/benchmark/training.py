@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import torch
 from jsonargparse import Namespace
-from timm.layers.attention import Attention
-from timm.models.vision_transformer import Block
+from timm.layers.attention import Attention, AttentionRope
+from timm.models.eva import EvaAttention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW, Optimizer
@@ -95,7 +95,7 @@ class Contender:
                 hint="--against OTHER.yaml",
             )
         for module in method.modules():
-            if isinstance(module, Attention):
+            if isinstance(module, Attention | AttentionRope | EvaAttention):
                 module.fused_attn = False  # type: ignore[misc]  # final for TorchScript's sake
         groups = [{**group, "fused": None} for group in method.configure_optimizers().param_groups]
         optimizer = AdamW(groups, fused=False)
@@ -185,13 +185,6 @@ def build(config: Namespace, device: torch.device) -> tuple[Method, Batch]:
     views, labels, keys, _ = collate([(data.views.crop(image), -1, key, []) for key, image in enumerate(noise)])
     finished = data.views.to(device)([view.to(device) for view in views], RowGenerator(keys))
     return method, (finished, labels.to(device))
-
-
-def compile_blocks(method: Method) -> None:
-    """Compiles the transformer blocks as pretraining does: one small graph for each shape."""
-    for module in method.modules():
-        if isinstance(module, Block):
-            module.compile()
 
 
 def loader_rates(config: Namespace, contender: Contender, steps: int) -> dict[str, float]:

@@ -76,18 +76,26 @@ class Evaluation(Callback):
         queries = self._extract(encoders, self.data.evaluation, self.queries)
         return [(*bank, *asked) for bank, asked in zip(banks, queries, strict=True)]
 
-    def final(self, trained: Encoder, untrained: Sequence[Encoder]) -> dict[str, Any]:
-        """Probes over three seeds of the trained encoder and of untrained ones, for the report."""
+    def final(self, trained: Encoder, untrained: Sequence[Encoder], start: Encoder | None = None) -> dict[str, Any]:
+        """Probes over three seeds of the trained encoder and of untrained ones, for the report.
+
+        Args:
+            trained: what the run has made.
+            untrained: drawn by other seeds.
+            start: with the weights that the run began with, if it did not begin with random ones.
+        """
         if not self.labelled:
             return {}
-        encoders = [encoder.to(self._device) for encoder in (trained, *untrained)]
+        started = [start] if start is not None else []
+        encoders = [encoder.to(self._device) for encoder in (trained, *untrained, *started)]
         pairs = [probe_seeds(*features) for features in self.features(*encoders)]
         held_out = "separate test images" if self.data.evaluation else "a fifth of the images, held out of the probe"
         result: dict[str, Any] = {
             kind: {
                 "trained": pairs[0][f"{kind}_top1"],
                 # One untrained encoder per seed, each probed on that seed's split.
-                "untrained": [pair[f"{kind}_top1"][seed] for seed, pair in enumerate(pairs[1:])],
+                "untrained": [pair[f"{kind}_top1"][seed] for seed, pair in enumerate(pairs[1 : 1 + len(untrained)])],
+                **({"start": pairs[-1][f"{kind}_top1"]} if started else {}),
             }
             for kind in ("knn", "linear")
         }

@@ -59,8 +59,9 @@ def run(
     import torch
 
     from mim.benchmark.results import prepare, write_json
-    from mim.benchmark.training import Contender, MatrixPeak, build, compare, compile_blocks, loader_rates, ratios
+    from mim.benchmark.training import Contender, MatrixPeak, build, compare, loader_rates, ratios
     from mim.distributed.devices import best_precision
+    from mim.vit import compile_blocks
 
     place = prepare(device, threads)
     kind = best_precision(place.type == "cuda") if precision == "auto" else precision

@@ -7,9 +7,8 @@ from mim.errors import UserError
 from mim.options.outputs import check_file, check_folder
 
 if TYPE_CHECKING:  # torch is imported when there is something to export: --help must not wait for it
-    from timm.models.vision_transformer import VisionTransformer
-
     from mim.interop import ModelCard
+    from mim.vit import ViT
 
 _SUFFIX = {"timm": "", "onnx": ".onnx", "torch-export": ".pt2"}
 
@@ -58,7 +57,7 @@ def run(
     print(f"wrote {target}   ({checked})")
 
 
-_Parts = tuple["VisionTransformer", dict[str, Any], "ModelCard"]
+_Parts = tuple["ViT", dict[str, Any], "ModelCard"]
 """A model, what else :func:`mim.interop.export_backbone` wants to know of it, and its card."""
 
 

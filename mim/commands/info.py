@@ -52,7 +52,14 @@ def _print_table(rows: dict[str, str]) -> None:
 def _models(name: str | None) -> None:
     import timm
 
-    print("\n".join(timm.list_models(name or "vit_*", module="vision_transformer")))
+    families = {"vision_transformer": "vit_*", "eva": "*"}  # plain and rotary
+    print(
+        "\n".join(
+            model
+            for module, all_of_it in families.items()
+            for model in timm.list_models(name or all_of_it, module=module)
+        )
+    )
 
 
 def _configs(name: str | None) -> None:

@@ -14,7 +14,6 @@ import torch
 from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from timm.models.vision_transformer import Block
 
 from mim import __version__
 from mim.callbacks import Checkpoints, Evaluation, NaNDump, RunLog, Signals
@@ -34,6 +33,7 @@ from mim.run.failures import as_machine_error
 from mim.run.folder import UNWRITABLE, RunFolder, git_commit, quieten, versions
 from mim.run.trainer import build_trainer
 from mim.run.weights import ModelCard, export_backbone, init_backbone, load_method
+from mim.vit import compile_blocks
 
 FREE_TO_CHANGE = ("trainer.", "data.num_workers", "data.max_bad", "log_every", "save_every", "eval_every", "pictures")
 """Settings that a resumed run may change without asking: they do not change what is computed."""
@@ -74,7 +74,10 @@ class Pretraining:
         self.data: PretrainData = objects.data
         self.method.check()
         encoder = self.method.evaluated
-        if self.options.pool == "cls" and not encoder.vit.has_class_token:
+        self.origin: str | None = config["continue"] or config.init
+        if config["continue"]:
+            self._check_continued(encoder)
+        if self.options.pool == "cls" and not encoder.has_class_token:
             raise UserError("--pool cls: this model has no class token", hint="--pool mean")
         self.data.open(encoder.img_size, encoder.in_chans, self.options.seed)
         self.data.views.check(encoder.patch_size)
@@ -86,6 +89,16 @@ class Pretraining:
             seed=self.options.seed,
             asked=self.options.epochs,
         )
+
+    def _check_continued(self, encoder: Encoder) -> None:
+        """Images are normalised as the weights expect them, unless they are told otherwise."""
+        if self.config.init:
+            raise UserError("--continue and --init both name weights to start from", hint="one of them")
+        mean, std = encoder.statistics
+        given = self.config.data
+        if given.mean is None and given.std is None and len(mean) == encoder.in_chans:
+            given.mean, given.std = mean, std  # to be saved with all other settings
+            self.data.normalise_by(mean, std)
 
     def run(self, args: Sequence[str]) -> int:
         """Trains to the end, to a signal or to a failure; a disk that takes no more is a mistake of the user."""
@@ -102,8 +115,8 @@ class Pretraining:
             check_room(self.folder.path, self.method)
         checkpoint = self._checkpoint()
         initialised = None
-        if checkpoint is None and self.config.init:  # before there is a folder: what does not fit leaves none
-            initialised = init_backbone(self.method.encoder.vit, self.config.init, trust=self.config.trust)
+        if checkpoint is None and self.origin:  # before there is a folder: what does not fit leaves none
+            initialised = self._load_start(self.method)
         checked = self.data.check()
         self.folder = self._folder(args)
         evaluation, checkpoints = self._attend(trainer)
@@ -112,9 +125,7 @@ class Pretraining:
             if initialised:
                 self._say(initialised)
         if self.options.compile:
-            for module in self.method.modules():
-                if isinstance(module, Block):  # one small graph, compiled once and used by every block
-                    module.compile()
+            compile_blocks(self.method)
         started = time.monotonic()
         try:
             self._fit(trainer, checkpoint)
@@ -250,6 +261,7 @@ class Pretraining:
             f"  batch   {plan.batch_size} = {trainer.world_size} device x {per_device} x {accumulate} accumulate; "
             f"{plan.steps_per_epoch:,.1f} steps per epoch, {plan.max_steps:,} steps in {plan.epochs:.4g} epochs",
             *_few_images(len(source), plan),
+            *self._gently(),
             f"  device  {device}, {trainer.precision}, {data.num_workers} workers, {torch.get_num_threads()} threads",
             f"  resume  {called('pretrain')} --resume {self.folder.path}",
         ]
@@ -270,6 +282,7 @@ class Pretraining:
             batch_size=plan.batch_size,
             lr=method.peak_lr,
             seed=plan.seed,
+            start=self.origin,
             pool=self.options.pool,
             parameters=backbone,
             device=device,
@@ -277,6 +290,15 @@ class Pretraining:
             versions=versions(),
             git=git_commit(),
         )
+
+    def _gently(self) -> list[str]:
+        """How good weights are treated, if they are."""
+        optim, held = self.method.optim, self.method.held_steps
+        if not held and optim.layer_decay == 1 and not optim.anchor.holds:
+            return []
+        anchors = [f"{name} {weight:g}" for name, weight in vars(optim.anchor).items() if weight]
+        anchored = f", anchored by {' and '.join(anchors)}" if anchors else ""
+        return [f"  start   encoder stands still for {held:,} steps, layer decay {optim.layer_decay:g}{anchored}"]
 
     def _finish(self, trainer: Trainer, evaluation: Evaluation, checkpoints: Checkpoints, seconds: float) -> int:
         folder, table = self.folder, evaluation.run_log.metrics
@@ -297,7 +319,8 @@ class Pretraining:
             self.method, *_ = load_method(folder.path)
         difference = self.export(folder.backbone)
         untrained = [self._untrained(seed) for seed in range(3)] if evaluation.labelled else []
-        probe = evaluation.final(self.method.evaluated, untrained)
+        start = self._started() if self.origin and evaluation.labelled else None
+        probe = evaluation.final(self.method.evaluated, untrained, start)
         for kind in ("knn", "linear"):  # one number wherever it is shown: the final probe's, over all of its seeds
             facts[kind] = fmean(probe[kind]["trained"]) if kind in probe else None
         folder.write_summary(
@@ -330,20 +353,39 @@ class Pretraining:
             pool=self.options.pool,
         )
 
+    def _load_start(self, method: Method) -> str:
+        """Gives a method's encoder the weights that the run starts from; says what matched."""
+        assert self.origin is not None
+        option = "--continue" if self.config["continue"] else "--init"
+        return init_backbone(method.encoder.vit, self.origin, trust=self.config.trust, option=option)
+
+    def _started(self) -> Encoder:
+        """The encoder as it was before its first step, with the weights that the run started from."""
+        method: Method = self._instantiate(self.options.seed).model
+        self._load_start(method)
+        return method.encoder
+
     def _untrained(self, seed: int) -> Encoder:
         """The encoder before its first step, as another seed would draw it."""
         method: Method = self._instantiate(seed).model
         return method.evaluated
 
     def _conclude(self, facts: dict[str, Any], probe: dict[str, Any], report: Path, difference: float) -> None:
+        def mean(kind: str, who: str) -> float:
+            return float(sum(probe[kind][who]) / len(probe[kind][who]))
+
         def compared(kind: str) -> str:
-            trained, untrained = (sum(probe[kind][who]) / len(probe[kind][who]) for who in ("trained", "untrained"))
-            return f"{kind} {trained:.1%} (untrained {untrained:.1%})"
+            beside = [f"{who} {mean(kind, who):.1%}" for who in ("untrained", "start") if who in probe[kind]]
+            return f"{kind} {mean(kind, 'trained'):.1%} ({', '.join(beside)})"
+
+        known = [kind for kind in ("knn", "linear") if "start" in probe.get(kind, {})]
+        better = [kind for kind in known if mean(kind, "start") > mean(kind, "trained")]
 
         numbers = [f"loss {facts['loss']:.4f}", *(compared(kind) for kind in ("knn", "linear") if kind in probe)]
         bad = facts["bad_files"]
         self._say(
             f"\ndone in {duration(facts['wall_seconds'])}   {'   '.join(numbers)}\n"
+            + (f"  start    was better by {' and '.join(better)}: {self.origin}\n" if better else "")
             + (f"  skipped  {bad} unreadable files, listed in {self.folder.bad_files}\n" if bad else "")
             + f"  report   {report}\n"
             f"  backbone {self.folder.backbone}   "

@@ -1,7 +1,7 @@
 """Draw what a model sees, keeps or hides: ``python tools/visualize.py --weights runs/001-mae-photos``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from mim.errors import UserError
 from mim.options.outputs import check_picture
@@ -74,8 +74,7 @@ def _load(weights: str | None, model: str | None, img_size: int | None, trust: b
         return load_encoder(weights, model=model, img_size=img_size, trust=trust)
     assert model is not None
     encoder = untrained_encoder(model, seed=0, model=model, img_size=img_size)
-    cfg = cast(dict[str, Any], encoder.vit.pretrained_cfg)
-    return LoadedEncoder(encoder, list(cfg["mean"]), list(cfg["std"]), f"{model}, untrained", encoder.pool)
+    return LoadedEncoder(encoder, *encoder.statistics, f"{model}, untrained", encoder.pool)
 
 
 def _images(data: str, loaded: "LoadedEncoder", count: int) -> "Tensor":
@@ -112,7 +111,7 @@ def _policies(names: str, loaded: "LoadedEncoder", batch: "Tensor") -> "Image.Im
     from mim.pictures.strips import masking_strip
 
     known = _known_policies()
-    can_guide = bool(loaded.encoder.vit.has_class_token)
+    can_guide = loaded.encoder.has_class_attention
     possible = [name for name, policy in known.items() if can_guide or not policy.guided]
     chosen = possible if names == "all" else [name.strip() for name in names.split(",")]
     for name in chosen:

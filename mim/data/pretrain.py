@@ -81,6 +81,10 @@ class PretrainData(L.LightningDataModule):
         self.seed = seed
         self.bad_files.total = len(self.source)
 
+    def normalise_by(self, mean: list[float], std: list[float]) -> None:
+        """Takes the statistics of a model instead of ImageNet's; before :meth:`open`."""
+        self._mean, self._std = mean, std
+
     @property
     def short_name(self) -> str:
         """For the run's folder."""

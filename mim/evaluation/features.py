@@ -30,15 +30,13 @@ def pooled_features(encoder: Encoder, images: Tensor, pool: Pool = "cls") -> Ten
     Raises:
         ValueError: for ``cls`` if the model has no class token.
     """
-    if pool == "cls" and not encoder.vit.has_class_token:
+    if pool == "cls" and not encoder.has_class_token:
         raise ValueError("this model has no class token to pool; use pool='mean'")
     tokens = encoder.forward_tokens(images)
     tokens = tokens.with_x(tokens.x.float())  # (B, P + N, D)
     if pool == "cls":
         return tokens.x[:, 0].clone()  # a view would keep every token in memory
-    # Models made for mean pooling have their final norm behind it; elsewhere fc_norm is the identity.
-    mean: Tensor = encoder.vit.fc_norm(tokens.patch_mean())
-    return mean.float()
+    return encoder.mean_of(tokens).float()
 
 
 def extract(
@@ -96,10 +94,10 @@ class Features:
         Raises:
             ValueError: if the encoder has no class token, or fewer blocks.
         """
-        depth = len(encoder.vit.blocks)
+        depth = encoder.depth
         if not 1 <= self.layers <= depth or (self.pool == "tokens" and self.layers > 1):
             raise ValueError(f"{self.layers} layers cannot be read with pool={self.pool} from {depth} blocks")
-        if self.pool in ("cls", "both") and not encoder.vit.has_class_token:
+        if self.pool in ("cls", "both") and not encoder.has_class_token:
             raise ValueError("this model has no class token to pool; use pool='mean'")
         if self.pool == "tokens":
             return encoder.grid[0] * encoder.grid[1], encoder.dim
@@ -118,14 +116,14 @@ class Features:
         return self._pooled(encoder, outputs), encoder.dense(outputs[-1]).permute(0, 2, 3, 1).float()
 
     def _outputs(self, encoder: Encoder, images: Tensor) -> list[Tokens]:
-        depth = len(encoder.vit.blocks)
+        depth = encoder.depth
         return encoder.after_blocks(images, range(depth - self.layers, depth))
 
     def _pooled(self, encoder: Encoder, outputs: list[Tokens]) -> Tensor:
         if self.pool == "tokens":
             return encoder.dense(outputs[-1]).flatten(2).transpose(1, 2).float()
         layers = [tokens.with_x(encoder.vit.norm(tokens.x).float()) for tokens in outputs]
-        last = encoder.vit.fc_norm(layers[-1].patch_mean())  # fc_norm: see pooled_features
+        last = encoder.mean_of(layers[-1])
         if self.pool == "mean":
             return torch.cat([*(tokens.patch_mean() for tokens in layers[:-1]), last.float()], dim=1)
         classes = [tokens.x[:, 0] for tokens in layers]

@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
-from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -24,9 +23,10 @@ from mim.options.classification import FinetuneRecipe
 from mim.randomness import derive_seed, keyed_generator, keyed_libraries
 from mim.reduction import TokenReducedViT, TokenReduction, Tokens, distillation_loss
 from mim.schedules import between, cosine, warmup_cosine
+from mim.vit import ViT
 
 
-def classifier(encoder: Encoder, classes: int, recipe: FinetuneRecipe, seed: int) -> VisionTransformer:
+def classifier(encoder: Encoder, classes: int, recipe: FinetuneRecipe, seed: int) -> ViT:
     """The encoder's ViT with a new classifier, every weight trainable.
 
     Mean pooling moves the norm behind the pooling, with new weights, as MAE does: timm's own layout of such models.
@@ -38,7 +38,7 @@ def classifier(encoder: Encoder, classes: int, recipe: FinetuneRecipe, seed: int
         seed: of the classifier's weights, which are almost zero (deviation 2e-5).
     """
     vit, pool = encoder.vit, recipe.pool or encoder.pool
-    if pool == "cls" and not vit.has_class_token:
+    if pool == "cls" and not encoder.has_class_token:
         raise UserError("--pool cls: this model has no class token", hint="--pool mean")
     if pool == "mean" and isinstance(vit.fc_norm, nn.Identity):
         vit.fc_norm, vit.norm = type(vit.norm)(encoder.dim, eps=cast(nn.LayerNorm, vit.norm).eps), nn.Identity()
@@ -65,13 +65,13 @@ class Finetune(SupervisedTraining):
 
     def __init__(
         self,
-        vit: VisionTransformer,
+        vit: ViT,
         recipe: FinetuneRecipe,
         classes: int,
         images: int,
         seed: int,
         reduction: TokenReduction | None = None,
-        teacher: VisionTransformer | None = None,
+        teacher: ViT | None = None,
     ) -> None:
         super().__init__()
         self.model = vit if reduction is None else TokenReducedViT(vit, reduction)
@@ -92,14 +92,14 @@ class Finetune(SupervisedTraining):
         self.history: list[dict[str, float]] = []
 
     @property
-    def vit(self) -> VisionTransformer:
+    def vit(self) -> ViT:
         """What is trained, without its reduction."""
-        return cast(VisionTransformer, self.model.vit if isinstance(self.model, TokenReducedViT) else self.model)
+        return cast(ViT, self.model.vit if isinstance(self.model, TokenReducedViT) else self.model)
 
     @property
-    def evaluated(self) -> VisionTransformer | TokenReducedViT:
+    def evaluated(self) -> ViT | TokenReducedViT:
         """What is scored and exported: the average of the weights where there is one."""
-        return cast(VisionTransformer, self.ema.module) if self.ema is not None else self.model
+        return cast(ViT, self.ema.module) if self.ema is not None else self.model
 
     def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy with the mixed and smoothed labels of one augmented view per image."""
@@ -127,7 +127,7 @@ class Finetune(SupervisedTraining):
 
     def _distilled(self, images: Tensor, logits: Tensor, tokens: Tokens) -> Tensor:
         """How far answers and tokens are from the teacher's; tokens are normed wherever the layout has its norm."""
-        teacher = cast(VisionTransformer, self.teacher)
+        teacher = cast(ViT, self.teacher)
         with torch.no_grad():
             whole = teacher.forward_features(images)
             answers = teacher.forward_head(whole)

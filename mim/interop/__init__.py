@@ -3,6 +3,7 @@
 from mim.interop.fit import adapt, likely_model
 from mim.interop.layouts import named_tensors, to_timm
 from mim.interop.reading import check_timm_folder, load_weights, refuse_compressed, weights_in
+from mim.interop.rotary import likely_rotary, to_rotary
 from mim.interop.timm_folder import ModelCard, export_backbone
 
 __all__ = [
@@ -11,9 +12,11 @@ __all__ = [
     "check_timm_folder",
     "export_backbone",
     "likely_model",
+    "likely_rotary",
     "load_weights",
     "named_tensors",
     "refuse_compressed",
+    "to_rotary",
     "to_timm",
     "weights_in",
 ]

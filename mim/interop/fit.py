@@ -6,14 +6,15 @@ from typing import cast
 from timm.layers.patch_embed import resample_patch_embed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import adapt_input_conv, is_model
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+
+from mim.vit import ViT
 
 _SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge"}
 
 
 def adapt(
-    tensors: dict[str, Tensor], vit: VisionTransformer, grid: tuple[int, int] | None = None
+    tensors: dict[str, Tensor], vit: ViT, grid: tuple[int, int] | None = None
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Weights resized to the grid, patch size and channels of ``vit``, and what was done in words.
 
@@ -26,7 +27,7 @@ def adapt(
     if (weight := tensors.get("patch_embed.proj.weight")) is not None:
         tensors["patch_embed.proj.weight"], done = _adapt_patches(weight, vit.patch_embed.proj.weight)
         notes += done
-    if (positions := tensors.get("pos_embed")) is not None and positions.ndim == 3:
+    if (positions := tensors.get("pos_embed")) is not None and positions.ndim == 3 and vit.pos_embed is not None:
         tensors["pos_embed"], done = _adapt_positions(positions, vit, grid)
         notes += done
     return tensors, notes
@@ -56,9 +57,7 @@ def _adapt_patches(weight: Tensor, target: Tensor) -> tuple[Tensor, list[str]]:
     return weight, notes
 
 
-def _adapt_positions(
-    positions: Tensor, vit: VisionTransformer, grid: tuple[int, int] | None
-) -> tuple[Tensor, list[str]]:
+def _adapt_positions(positions: Tensor, vit: ViT, grid: tuple[int, int] | None) -> tuple[Tensor, list[str]]:
     """Positions ``(1, P + N, D)`` on the grid of ``vit``; those of class token and registers stay."""
     prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     patches = positions.shape[1] - prefix

@@ -5,17 +5,17 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mim.errors import UserError
 from mim.randomness import keyed_generator
+from mim.vit import ViT
 
 
 class _Tokens(nn.Module):
     """Images ``(B, C, H, W)`` to tokens ``(B, P + N, D)``: what a graph holds, without pooling or head."""
 
-    def __init__(self, vit: VisionTransformer) -> None:
+    def __init__(self, vit: ViT) -> None:
         super().__init__()
         self.vit = vit
 
@@ -24,7 +24,7 @@ class _Tokens(nn.Module):
 
 
 @torch.no_grad()
-def write_graph(vit: VisionTransformer, target: Path, to: Literal["onnx", "torch-export"]) -> float:
+def write_graph(vit: ViT, target: Path, to: Literal["onnx", "torch-export"]) -> float:
     """Write a graph for any batch size, run it, and return its largest difference from the model."""
     missing = [name for name in ("onnx", "onnxscript") if to == "onnx" and importlib.util.find_spec(name) is None]
     if missing:

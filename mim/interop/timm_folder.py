@@ -15,13 +15,14 @@ import timm
 import torch
 from huggingface_hub import ModelCardData
 from safetensors.torch import save
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.eva import Eva
 from torch import nn
 
 from mim.errors import UserError
 from mim.interop.layouts import named_tensors
 from mim.interop.reading import CHECKSUMS, sha256
 from mim.randomness import keyed_generator
+from mim.vit import ViT
 
 _WEIGHTS, _CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
 _OWN = (_WEIGHTS, _CONFIG, _CARD, CHECKSUMS, "head.safetensors", "reduction.*", "static-*.yaml")
@@ -56,7 +57,7 @@ class ModelCard:
 
 
 def export_backbone(
-    vit: VisionTransformer,
+    vit: ViT,
     folder: Path,
     *,
     mean: Sequence[float],
@@ -108,29 +109,31 @@ def export_backbone(
     return difference
 
 
-def _timm_config(
-    vit: VisionTransformer, model_args: dict[str, Any], mean: Sequence[float], std: Sequence[float]
-) -> dict[str, Any]:
+def _timm_config(vit: ViT, model_args: dict[str, Any], mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
     """The ``config.json`` that timm reads.
 
     Not timm's own writer: it keeps tag and licence of the architecture's published weights, and it changed within 1.0.
     """
     patch_height, patch_width = vit.patch_embed.patch_size
-    shape = {
+    rotary = isinstance(vit, Eva)
+    registers = 0 if vit.reg_token is None else vit.reg_token.shape[1]
+    shape: dict[str, Any] = {
         "img_size": list(vit.patch_embed.img_size),
         "patch_size": patch_height if patch_height == patch_width else [patch_height, patch_width],
         "in_chans": vit.patch_embed.proj.in_channels,
         "embed_dim": vit.embed_dim,
         "depth": len(vit.blocks),
-        "num_heads": cast(Block, vit.blocks[0]).attn.num_heads,
-        "class_token": vit.has_class_token,
-        "reg_tokens": vit.num_reg_tokens,
+        "num_heads": cast(Any, vit.blocks[0]).attn.num_heads,
+        "class_token": vit.cls_token is not None,
+        "num_reg_tokens" if rotary else "reg_tokens": registers,
         "global_pool": vit.global_pool,
         # Unless told timm takes the place of the norm from the pooling, and then finds no weights for it.
-        "fc_norm": not isinstance(vit.fc_norm, nn.Identity),
+        "use_fc_norm" if rotary else "fc_norm": not isinstance(vit.fc_norm, nn.Identity),
         "dynamic_img_size": vit.dynamic_img_size,
         "num_classes": vit.num_classes,
     }
+    if rotary:
+        shape["use_post_transformer_norm"] = not isinstance(vit.norm, nn.Identity)
     # Newer timm remembers what a model was built with, which includes what a folder it came from asked for.
     given = {**cast(dict[str, Any], getattr(vit, "_model_args", {})), **model_args}
     given = {key: value for key, value in given.items() if not key.endswith(("drop_rate", "path_rate"))}
@@ -200,10 +203,10 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 
 
 @torch.no_grad()
-def _reload_difference(trained: VisionTransformer, folder: Path) -> float:
+def _reload_difference(trained: ViT, folder: Path) -> float:
     """Largest absolute difference of tokens and pooled features on a random input, timm's copy against ``trained``."""
     with torch.random.fork_rng(devices=[]):  # timm initialises before it loads
-        reloaded = cast(VisionTransformer, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
+        reloaded = cast(ViT, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
     size = (reloaded.patch_embed.proj.in_channels, *cast(tuple[int, int], reloaded.patch_embed.img_size))
     images = torch.rand(2, *size, generator=keyed_generator("export"))  # (2, C, H, W)
     tokens, again = (model.forward_features(images) for model in (trained, reloaded))

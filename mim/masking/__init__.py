@@ -3,12 +3,14 @@
 from mim.masking.attention import AttentionMasking
 from mim.masking.base import Masking
 from mim.masking.block import BlockMasking
+from mim.masking.grid import GridMasking
 from mim.masking.hard_patch import HardPatchMasking
 from mim.masking.uniform import RandomMasking, VaryingRandomMasking
 
 __all__ = [
     "AttentionMasking",
     "BlockMasking",
+    "GridMasking",
     "HardPatchMasking",
     "Masking",
     "RandomMasking",

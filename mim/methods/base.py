@@ -9,18 +9,20 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed
-from timm.models.vision_transformer import VisionTransformer
-from timm.optim import create_optimizer_v2
-from torch import Tensor
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mim.distributed.sharding import shard, total
 from mim.encoder import Encoder
 from mim.errors import UserError
+from mim.layers.anchor import AnchorConfig, feature_distance, gram_distance, weight_distance
 from mim.layers.teacher import Teacher
 from mim.masking.base import Masking
+from mim.options.ranges import ShareBelowOne, SomeShare
 from mim.randomness import RowGenerator, derive_seed
 from mim.schedules import cosine, warmup_cosine
+from mim.vit import ViT
 
 Batch = tuple[list[Tensor], Tensor]
 """Views, ``V x (B, C, H_v, W_v)`` with global crops first, and labels ``(B,)``, which most methods ignore."""
@@ -37,6 +39,10 @@ class OptimConfig:
         betas: AdamW's averaging coefficients.
         warmup_epochs: epochs of linear warm-up from 0; never more than half of the run.
         min_lr: learning rate at the last step.
+        head_warmup: share of the steps in which the encoder stands still and all else learns, for encoders that are
+            good already; then its learning rate rises from 0 over ``warmup_epochs``.
+        layer_decay: the encoder's learning rate falls by this factor from block to block, from the last one down.
+        anchor: what keeps the encoder near its start.
     """
 
     blr: float = 1.5e-4
@@ -45,6 +51,9 @@ class OptimConfig:
     warmup_epochs: float = 40.0
     min_lr: float = 0.0
     weight_decay_end: float | None = None
+    head_warmup: ShareBelowOne = 0.0
+    layer_decay: SomeShare = 1.0
+    anchor: AnchorConfig = AnchorConfig()  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
         """Refuses rates that cannot be, and a schedule that no group would follow."""
@@ -131,6 +140,8 @@ class Method(L.LightningModule):
         self.masking = masking
         self.optim = optim
         self.plan = Plan()
+        self.start = Teacher(encoder) if optim.anchor.holds else None  # which never moves
+        self._held: list[nn.Parameter] = []  # parameters of the encoder that stand still at this step
         # First step with a non-finite gradient, -1 if none; on the device, so that setting it needs no synchronisation.
         self.register_buffer("nonfinite_step", torch.tensor(-1), persistent=False)
         self.register_buffer("skip_step", torch.tensor(False), persistent=False)  # see skip_step_unless_finite
@@ -146,7 +157,7 @@ class Method(L.LightningModule):
         return self.encoder
 
     @property
-    def backbone(self) -> VisionTransformer:
+    def backbone(self) -> ViT:
         """What export writes."""
         return self.evaluated.vit
 
@@ -175,6 +186,40 @@ class Method(L.LightningModule):
         return cosine(
             step / self.plan.max_steps, self.optim.weight_decay, self.optim.weight_decay if end is None else end
         )
+
+    @property
+    def held_steps(self) -> int:
+        """Steps in which the encoder stands still."""
+        return round(self.optim.head_warmup * self.plan.max_steps)
+
+    def encoder_share(self, step: int) -> float:
+        """Share of its learning rate that the encoder has in the step that follows ``step`` finished ones."""
+        if not self.held_steps:
+            return 1.0
+        return min(1.0, max(0, step + 1 - self.held_steps) / max(1, self.warmup_steps))
+
+    def anchored(self, loss: Tensor, images: Tensor) -> Tensor:
+        """The loss of a step with what keeps the encoder near its start; ``loss`` itself if nothing does.
+
+        Args:
+            loss: a scalar.
+            images: ``(B, C, H, W)`` that the features of both are compared on.
+        """
+        anchor = self.optim.anchor
+        if self.start is None or self.global_step < self.held_steps:
+            return loss
+        held = loss.new_zeros(())
+        if anchor.weights:
+            pairs = [pair for pair in zip(self.encoder.parameters(), self.start.module.parameters(), strict=True)]
+            learning = [pair for pair in pairs if pair[0].requires_grad]
+            held = held + anchor.weights * weight_distance(*zip(*learning, strict=True))
+        if anchor.looks:
+            own = self.encoder.feature_map(images).flatten(2).transpose(1, 2)  # (B, N, D)
+            with torch.no_grad():
+                other = self.start.module.feature_map(images).flatten(2).transpose(1, 2)
+            held = held + anchor.gram * gram_distance(own, other) + anchor.features * feature_distance(own, other)
+        self.log("train/anchor", held.detach())
+        return loss + held
 
     def first_row(self, batch_size: int, batch_idx: int) -> int:
         """Place of this micro-batch's first image in the global batch of its step."""
@@ -224,8 +269,11 @@ class Method(L.LightningModule):
         return {}
 
     def no_weight_decay(self) -> set[str]:
-        """Name patterns, beyond biases and 1-D parameters, that are not decayed (read by timm's optimizer factory)."""
-        return set()
+        """Name patterns, beyond biases and 1-D parameters, that are not decayed (read by timm's optimizer factory).
+
+        Frequencies of learned rotary positions are none of the weights that decay is good for.
+        """
+        return {"*rope.freqs"}
 
     def setup(self, stage: str) -> None:
         """Teachers start as their students, whatever weights those were given; a checkpoint is restored after this."""
@@ -238,14 +286,44 @@ class Method(L.LightningModule):
         shard(self, self.device_mesh)
 
     def configure_optimizers(self) -> Optimizer:
-        """AdamW in timm's two groups; the learning rate is set at every step."""
+        """AdamW in timm's two groups, or in groups by depth; the learning rate is set at every step."""
+        apart = self.optim.layer_decay < 1 or self.optim.head_warmup > 0
         optimizer: Optimizer = create_optimizer_v2(
-            self, "adamw", lr=self.peak_lr, weight_decay=self.optim.weight_decay, betas=self.optim.betas, fused=True
+            self._groups() if apart else self,
+            "adamw",
+            lr=self.peak_lr,
+            weight_decay=self.optim.weight_decay,
+            betas=self.optim.betas,
+            fused=True,
         )
         return optimizer
 
+    def _groups(self) -> list[dict[str, Any]]:
+        """The encoder's parameters by depth, the last block one factor below all other parts, which have scale 1."""
+        decay, spared, rate = self.optim.weight_decay, self.no_weight_decay(), self.optim.layer_decay
+        layers = param_groups_layer_decay(self.encoder.vit, decay, spared, layer_decay=rate)
+        encoder = [{**group, "lr_scale": group["lr_scale"] * rate, "encoder": True} for group in layers]
+        own = {id(parameter) for group in encoder for parameter in group["params"]}
+        rest = param_groups_weight_decay(self, decay, no_weight_decay_list=spared)
+        others = [{**group, "params": [p for p in group["params"] if id(p) not in own]} for group in rest]
+        return [*encoder, *(group for group in others if group["params"])]
+
+    def _hold_encoder(self) -> None:
+        """Takes the encoder out of the backward pass while it stands still.
+
+        Not where several processes share a step: the wrapper around the method expects the same gradients all along.
+        """
+        shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+        hold = self.global_step < self.held_steps and not shared
+        if hold and not self._held:
+            self._held = [parameter for parameter in self.encoder.parameters() if parameter.requires_grad]
+        for parameter in self._held:
+            parameter.requires_grad_(not hold)
+        self._held = self._held if hold else []
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Whatever still draws from the global generator (drop path) becomes a function of the step, too."""
+        self._hold_encoder()
         first = self.first_row(len(batch[1]), batch_idx)
         torch.manual_seed(derive_seed(self.plan.seed, "layers", self.global_step, first))
 
@@ -263,6 +341,9 @@ class Method(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Makes a fused optimizer skip a non-finite step and all later ones, without synchronising with the device."""
+        if self.global_step < self.held_steps:
+            for parameter in self.encoder.parameters():
+                parameter.grad = None
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         bad = ~total(torch.nn.utils.get_total_norm(gradients)).isfinite() | self.skip_step
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -300,7 +381,8 @@ class Method(L.LightningModule):
         step = self.global_step
         lr, weight_decay = self.learning_rate(step), self.weight_decay(step)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+            share = self.encoder_share(step) if group.get("encoder") else 1.0
+            group["lr"] = lr * group.get("lr_scale", 1.0) * share
             group["weight_decay"] = weight_decay if group["weight_decay"] else 0.0
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.after_optimizer_step(step)

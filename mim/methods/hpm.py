@@ -110,7 +110,7 @@ class HPM(Method):
         self.log("health/rank_correlation", rank_correlation(*pairs))
         if scores is not None:
             self.log_dict(self.health(gather_tokens(scores[..., None], hidden)[..., 0], truth))
-        return loss
+        return self.anchored(loss, images)
 
     @torch.no_grad()
     def scores(self, images: Tensor) -> Tensor:

@@ -107,8 +107,10 @@ class IBOT(Method):
         optim: OptimConfig = OptimConfig(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(encoder, masking, optim)
-        if not encoder.vit.has_class_token:
+        if not encoder.has_class_token:
             raise ValueError("iBOT compares class tokens, and this encoder has none; choose a ViT with class token")
+        if masking.guided and not encoder.has_class_attention:
+            raise ValueError("masks follow the attention of the class token, which this encoder does not show")
         if not encoder.pretrained:
             initialise(encoder)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.dim))
@@ -170,7 +172,7 @@ class IBOT(Method):
                 "health/hidden": mask.float().mean(),
             }
         )
-        return loss
+        return self.anchored(loss, images)
 
     @torch.no_grad()
     def teach(self, images: Tensor) -> "Taught":
@@ -293,13 +295,14 @@ class IBOT(Method):
         Masks depend on the row alone, so pictures of one batch compare over training.
         """
         grid, head = self.encoder.grid, self.teacher.module["head"]
-        attention = self.evaluated.head_attention(images)  # (B, heads, N)
+        shown = self.evaluated.has_class_attention
+        attention = self.evaluated.head_attention(images) if shown else images.new_empty(0)  # (B, heads, N)
         scores = attention.mean(dim=1) if self.masking.guided else None
         generator = RowGenerator.for_rows(0, 0, len(images), images.device)
         mask = self.masking(len(images), grid, scores=scores, progress=self.progress, generator=generator)
         patches = patchify(images, self.encoder.patch_size).masked_fill(mask[..., None], 0.0)
         pictures = {"hidden": unpatchify(patches, grid, self.encoder.patch_size, self.encoder.in_chans)}
-        for number, values in enumerate(attention[:, :3].unbind(1), start=1):
+        for number, values in enumerate(attention[:, :3].unbind(1) if shown else (), start=1):
             pictures[f"head {number}"] = values.view(-1, *grid)
         points = head(self.evaluated(images)[:, self.encoder.num_prefix :])
         logits = F.linear(points, head.for_patches()) - self.centers[1]  # (B, N, K)

@@ -79,7 +79,7 @@ class MAE(Method):
         prediction, hidden = self.reconstruct(images, mask)
         loss = self.target.loss(prediction, self.target(images, self.encoder.grid, hidden))
         self.log("train/loss", loss)
-        return loss
+        return self.anchored(loss, images)
 
     def draw(self, images: Tensor, generator: RowGenerator) -> Tensor:
         """Masks ``(B, N)`` for this point of the run."""

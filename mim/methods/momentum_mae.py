@@ -39,8 +39,10 @@ class MomentumMAE(MAE):
         **mae: Any,  # noqa: ANN401 - checked by MAE
     ) -> None:
         super().__init__(encoder, masking, **mae)
-        if not encoder.vit.has_class_token:
+        if not encoder.has_class_token:
             raise ValueError("masks follow the attention of the class token, and this encoder has none")
+        if not encoder.has_class_attention:
+            raise ValueError("masks follow the attention of the class token, which this encoder does not show")
         self.first_momentum = momentum
         self.teacher = Teacher(encoder)
 

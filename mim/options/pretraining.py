@@ -26,6 +26,12 @@ GROUPS: dict[str, dict[str, Option]] = {
         "method": Option("NAME", "the recipe of a method: mae, ibot, attmask, hpm, momentum_mae", "mae"),
         "model": Option("NAME", "any timm Vision Transformer", "vit_small_patch16_224", f"{_ENCODER}.model"),
         "init": Option("WEIGHTS", "start from a timm name, a folder, a run or a checkpoint file", target="init"),
+        "continue": Option(
+            "WEIGHTS", "go on from strong weights: heads first, then all of it, gently", target="continue"
+        ),
+        "registers": Option(
+            "N", "learned tokens beside the class token", "the model's own", f"{_ENCODER}.registers", Whole
+        ),
         "img_size": Option(
             "N|H,W", "pixels per side that the model sees", "the model's", f"{_ENCODER}.img_size", lists="commas"
         ),
@@ -86,6 +92,7 @@ GROUPS: dict[str, dict[str, Option]] = {
 PRETRAIN = {name: option for options in GROUPS.values() for name, option in options.items()}
 """All of them by name."""
 
+_CONTINUED = "continue-dinov3_vit_small"
 _BARE = ("print_config", "help_all")
 
 
@@ -109,6 +116,7 @@ def _recipe(names: Mapping[str, str], configs: Sequence[str]) -> list[str]:
     """
     method = names.get("method", "mae")
     _check_method(method)
+    _check_continued(names)
     files = [recipe_file(config) for config in configs]
     resumed = names.get("resume", "auto") != "auto"
     if resumed:  # its own settings are complete, and whatever is given goes on top of them
@@ -120,11 +128,41 @@ def _recipe(names: Mapping[str, str], configs: Sequence[str]) -> list[str]:
         _check_same_method(method, *whole[-1])
     if whole or resumed:
         return []
+    if "continue" in names:
+        return _continued_recipe(method, names)
     named = next((found for content in reversed(settings) if (found := _path(content))), "builtin")
     data = names.get("data", names.get("data.path", named))
     own_model = "model" in names or f"{_ENCODER}.model" in names
     demo = data in BUILT_IN and not own_model  # the demo's model is small, on purpose
     return [f"--config={method}/{'demo' if demo else 'default'}"]
+
+
+def _check_continued(names: Mapping[str, str]) -> None:
+    """Refuses a second place to start from."""
+    if "continue" not in names:
+        return
+    if "init" in names:
+        raise UserError("--continue and --init both name weights to start from", hint=f"--continue {names['continue']}")
+    if names.get("resume", "auto") != "auto":
+        raise UserError(
+            "--continue starts a new run, --resume goes on with an old one", hint=f"--resume {names['resume']}"
+        )
+
+
+def _continued_recipe(method: str, names: Mapping[str, str]) -> list[str]:
+    """The recipe of a method for good weights, with the model that these weights are of unless it is named."""
+    recipe = CONFIGS / method / f"{_CONTINUED}.yaml"
+    if not recipe.is_file():
+        known = sorted(path.parent.name for path in CONFIGS.glob(f"*/{recipe.name}"))
+        why = f"there is one for {', '.join(known)}"
+        raise UserError(f"--continue: {method} has no recipe for it", why=why, hint=f"--method {known[0]}")
+    config = [f"--config={method}/{_CONTINUED}"]
+    folder = Path(names["continue"].removeprefix("local-dir:"))
+    if "model" in names or f"{_ENCODER}.model" in names or folder.is_file():
+        return config
+    homes = [home for home in (folder, folder / "export" / "backbone") if (home / "config.json").is_file()]
+    name = f"local-dir:{homes[0]}" if homes else names["continue"].partition(".")[0]
+    return config if folder.is_dir() and not homes else [*config, f"--{_ENCODER}.model={name}"]
 
 
 def _check_method(method: str) -> None:

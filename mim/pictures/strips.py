@@ -64,7 +64,7 @@ def masking_strip(
         As :func:`strip`.
     """
     columns, attention = {"input": to_rgb(images, mean, std)}, None
-    if encoder.vit.has_class_token:
+    if encoder.has_class_attention:
         with torch.no_grad():
             attention = encoder.forward_with_attention(images)[1].float()  # (B, N)
         columns["attention"] = heat(attention.view(-1, *encoder.grid))
@@ -108,7 +108,7 @@ def encoder_views(images: Tensor, encoder: Encoder) -> dict[str, Tensor]:
     """
     features = encoder.feature_map(images).float()  # (B, D, h, w)
     height, width = features.shape[-2:]
-    if encoder.vit.has_class_token:
+    if encoder.has_class_attention:
         attention = encoder.forward_with_attention(images)[1].float()  # (B, N)
         return {"attention": heat(attention.view(-1, height, width)), "features": pca_rgb(features)}
     centre = features[:, :, height // 2, width // 2, None, None]

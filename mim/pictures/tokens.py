@@ -89,7 +89,7 @@ def _edges(group: Tensor, cell: Sequence[int]) -> Tensor:
 def states_of(encoder: Encoder, images: Tensor, columns: int) -> dict[str, Tokens]:
     """Tokens after the blocks that reduce, at most ``columns`` of them, spread over the depth, by title."""
     assert encoder.reduction is not None
-    patches, depth = encoder.grid[0] * encoder.grid[1], len(encoder.vit.blocks)
+    patches, depth = encoder.grid[0] * encoder.grid[1], encoder.depth
     counts = encoder.reduction.counts(patches, depth, encoder.grid)
     before = [patches, *counts]
     reducing = [layer for layer in range(depth) if encoder.reduction.acts(before[layer], counts[layer], layer)]

@@ -20,6 +20,11 @@ READ = (Attention, AttentionRope, EvaAttention)
 """Attentions whose queries and keys pass through ``q_norm`` and ``k_norm``."""
 
 
+def can_be_halved(block: nn.Module) -> bool:
+    """Whether a block can be taken apart by :class:`Attending` and :func:`mlp_half`."""
+    return type(block) in HALVED and type(block.attn) in READ
+
+
 def check_block(block: nn.Module) -> None:
     """Refuses blocks that cannot be taken apart.
 
@@ -27,7 +32,7 @@ def check_block(block: nn.Module) -> None:
         TypeError: naming the block's type.
     """
     inner = getattr(block, "attn", block)
-    if type(block) not in HALVED or type(inner) not in READ:
+    if not can_be_halved(block):
         raise TypeError(
             f"blocks of type {type(block).__name__} with {type(inner).__name__} cannot be reduced in their middle or "
             "by attention; use a score that reads no attention, with place='after'"
@@ -76,7 +81,11 @@ class Attending:
 
         Softmax runs over all tokens, so rows sum to less than 1; it is taken before dropout, in float32.
         """
-        return self._attention(self.queries[:, :, :1])[:, :, 0].mean(dim=1)
+        return self.head_attention().mean(dim=1)
+
+    def head_attention(self) -> Tensor:
+        """As :meth:`class_attention`, head by head: ``(B, heads, K)``."""
+        return self._attention(self.queries[:, :, :1])[:, :, 0]
 
     def received_attention(self, rows: int | None = None, alive: Tensor | None = None) -> Tensor:
         """Attention that each patch token receives, ``(B, K)``: mean over heads and the patches that are asked.

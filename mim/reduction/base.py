@@ -112,6 +112,7 @@ class TokenReduction(nn.Module):
         grid: tuple[int, int] | None = None,
         rope: Tensor | None = None,
         checkpointing: bool = False,
+        visible: Tensor | None = None,
     ) -> Tokens:
         """Run all blocks.
 
@@ -120,10 +121,11 @@ class TokenReduction(nn.Module):
             x: ``(B, P + N, D)``, as it enters the first block.
             num_prefix: prefix tokens ``P``; they are never moved, merged or dropped.
             grid: ``(h, w)`` of the patches; None if they are not a whole grid.
-            rope: rotary positions as timm's ``_pos_embed`` returns them.
+            rope: rotary positions as timm's ``_pos_embed`` returns them, of all patches of the image.
             checkpointing: recompute blocks in the backward pass.
+            visible: ``(B, N)``, where in the image the patches lie; None if they are all of them.
         """
-        (tokens,) = self.after_blocks({len(blocks) - 1}, blocks, x, num_prefix, grid, rope, checkpointing)
+        (tokens,) = self.after_blocks({len(blocks) - 1}, blocks, x, num_prefix, grid, rope, checkpointing, visible)
         return tokens
 
     def after_blocks(
@@ -135,6 +137,7 @@ class TokenReduction(nn.Module):
         grid: tuple[int, int] | None = None,
         rope: Tensor | None = None,
         checkpointing: bool = False,
+        visible: Tensor | None = None,
     ) -> list[Tokens]:
         """As :meth:`forward`, but the tokens after each of some blocks; those behind the last of them do not run.
 
@@ -146,8 +149,9 @@ class TokenReduction(nn.Module):
             grid: of the patches.
             rope: rotary positions.
             checkpointing: recompute in the backward pass.
+            visible: where in the image the patches lie.
         """
-        tokens, found = Tokens.start(x, num_prefix, grid, rope), []
+        tokens, found = Tokens.start(x, num_prefix, grid, rope, visible), []
         for layer, block in zip(range(max(layers) + 1), blocks, strict=False):
             if self.rejoin and layer == len(blocks) - 1:
                 tokens = tokens.rejoined()

@@ -26,7 +26,9 @@ class Tokens:
             one.
         places: ``(B, K)``, the patch whose rotary position a token has; a merged one has that of the token it began as,
             and ``N`` means none.
-        rope: timm's table of rotary positions, ``(N, 2d)`` or ``(depth, heads, N, 2d)``; None for most models.
+        rope: timm's table of rotary positions of all patches of the image, one row for each of them: ``(h*w, 2d)`` or
+            ``(depth, heads, h*w, 2d)``; None for models without rotary positions.
+        visible: ``(B, N)``, where in the image the patches lie that entered the first block; None if all of them did.
         auxiliary: what trained reductions learn from, one tensor per reducing block; empty in evaluation.
         alive: ``(B, K)`` for reductions that take no token out of the sequence but hide it from the others: bool, False
             stays as it is and is not attended to; or float 0 and 1 in training, whose gradient tells what it is worth.
@@ -39,6 +41,7 @@ class Tokens:
     assign: Tensor
     places: Tensor
     rope: Tensor | None = None
+    visible: Tensor | None = None
     parked: tuple[Tensor, ...] = ()
     merged: bool = False
     blend: Tensor | None = None
@@ -48,11 +51,16 @@ class Tokens:
 
     @classmethod
     def start(
-        cls, x: Tensor, num_prefix: int, grid: tuple[int, int] | None = None, rope: Tensor | None = None
+        cls,
+        x: Tensor,
+        num_prefix: int,
+        grid: tuple[int, int] | None = None,
+        rope: Tensor | None = None,
+        visible: Tensor | None = None,
     ) -> "Tokens":
         """All patches, each its own token."""
         identity = torch.arange(x.shape[1] - num_prefix, device=x.device).expand(x.shape[0], -1)
-        return cls(x, num_prefix, grid, assign=identity, places=identity, rope=rope)
+        return cls(x, num_prefix, grid, assign=identity, places=identity, rope=rope, visible=visible)
 
     @property
     def count(self) -> int:
@@ -111,13 +119,16 @@ class Tokens:
 
     def _rope_of(self, layer: int, table: Tensor) -> Tensor:
         table = table[layer] if table.ndim == 4 else table  # (N, 2d), or (heads, N, 2d) of this block
-        if self.places is self.assign:  # nothing was reduced yet: timm's own table, to the bit
+        if self.places is self.assign and self.visible is None:  # nothing is missing: timm's own table, to the bit
             return table
+        places = self.places
+        if self.visible is not None:  # the patch of the image behind the number of the token; the last row for none
+            places = torch.nn.functional.pad(self.visible, (0, 1), value=table.shape[-2]).gather(1, places)
         sine, cosine = table[..., :1, :].chunk(2, dim=-1)
         still = torch.cat([torch.zeros_like(sine), torch.ones_like(cosine)], dim=-1)  # for what stands nowhere
         table = torch.cat([table, still], dim=-2)
         # A head dimension is a must: without it timm takes the batch for heads wherever both numbers agree.
-        rows = table[:, self.places].transpose(0, 1) if table.ndim == 3 else table[self.places][:, None]
+        rows = table[:, places].transpose(0, 1) if table.ndim == 3 else table[places][:, None]
         return rows  # (B, heads or 1, K, 2d)
 
     def with_x(self, x: Tensor) -> "Tokens":
@@ -214,7 +225,7 @@ class Tokens:
         if self.places is self.assign:
             return self
         x = torch.cat([self.x[:, : self.num_prefix], self.dense()], dim=1)
-        start = Tokens.start(x, self.num_prefix, self.grid, self.rope)
+        start = Tokens.start(x, self.num_prefix, self.grid, self.rope, self.visible)
         return replace(start, auxiliary=self.auxiliary, canvas=self.canvas)
 
 

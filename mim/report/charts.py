@@ -142,7 +142,7 @@ def legend(lines: dict[str, Points], unit: str) -> Html:
         newest = points[~np.isnan(points[:, 1])][-1, 1]
         entries.append(tag("span", tag("b", name), f" {newest:.1f}\u202f{unit}", class_=f"s{i}"))
     if any(begins_untrained(points, unit) for points in lines.values()):
-        entries.append(tag("span", "dotted: untrained"))
+        entries.append(tag("span", "dotted: before the first step"))
     return tag("div", *entries, class_="legend") if len(lines) > 1 else Html("")
 
 

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mim.evaluation.features import POOLED
 from mim.program import called
@@ -20,6 +21,10 @@ from mim.report.tables import spread
 PAGE_BYTES = 3_000_000
 PICTURE_BYTES = (300_000, 60_000, 8_000)  # of one picture: the first with which the page is small enough
 OVERLAYS, BAD_FILES_SHOWN = 6, 20
+
+
+Values = NDArray[np.float64]
+"""Shares of 1, one per seed."""
 
 
 def write_report(run: Path) -> Path:
@@ -82,7 +87,7 @@ def headline_numbers(run: Run) -> list[Html]:
     ]
     for key, (name, metric) in accuracy.items():
         value, untrained, kind = accuracy_of(run, key, metric)
-        words = [kind, *([f"untrained {percent(untrained)}"] if untrained is not None else [])]
+        words = [kind, *([f"{run.origin} {percent(untrained)}"] if untrained is not None else [])]
         entries.append((name, value, percent, ", ".join(filter(None, words))))
     entries.append(("RankMe", run.last("rankme", RANKME), number, "effective dimensions"))
     entries.append(("images per second", to_float(run.summary.get("images_per_second")), number, None))
@@ -143,6 +148,11 @@ CHARTS: list[tuple[str, dict[str, str], str, bool]] = [
 def probes(run: Run) -> Html:
     """Pretrained beside untrained encoder, every seed of every probe."""
     probe = run.summary.get("probe") or {}
+    started = {
+        PROBES.get(name, name): np.array(result["start"], float)
+        for name, result in probe.items()
+        if isinstance(result, dict) and result.get("start")
+    }
     results = {
         PROBES.get(name, name): (np.array(result["untrained"], float), np.array(result["trained"], float))
         for name, result in probe.items()
@@ -156,19 +166,29 @@ def probes(run: Run) -> Html:
         (
             name,
             spread(untrained.tolist()),
+            *([spread(started[name].tolist()) if name in started else ""] if started else []),
             tag("strong", spread(trained.tolist())),
-            f"{100 * (trained.mean() - untrained.mean()):+.1f} points",
+            f"{100 * (trained.mean() - started.get(name, untrained).mean()):+.1f} points",
             seeds(untrained, trained, low, high),
         )
         for name, (untrained, trained) in results.items()
     ]
+    beside = ["the start", "pretrained", "gain over the start"] if started else ["pretrained", "gain"]
     runs = max(len(values) for pair in results.values() for values in pair)
     note = f"Mean ± standard deviation of {runs} seeds." if runs > 1 else "One seed only, so no spread is known."
     return section(
         "What it is worth",
-        table(rows, head=["top-1", "untrained", "pretrained", "gain", "each seed: ○ untrained, ● pretrained"]),
+        tag("p", tag("strong", verdict)) if (verdict := _verdict(started, results)) else "",
+        table(rows, head=["top-1", "untrained", *beside, "each seed: ○ untrained, ● pretrained"]),
         lead=f"{probe.get('protocol', '')} {note}".strip(),
     )
+
+
+def _verdict(started: dict[str, Values], results: dict[str, tuple[Values, Values]]) -> str:
+    """Says so if the weights that the run began with were better than what it made of them."""
+    lost = {name: 100 * (start.mean() - results[name][1].mean()) for name, start in started.items() if name in results}
+    worse = [f"{name} by {points:.1f} points" for name, points in lost.items() if points > 0]
+    return f"The start was better: {', '.join(worse)}. Take that, or train more gently." if worse else ""
 
 
 PROBES = {"knn": "k-NN", "linear": "linear"}

@@ -66,6 +66,11 @@ class Run:
         """The value before the first step."""
         return self.first(metric) if metric in self.metrics and self.metrics[metric][0, 0] == 0 else None
 
+    @property
+    def origin(self) -> str:
+        """What the encoder was before the first step, in a word."""
+        return "start" if self.summary.get("start") else "untrained"
+
     def last(self, key: str, metric: str) -> float | None:
         """The number that the summary gives, or the newest measurement of a run that still goes on."""
         newest = float(self.metrics[metric][-1, 1]) if metric in self.metrics else None

@@ -80,6 +80,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--allow_change", type=str, default="", help="Settings that a resumed run may change.")
     parser.add_argument("--plugin", type=list[str] | str | None, default=None, help="Packages of your own; recorded.")
     parser.add_argument("--init", type=str | None, default=None, help="Weights to start from.")
+    parser.add_argument("--continue", type=str | None, default=None, help="Strong weights to go on from.")
     parser.add_argument("--mask_ratio", type=ProperShare | None, default=None, help="Share of patches that is hidden.")
     parser.add_argument("--trust", type=bool, default=False, help="Load an --init file although it can run code.")
     parser.add_class_arguments(RunOptions, None, as_group=True)

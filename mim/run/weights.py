@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, cast
 import timm
 import torch
 from jsonargparse import Namespace
-from timm.models import is_model_pretrained
-from timm.models.vision_transformer import VisionTransformer
+from timm.models import is_model, is_model_pretrained
+from timm.models.eva import Eva
 from torch import Tensor
 
 from mim.data.pretrain import PretrainData
@@ -22,7 +22,9 @@ from mim.interop import (
     check_timm_folder,
     export_backbone,
     likely_model,
+    likely_rotary,
     load_weights,
+    to_rotary,
     to_timm,
     weights_in,
 )
@@ -31,6 +33,7 @@ from mim.program import called
 from mim.run.checkpoint_files import AtomicCheckpointIO, newest_good, sidecar, verify
 from mim.run.config import instantiate, parse_saved
 from mim.run.folder import run_of
+from mim.vit import ViT
 
 __all__ = [
     "LoadedEncoder",
@@ -110,8 +113,7 @@ def load_encoder(
     encoder = _build(weights, model, img_size, dynamic_img_size, trust)
     note = init_backbone(encoder.vit, weights, trust=trust, option="--weights").removeprefix("init: ")
     pool = encoder.pool if run is None else parse_saved(run / "config.yaml").pool
-    cfg = cast(dict[str, Any], encoder.vit.pretrained_cfg)
-    mean, std = list(cfg["mean"]), list(cfg["std"])
+    mean, std = encoder.statistics
     if len(mean) != encoder.in_chans:  # those of the architecture, which say nothing about these weights
         mean, std = PretrainData(weights).statistics(encoder.in_chans)
         note += f", normalised by {mean[0]:g} and {std[0]:g}, as it does not say by what"
@@ -126,7 +128,7 @@ def _from_checkpoint(
     encoder, hint = method.evaluated, f"{called('export')} --run {run}   first"
     if img_size not in (None, encoder.img_size, encoder.img_size[0]):
         raise UserError(f"--img_size {img_size}: only an exported run can be resized", hint=hint)
-    if dynamic_img_size and not encoder.vit.dynamic_img_size:
+    if dynamic_img_size and not encoder.any_size:
         raise UserError(f"--weights {run}: only an exported run takes images of any size", hint=hint)
     note = f"{checkpoint}" if checkpoint else f"newest checkpoint of {run}, which has not finished"
     return LoadedEncoder(encoder, *data.statistics(encoder.in_chans), note, config.pool)
@@ -176,7 +178,7 @@ def _build(
             check_published(weights, "--weights")
         return Encoder(model or weights, img_size, dynamic_img_size=dynamic)
     _, tensors, _ = _find_weights(weights, trust, "--weights")
-    name = model or likely_model(tensors)
+    name = model or likely_rotary(tensors) or likely_model(tensors)
     if name is None:
         raise UserError(f"--weights {weights} does not say which model it belongs to", hint="--model vit_...")
     kernel = tensors.get(_KERNEL)
@@ -184,7 +186,7 @@ def _build(
     return Encoder(name, img_size, in_chans=channels, dynamic_img_size=dynamic)
 
 
-def init_backbone(vit: VisionTransformer, weights: str, *, trust: bool = False, option: str = "--init") -> str:
+def init_backbone(vit: ViT, weights: str, *, trust: bool = False, option: str = "--init") -> str:
     """Copy weights of any known layout into ``vit`` and say in one line what matched.
 
     Args:
@@ -198,6 +200,8 @@ def init_backbone(vit: VisionTransformer, weights: str, *, trust: bool = False, 
             than 90 % of the tensors there and in ``vit`` match.
     """
     layout, tensors, grid = _find_weights(weights, trust, option)
+    if isinstance(vit, Eva):
+        tensors = _rotary(vit, weights, tensors, option)
     tensors, notes = adapt(tensors, vit, grid)
     own = vit.state_dict()
     matched = {name: tensors[name] for name in own if _same_kind(tensors.get(name), own[name])}
@@ -211,6 +215,21 @@ def init_backbone(vit: VisionTransformer, weights: str, *, trust: bool = False, 
     unused = len(tensors.keys() - matched.keys())
     notes += [f"{unused} of its tensors not used"] if unused else []
     return ", ".join([f"init: {len(matched)} of {len(own)} tensors from {weights} ({layout} layout)", *notes])
+
+
+def _rotary(vit: Eva, weights: str, tensors: dict[str, Tensor], option: str) -> dict[str, Tensor]:
+    """Tensors under the names of a rotary ViT; refuses a file whose attention has biases that ``vit`` lacks."""
+    named = to_rotary(tensors, vit)
+    name = cast(dict[str, Any], vit.pretrained_cfg)["architecture"]
+    if (lost := [key for key in named if "attn.q_bias" in key or "attn.qkv.bias" in key]) and not any(
+        key in vit.state_dict() for key in ("blocks.0.attn.q_bias", "blocks.0.attn.qkv.bias")
+    ):
+        raise UserError(
+            f"{option} {weights} does not fit {name}",
+            why=f"its attention has biases, as {lost[0]}, and this model has none",
+            hint=f"--model {name}_qkvb" if is_model(f"{name}_qkvb") else "the --model that it was made with",
+        )
+    return named
 
 
 def _find_weights(weights: str, trust: bool, option: str) -> tuple[str, dict[str, Tensor], tuple[int, int] | None]:
@@ -282,9 +301,9 @@ def _same_kind(tensor: Tensor | None, own: Tensor) -> bool:
 
 
 def _misfit(
-    vit: VisionTransformer, weights: str, tensors: dict[str, Tensor], matched: int, lost: list[str], option: str
+    vit: ViT, weights: str, tensors: dict[str, Tensor], matched: int, lost: list[str], option: str
 ) -> UserError:
-    own, guess = vit.state_dict(), likely_model(tensors)
+    own, guess = vit.state_dict(), likely_rotary(tensors) or likely_model(tensors)
     architecture = cast(dict[str, Any], vit.pretrained_cfg)["architecture"]
     few = matched < _MATCH * len(own)
     names = ["blocks.0.attn.qkv.weight", *own, *tensors] if few else [*lost, *own, *tensors]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mim.data.augment import Augmented
@@ -25,6 +24,7 @@ from mim.run.weights import ModelCard, export_backbone
 from mim.transfer.classification import Classification
 from mim.transfer.measurement import PRETRAINED, UNTRAINED, finish_section, section_name
 from mim.transfer.training import fit, open_trainer, train_all
+from mim.vit import ViT
 
 _NOT_OF_THE_RESULT = ("num_workers", "device", "threads", "out", "trust", "max_bad", "encode_batch", "cache")
 
@@ -109,7 +109,7 @@ class Finetuning(Classification):
         trainer.validate(module, data, verbose=False)
         return module
 
-    def _teacher(self, folder: str, vit: VisionTransformer) -> VisionTransformer:
+    def _teacher(self, folder: str, vit: ViT) -> ViT:
         """The classifier that ``--teacher`` names, on the device; it must be what is trained, but for its weights."""
         if self.loaded.encoder.reduction is None:
             raise UserError(
@@ -126,7 +126,7 @@ class Finetuning(Classification):
                 f"--teacher {folder} is another kind of model, or saw images in another way",
                 hint="the same fine-tuning without --reduction, and its export",
             )
-        return cast(VisionTransformer, teacher.eval().to(self.device))
+        return cast(ViT, teacher.eval().to(self.device))
 
     def _export(self, module: Finetune) -> None:
         """Writes the trained classifier as a timm folder, its reduction beside it."""
@@ -141,7 +141,7 @@ class Finetuning(Classification):
             notes=(f"Classes, in order: {', '.join(self.classes)}",),
         )
         model = module.evaluated.cpu().eval()
-        vit: VisionTransformer = model.vit if isinstance(model, TokenReducedViT) else model
+        vit: ViT = model.vit if isinstance(model, TokenReducedViT) else model
         export_backbone(vit, self.export, mean=self.loaded.mean, std=self.loaded.std, card=card)
         if isinstance(model, TokenReducedViT):
             save_reduction(model.reduction, self.export)

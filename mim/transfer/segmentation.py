@@ -69,7 +69,7 @@ class Segmentation(Measurement):
                 hint=f"--crop {near}   (positions are resized)",
             )
         self.crop = encoder.img_size[0]
-        self.taps = recipe.blocks(len(encoder.vit.blocks))
+        self.taps = recipe.blocks(encoder.depth)
         built_in = options.data in ("builtin", "shapes")
         self.steps = 0 if recipe.head == "knn" else recipe.steps or (300 if built_in else 4000)
         warmup = min(1500, self.steps // 10) if recipe.warmup_steps is None else recipe.warmup_steps

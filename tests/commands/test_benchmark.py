@@ -30,6 +30,40 @@ def build(standardise=True, **kwargs):
     return MAE(encoder, RandomMasking(), PixelTarget(standardise), 16, 2, 2)
 
 
+def rotary(make):
+    """Positions that each block turns in its own way, and those that all share."""
+
+    def build(standardise=True, model="vit_small_patch16_dinov3"):
+        torch.manual_seed(0)
+        encoder = Encoder(model, 32, 8, kwargs={"embed_dim": 16, "depth": 2, "num_heads": 2})
+        for parameter in encoder.parameters():
+            nn.init.normal_(parameter, std=0.2)
+        encoder.pretrained = True
+        return make(encoder, standardise)
+
+    return build
+
+
+ROTARY = {
+    "mae": rotary(lambda encoder, standardise: MAE(encoder, RandomMasking(), PixelTarget(standardise), 16, 2, 2)),
+    "hpm": rotary(
+        lambda encoder, standardise: HPM(
+            encoder, HardPatchMasking(start=0.34), PixelTarget(standardise), DifficultyConfig(units=8), 16, 2, 2
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ROTARY)
+@pytest.mark.parametrize("model", ["vit_small_patch16_dinov3", "vit_small_patch16_rope_mixed_224"])
+def test_the_plain_formulation_turns_visible_patches_alike(batch, method, model):
+    ours, other = ROTARY[method](model=model), ROTARY[method](model=model)
+    plain = Contender.plain(other, batch, "32-true")
+    assert not other.encoder.vit.blocks[0].attn.fused_attn
+    loss, plain_loss = Contender("ours", ours, batch, "32-true").loss(ours, batch), plain.loss(other, batch)
+    torch.testing.assert_close(plain_loss, loss, rtol=1e-5, atol=1e-6)
+
+
 def build_hpm(standardise=True, **kwargs):
     """A third of the hidden patches are the hardest from the first step on."""
     torch.manual_seed(0)

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 from strikes import ROOT, checkpoints, differences, final_state, start, wait_for_steps
 from torchvision.transforms.v2.functional import to_pil_image
 
 from mim.cli import main
+from mim.interop import ModelCard, export_backbone
 
 # Too few images of each class for probes, which would take longer than the run.
 TINY = ["--config", str(ROOT / "tests" / "tiny.yaml"), "--probe_images", "40"]
@@ -202,3 +204,38 @@ def test_labels_of_single_images_do_not_stop_a_run(tmp_path, capsys):
         to_pil_image(pixels).save(folder / "photo.png")
     assert train(tmp_path / "run", "--data", tmp_path / "photos", "--epochs", 2) == 0
     assert "12 labels, too few images of each for probes" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def dinov3(tmp_path_factory):
+    """Random weights of a small DINOv3, as a timm folder."""
+    folder = tmp_path_factory.mktemp("dinov3") / "backbone"
+    with torch.random.fork_rng():
+        vit = timm.create_model(
+            "vit_small_patch16_dinov3", img_size=32, patch_size=8, depth=2, embed_dim=32, num_heads=2, num_classes=0
+        )
+        for parameter in vit.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    export_backbone(vit, folder, mean=[0.1] * 3, std=[0.3] * 3, card=ModelCard("DINOv3", "photos"))
+    return folder
+
+
+def test_a_run_goes_on_from_good_weights_and_stands_beside_them(dinov3, tmp_path, capsys):
+    small = [*TINY[:2], f"--model=local-dir:{dinov3}", "--img_size=32", "--patch_size=8", "--epochs=0.1875"]
+    small += ["--model.init_args.encoder.positions=learned", "--probe_images=300"]
+    small += ["--model.init_args.optim.head_warmup=0.25", "--model.init_args.optim.layer_decay=0.5"]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert main("pretrain", [*small, f"--continue={dinov3}", f"--out={whole}"]) == 0
+    said = capsys.readouterr().out
+    assert "start   encoder stands still for 3 steps, layer decay 0.5" in said
+    assert "init: 32 of 32 tensors" in said
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["start"] == str(dinov3)
+    assert len(summary["probe"]["knn"]["start"]) == len(summary["probe"]["knn"]["trained"]) == 3
+    assert "gain over the start" in (whole / "report.html").read_text()
+    saved = yaml.safe_load((whole / "config.yaml").read_text())
+    assert saved["data"]["mean"] == pytest.approx([0.1] * 3)  # as the weights expect it
+    shutil.copytree(whole, part, symlinks=True)
+    checkpoints(part)[-1].unlink()
+    assert main("pretrain", ["--resume", str(part)]) == 0
+    assert differences(whole, part) == []

@@ -3,12 +3,14 @@
 import copy
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 from mim.data.augment import Augmented
 from mim.encoder import Encoder
 from mim.evaluation.finetune import Finetune, classifier
+from mim.interop import ModelCard, export_backbone
 from mim.options.classification import FinetuneRecipe
 from mim.reduction import Cropr, DynamicViT
 
@@ -48,6 +50,24 @@ def test_the_class_token_keeps_the_encoders_norm():
     expected = encoder(torch.ones(1, 3, 32, 32))[:, 0]
     vit = classifier(encoder, 5, FinetuneRecipe(pool="cls", drop_path=0.0), seed=0)
     torch.testing.assert_close(vit(torch.ones(1, 3, 32, 32)), vit.head(expected))
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+@pytest.mark.parametrize("model", ["vit_small_patch16_dinov3", "eva02_tiny_patch14_224"])
+def test_a_rotary_classifier_trains_and_is_rebuilt_by_timm(model, pool, tmp_path):
+    encoder = Encoder(model, img_size=32, patch_size=8, kwargs={"depth": 2, "embed_dim": 32, "num_heads": 2})
+    recipe = FinetuneRecipe(epochs=10, batch_size=8, pool=pool, drop_path=0.2, layer_decay=0.5)
+    trained = Finetune(classifier(encoder, 5, recipe, seed=0), recipe, 5, images=80, seed=0)
+    scales = {
+        id(p): group["lr_scale"] for group in trained.configure_optimizers().param_groups for p in group["params"]
+    }
+    assert scales[id(trained.vit.head.weight)] == 1
+    assert scales[id(trained.vit.patch_embed.proj.weight)] == 0.5**3
+    assert trained.vit.blocks[1].drop_path2.drop_prob == pytest.approx(0.2)
+    card = ModelCard("fine-tuning", "photos")
+    assert export_backbone(trained.vit, tmp_path / "x", mean=[0.5] * 3, std=[0.5] * 3, card=card) == 0
+    again, images = timm.create_model(f"local-dir:{tmp_path / 'x'}", pretrained=True).eval(), torch.randn(2, 3, 32, 32)
+    assert torch.equal(again(images), trained.vit.eval()(images))
 
 
 def test_every_weight_is_trained():

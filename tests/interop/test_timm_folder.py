@@ -63,6 +63,30 @@ def test_timm_rebuilds_exactly_the_exported_model(tmp_path, shape, kwargs):
     assert again.state_dict().keys() == vit.state_dict().keys()
 
 
+ROTARY = {
+    "vit_small_patch16_dinov3": {},
+    "eva02_tiny_patch14_224": {},
+    "vit_small_patch16_rope_mixed_ape_224": {},
+    "vit_base_patch16_rope_reg1_gap_256": {},
+    "vit_pe_core_tiny_patch16_384": {},
+    "vit_base_patch16_sapiens2": {"num_kv_heads": [4, 2]},
+}
+
+
+@pytest.mark.parametrize("shape", [{}, {"img_size": (24, 48), "num_reg_tokens": 3, "in_chans": 4}])
+@pytest.mark.parametrize("name", ROTARY)
+def test_timm_rebuilds_exactly_a_rotary_model(tmp_path, name, shape):
+    kwargs = {"depth": 2, "embed_dim": 64, "num_heads": 4} | ROTARY[name] | shape
+    vit, channels = tiny(name, **kwargs), shape.get("in_chans", 3)
+    for parameter in vit.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    assert export(vit, tmp_path / "first", channels, **ROTARY[name]) == 0
+    again = reload(tmp_path / "first")
+    images = torch.rand(2, channels, *vit.patch_embed.img_size)
+    assert torch.equal(again.forward_features(images), vit.eval().forward_features(images))
+    assert export(again, tmp_path / "second", channels) == 0
+
+
 def test_fixed_positions_are_exported(tmp_path):
     vit = tiny().eval()
     vit.pos_embed = torch.nn.Parameter(sincos_positions((4, 4), 64, 1), requires_grad=False)

@@ -238,3 +238,23 @@ def test_an_evaluation_stands_beside_the_untrained_encoder(run):
     page = write_report(run).read_text()
     assert '<th scope="row">top-1</th><td>50.0 %</td><td>40.0 ± 14.1 %</td>' in page
     assert '<th scope="row">images</th><td>7</td>' in page
+
+
+def started(run, trained, start):
+    summary = json.loads((run / "summary.json").read_text())
+    summary["start"] = "vit_small_patch16_dinov3.lvd1689m"
+    summary["probe"]["knn"] |= {"trained": trained, "start": start}
+    (run / "summary.json").write_text(json.dumps(summary))
+    write_report(run)
+    return (run / "report.html").read_text()
+
+
+def test_a_start_that_was_better_is_said_to_be(tmp_path):
+    run = write_fake_run(tmp_path / "run")
+    page = started(run, [0.6, 0.6, 0.6], [0.7, 0.7, 0.7])
+    assert "The start was better: k-NN by 10.0 points." in page
+    assert "-10.0 points" in page
+    page = started(run, [0.8, 0.8, 0.8], [0.7, 0.7, 0.7])
+    assert "The start was better" not in page
+    assert "+10.0 points" in page
+    assert "gain over the start" in page

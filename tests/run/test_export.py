@@ -88,7 +88,7 @@ def test_weights_need_a_place():
 
 
 def test_a_model_that_is_no_vit_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is not a plain ViT"):
+    with pytest.raises(UserError, match="is neither a plain nor a rotary ViT"):
         export(weights="resnet10t", out=tmp_path / "out")
 
 
