@@ -20,11 +20,15 @@ from mim.errors import UserError
 from mim.interop import (
     ModelCard,
     adapt,
+    arguments_of,
     check_timm_folder,
+    differences,
     export_backbone,
+    hf_folder,
     likely_model,
     load_weights,
-    to_timm,
+    misfit,
+    read_vit,
     weights_in,
 )
 from mim.methods import Method
@@ -40,8 +44,6 @@ __all__ = [
     "load_weights",
     "untrained_encoder",
 ]
-
-_MATCH = 0.9  # share of the model's tensors below which a file was made for another model
 
 
 def load_method(run: Path) -> tuple[Method, PretrainData, Namespace]:
@@ -103,10 +105,13 @@ def load_encoder(
             raise UserError(f"--weights {folder}: only an exported run takes images of any size", hint=hint)
         note = f"newest checkpoint of {folder}, which has not finished"
         return LoadedEncoder(encoder, *data.statistics(encoder.in_chans), note)
-    encoder = Encoder(model or _model_of(weights, trust), img_size, dynamic_img_size=dynamic_img_size)
+    encoder = _encoder_for(weights, model, img_size, dynamic_img_size, trust)
     note = init_backbone(encoder.vit, weights, trust=trust, option="--weights")
-    cfg = cast(dict[str, Any], encoder.vit.pretrained_cfg)
-    return LoadedEncoder(encoder.eval(), list(cfg["mean"]), list(cfg["std"]), note.removeprefix("init: "))
+    cfg, foreign = cast(dict[str, Any], encoder.vit.pretrained_cfg), hf_folder(folder)
+    mean, std = (foreign and (foreign.mean, foreign.std)) or (cfg["mean"], cfg["std"])
+    return LoadedEncoder(
+        encoder.eval(), list(mean or cfg["mean"]), list(std or cfg["std"]), note.removeprefix("init: ")
+    )
 
 
 def untrained_encoder(
@@ -124,7 +129,7 @@ def untrained_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if run is None:
-            return Encoder(model or _model_of(weights, trust), img_size, dynamic_img_size=dynamic_img_size).eval()
+            return _encoder_for(weights, model, img_size, dynamic_img_size, trust).eval()
         config = parse_saved(run / "config.yaml")
         if img_size is not None:
             config.model.init_args.encoder.img_size = img_size
@@ -139,20 +144,33 @@ def _is_unexported_run(folder: Path) -> bool:
     return (folder / "config.yaml").is_file() and not exported
 
 
-def _model_of(weights: str, trust: bool) -> str:
-    """What ``timm.create_model`` builds the model of these weights from."""
+def _encoder_for(
+    weights: str, model: str | None, img_size: int | tuple[int, int] | None, dynamic_img_size: bool, trust: bool
+) -> Encoder:
+    """An untrained encoder that takes these weights: what they tell of channels and tokens goes before the model."""
+    folder = Path(weights.removeprefix("local-dir:"))
+    foreign = hf_folder(folder)
+    if not folder.is_file() and not foreign:
+        return Encoder(model or _model_of(weights), img_size, dynamic_img_size=dynamic_img_size)
+    _, tensors, _ = _find_weights(weights, trust, "--weights")
+    name, size = model or likely_model(tensors), img_size or (foreign.img_size if foreign else None)
+    if name is None:
+        raise UserError(f"--weights {weights} does not say which model it belongs to", hint="--model vit_...")
+    with torch.device("meta"):
+        arguments = arguments_of(tensors, Encoder(name, size).vit)
+    channels = arguments.pop("in_chans", 3)
+    return Encoder(name, size, in_chans=channels, dynamic_img_size=dynamic_img_size, kwargs=arguments)
+
+
+def _model_of(weights: str) -> str:
+    """What ``timm.create_model`` builds the model of a timm folder, a run or published weights from."""
     folder = Path(weights.removeprefix("local-dir:"))
     if folder.is_dir():
         home = _weights_in(folder, "--weights")[0].parent
         check_timm_folder(home, "--weights")
         return f"local-dir:{home}"
-    if not folder.exists():
-        check_published(weights, "--weights")
-        return weights
-    guess = likely_model(to_timm(load_weights(folder, trust=trust, option="--weights"))[1])
-    if guess is None:
-        raise UserError(f"--weights {weights} does not say which model it belongs to", hint="--model vit_...")
-    return guess
+    check_published(weights, "--weights")
+    return weights
 
 
 def init_backbone(vit: VisionTransformer, weights: str, *, trust: bool = False, option: str = "--init") -> str:
@@ -165,18 +183,19 @@ def init_backbone(vit: VisionTransformer, weights: str, *, trust: bool = False, 
         option: the command-line option that named the weights, for messages.
 
     Raises:
-        UserError: if nothing is found, or less than 90 % of the tensors there and in ``vit`` match.
+        UserError: if nothing is found, or a tensor would stay random, or be left out, that every feature depends on.
     """
     layout, tensors, grid = _find_weights(weights, trust, option)
-    tensors, notes = adapt(tensors, vit, grid)
-    own = vit.state_dict()
+    found, own = tensors, vit.state_dict()
+    tensors, notes = adapt(found, vit, grid)
     matched = {name: tensors[name] for name in own if _same_kind(tensors.get(name), own[name])}
-    # Both ways round: the first blocks of a deeper model would fit, too, and give nonsense.
-    if len(matched) < _MATCH * max(len(own), len(tensors)):
-        raise _misfit(vit, weights, tensors, len(matched), option)
+    if unlike := differences(tensors, own):
+        raise misfit(vit, weights, found, tensors, unlike, option)
     vit.load_state_dict(matched, strict=False)
-    missing = [name for name in own if name not in matched]
+    left = [name for name in own if name not in matched]
+    missing, other = ([name for name in left if (name in tensors) is there] for there in (False, True))
     notes += [f"not in it and left as they were: {', '.join(missing)}"] if missing else []
+    notes += [f"of another shape in it and left as they were: {', '.join(other)}"] if other else []
     unused = len(tensors.keys() - matched.keys())
     notes += [f"{unused} of its tensors not used"] if unused else []
     return ", ".join([f"init: {len(matched)} of {len(own)} tensors from {weights} ({layout} layout)", *notes])
@@ -189,10 +208,11 @@ def _find_weights(weights: str, trust: bool, option: str) -> tuple[str, dict[str
         path, grid = _weights_in(path, option)
     elif not path.exists():
         return _published(weights, option)
+    grid = grid or _recorded_grid(path.parent) or _grid_of_run(path.parent.parent)
     path = path.resolve()  # last.ckpt is a link to a checkpoint, beside which its hash lies
     if sidecar(path).is_file() and (reason := verify(path)) and path.suffix == ".ckpt":
         raise UserError(f"{option} {path} is damaged", why=reason, hint="the checkpoint before it")
-    return *to_timm(load_weights(path, trust=trust, option=option)), grid
+    return *read_vit(path, trust=trust, option=option), grid
 
 
 def _weights_in(folder: Path, option: str) -> tuple[Path, tuple[int, int] | None]:
@@ -211,12 +231,25 @@ def _weights_in(folder: Path, option: str) -> tuple[Path, tuple[int, int] | None
 
 def _recorded_grid(folder: Path) -> tuple[int, int] | None:
     """``(h, w)`` of a timm folder's positions, if its config tells; not every export is square."""
+    if foreign := hf_folder(folder):
+        return foreign.grid
     try:
         args = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_args", {})
         size, patch = (torch.as_tensor(args[key]).expand(2) for key in ("img_size", "patch_size"))
         height, width = (size // patch).tolist()
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError):
         return None
+    return height, width
+
+
+def _grid_of_run(folder: Path) -> tuple[int, int] | None:
+    """``(h, w)`` of the positions in a run's checkpoints, if its settings tell."""
+    if not (folder / "config.yaml").is_file():
+        return None
+    encoder = parse_saved(folder / "config.yaml").model.init_args.encoder
+    if encoder.img_size is None or encoder.patch_size is None:
+        return None  # the model's own, which are squares
+    height, width = (int(side) // encoder.patch_size for side in torch.as_tensor(encoder.img_size).expand(2))
     return height, width
 
 
@@ -248,18 +281,3 @@ def check_published(name: str, option: str) -> None:
 
 def _same_kind(tensor: Tensor | None, own: Tensor) -> bool:
     return tensor is not None and tensor.shape == own.shape and tensor.is_floating_point() == own.is_floating_point()
-
-
-def _misfit(vit: VisionTransformer, weights: str, tensors: dict[str, Tensor], matched: int, option: str) -> UserError:
-    own, guess = vit.state_dict(), likely_model(tensors)
-    names = ["blocks.0.attn.qkv.weight", *own, *tensors]
-    name = next(name for name in names if name not in own or not _same_kind(tensors.get(name), own[name]))
-    there = "x".join(map(str, tensors[name].shape)) if name in tensors else "missing"
-    here = "x".join(map(str, own[name].shape)) if name in own else "missing"
-    deeper = f", but {len(tensors) - matched} of its own have no place" if matched >= _MATCH * len(own) else ""
-    example = f"e.g. {name} is {there} there, {here} here" + (f" -> looks like {guess}" if guess else "")
-    return UserError(
-        f"{option} {weights} does not fit {cast(dict[str, Any], vit.pretrained_cfg)['architecture']}",
-        why=f"matched {matched} of {len(own)} tensors{deeper}; {example}",
-        hint=f"--model {guess}" if guess else "the --model that these weights were made with",
-    )

@@ -4,14 +4,18 @@ import argparse
 import random
 import re
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 
 from mim.checkpoint import init_backbone
+from mim.config import parse, save_config
 from mim.errors import UserError
 from mim.interop import ModelCard, export_backbone, load_weights
+
+TINY = Path(__file__).parents[1] / "tiny.yaml"
 
 
 def tiny(img_size=32, **kwargs):
@@ -106,14 +110,28 @@ def test_weights_of_another_model_are_refused_and_that_model_is_named(tmp_path):
     assert torch.equal(vit.pos_embed, before)
 
 
-def test_below_nine_tenths_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["blocks.5.mlp.fc2.bias", "patch_embed.proj.bias", "cls_token"])
+def test_one_tensor_that_would_stay_random_is_refused(name, tmp_path):
     state = tiny().state_dict()
-    enough = dict(list(state.items())[:72])  # 92 % of 78
-    torch.save(enough, tmp_path / "x.pth")
-    init_backbone(tiny(), str(tmp_path / "x.pth"))
-    torch.save(dict(list(enough.items())[:70]), tmp_path / "x.pth")  # 89.7 %
-    with pytest.raises(UserError, match="does not fit"):
+    shape = "x".join(map(str, state.pop(name).shape))
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=f"matched 77 of 78 tensors; {name} is missing there, {shape} here"):
         init_backbone(tiny(), str(tmp_path / "x.pth"))
+
+
+def test_a_deeper_model_is_refused_however_many_blocks_fit(tmp_path):
+    torch.save(tiny(depth=13).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(UserError, match="matched 150 of 150 tensors, but 12 of its own have no place"):
+        init_backbone(tiny(depth=12), str(tmp_path / "x.pth"))
+
+
+def test_the_grid_of_a_run_is_that_of_its_settings(tmp_path):
+    config = parse([f"--config={TINY}", "--model.init_args.encoder.img_size=[16,64]"])
+    save_config(config, tmp_path / "config.yaml")
+    (tmp_path / "checkpoints").mkdir()
+    state = {f"encoder.vit.{name}": tensor for name, tensor in tiny((16, 64)).state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "checkpoints" / "last.ckpt")
+    assert init_backbone(tiny(64), str(tmp_path)).endswith("pos_embed resized 2x8 -> 8x8")
 
 
 def test_integers_are_no_weights(tmp_path):
