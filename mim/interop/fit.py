@@ -101,7 +101,7 @@ def arguments_of(tensors: Mapping[str, Tensor], vit: VisionTransformer) -> dict[
         vit: the named model as it is without further arguments; a skeleton on the meta device will do.
 
     Returns:
-        Only what differs: ``in_chans``, ``class_token`` (with ``global_pool``), ``reg_tokens``, ``no_embed_class``.
+        Only what differs: ``in_chans``, ``class_token`` (with pooling), ``reg_tokens``, ``no_embed_class``.
     """
     if not isinstance(vit, VisionTransformer):
         return {}
@@ -115,7 +115,7 @@ def arguments_of(tensors: Mapping[str, Tensor], vit: VisionTransformer) -> dict[
         own |= {"class_token": vit.has_class_token, "reg_tokens": vit.num_reg_tokens}
     arguments = {name: value for name, value in found.items() if value != own[name]}
     if arguments.get("class_token") is False and vit.global_pool == "token":
-        arguments["global_pool"] = "avg"
+        arguments |= {"global_pool": "avg", "fc_norm": "fc_norm.weight" in tensors}  # unasked, timm renames the norm
     has_positions = "pos_embed" in tensors and tensors["pos_embed"].ndim == 3
     if has_positions and not vit.no_embed_class and not _embeds_prefix(tensors, vit.patch_embed.grid_size):
         arguments["no_embed_class"] = True

@@ -25,7 +25,8 @@ class Kind(NamedTuple):
     class_token: bool
 
     def build(self, depth=1):
-        kwargs = {"class_token": self.class_token, "global_pool": "token" if self.class_token else "avg"}
+        pooling = {"global_pool": "token" if self.class_token else "avg", "fc_norm": False}
+        kwargs = {"class_token": self.class_token, **pooling}
         size = tuple(16 * side for side in self.grid)
         kwargs |= {"in_chans": self.channels, "reg_tokens": self.registers, "img_size": size, "depth": depth}
         return timm.create_model("test_vit", num_classes=0, **kwargs)
@@ -171,7 +172,8 @@ def test_an_evaluation_finds_out_that_registers_have_no_positions(tmp_path):
         (Kind(3, (4, 4), 4, True), """--model.init_args.encoder.kwargs '{"reg_tokens": 4}'"""),
         (
             Kind(1, (4, 4), 0, False),
-            """--in_chans 1 --model.init_args.encoder.kwargs '{"class_token": false, "global_pool": "avg"}'""",
+            "--in_chans 1 --model.init_args.encoder.kwargs "
+            """'{"class_token": false, "global_pool": "avg", "fc_norm": false}'""",
         ),
     ],
 )
