@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mim import __version__
+from mim.distributed.processes import leave_group, leaving_on_signals, let_the_first_end, process_rank
 from mim.errors import MACHINE_ERRORS, UserError
-from mim.processes import leave_group, leaving_on_signals, let_the_first_end, process_rank
 
 if TYPE_CHECKING:  # even this parser takes a moment to import: help and typing mistakes come first
     from jsonargparse import ArgumentParser
@@ -136,7 +136,7 @@ def _answered(command: str, args: list[str], debug: bool) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MACHINE_ERRORS as error:
-        from mim.failures import explained
+        from mim.run.failures import explained
 
         if (failure := explained(error)) is None or debug:
             raise
@@ -242,8 +242,8 @@ def _call(run: Callable[..., None], command: str, args: list[str]) -> None:
     """Runs a command whose options are the arguments of one function."""
     from jsonargparse import ArgumentError
 
-    from mim.config_file import check_config_files
-    from mim.refusals import refusal
+    from mim.options.config_file import check_config_files
+    from mim.options.refusals import refusal
 
     check_config_files(args)
     parser = function_parser(run, command)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from mim.errors import UserError
 from mim.layers.positions import sincos_positions, stretch_positions
+from mim.options.ranges import Count, ShareBelowOne
 from mim.patches import gather_tokens, patch_grid, patchify, visible_indices
-from mim.ranges import Count, ShareBelowOne
 from mim.reduction.base import TokenReduction
 from mim.reduction.schedule import KeepRate
 from mim.reduction.tokens import Tokens

@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 MACHINE_ERRORS = (RuntimeError, MemoryError, EOFError, ConnectionResetError, ConnectionRefusedError)
-"""What memory that ran out and processes that died can end in; :func:`mim.failures.explained` tells them from bugs."""
+"""What exhausted memory and dead processes can end in; :func:`mim.run.failures.explained` tells them from bugs."""
 
 
 class UserError(Exception):

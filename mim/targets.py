@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from mim.encoder import Encoder
 from mim.errors import UserError
+from mim.options.ranges import Positive
 from mim.patches import gather_tokens, patch_statistics, patchify, pixel_targets
-from mim.ranges import Positive
 
 
 class Target(nn.Module):

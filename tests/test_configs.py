@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mim.cli import COMMANDS, function_parser
-from mim.config import parse
 from mim.encoder import Encoder
 from mim.methods import Method
+from mim.run.config import parse
 
 ROOT = Path(__file__).parents[1] / "configs"
 EVALUATIONS = sorted((ROOT / "evaluation").glob("*.yaml"))

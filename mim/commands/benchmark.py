@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mim.cli import CONFIGS, translate
 from mim.errors import UserError
-from mim.outputs import check_file
-from mim.ranges import Count, Processes, Threads
-from mim.subject import Subject
+from mim.options.classification import Subject
+from mim.options.outputs import check_file
+from mim.options.ranges import Count, Processes, Threads
 
 if TYPE_CHECKING:
     import torch
     from jsonargparse import Namespace
 
-    from mim.benchmark import Contender, Timing
+    from mim.benchmark.training import Contender, Timing
 
 PHASES = ("forward", "backward", "optimizer", "step")
 
@@ -75,7 +75,7 @@ def run(
         os.environ.setdefault(variable, level)  # the profiler, asked for memory, talks about much else
     import torch
 
-    from mim.benchmark import Contender, MatrixPeak, build, compare, compile_blocks, loader_rates, ratios
+    from mim.benchmark.training import Contender, MatrixPeak, build, compare, compile_blocks, loader_rates, ratios
 
     if threads:
         torch.set_num_threads(threads)
@@ -154,7 +154,7 @@ def _reductions(
     import timm
     import torch
 
-    from mim.benchmark_reduction import contenders, measure, table
+    from mim.benchmark.inference import contenders, measure, table
     from mim.reduction.recipes import RECIPES
 
     wanted = [name for name, recipe in RECIPES.items() if recipe.shortens] if names == "all" else names.split(",")
@@ -179,10 +179,10 @@ def _reductions(
 
 def _pareto(subject: Subject, masks: str | None, names: str, shares: list[float], batch_size: int, rounds: int) -> None:
     """Scores and times every reduction that needs no training, and writes the page."""
-    from mim.pareto import protocol, sweep
-    from mim.pareto_page import write
+    from mim.benchmark.pareto import protocol, sweep
+    from mim.benchmark.pareto_page import write
     from mim.reduction.recipes import RECIPES, recipe
-    from mim.run import evaluation_folder
+    from mim.run.folder import evaluation_folder
 
     free = [name for name, known in RECIPES.items() if not known.trained]
     wanted = free if names == "all" else names.split(",")
@@ -198,9 +198,9 @@ def _pareto(subject: Subject, masks: str | None, names: str, shares: list[float]
 
 def _finetuned(home: Path, out: str | None, place: "torch.device", batch_size: int, rounds: int) -> None:
     """Times what fine-tunings have exported, and writes the page."""
-    from mim.pareto_finetuned import collect
-    from mim.pareto_page import write
-    from mim.run import evaluation_folder
+    from mim.benchmark.pareto_finetuned import collect
+    from mim.benchmark.pareto_page import write
+    from mim.run.folder import evaluation_folder
 
     points, words = collect(home, place, batch_size, rounds)
     write(points, evaluation_folder(str(home), out, "pareto-finetuned"), words, {"finetuned": str(home)})
@@ -229,7 +229,7 @@ def _name(config: Path) -> str:
 
 
 def _parse(config: Path, overrides: Mapping[str, object]) -> "Namespace":
-    from mim.config import parse
+    from mim.run.config import parse
 
     if not config.is_file():
         raise UserError(f"{config} is not a file", hint="python tools/info.py configs")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from mim.errors import UserError
-from mim.outputs import check_file, check_folder
+from mim.options.outputs import check_file, check_folder
 
 if TYPE_CHECKING:  # torch is imported when there is something to export: --help must not wait for it
     from timm.models.vision_transformer import VisionTransformer
@@ -42,8 +42,8 @@ def run(
         raise UserError("export --weights needs a place to write to", hint=f"--out checkpoints/NAME{_SUFFIX[to]}")
     if out:
         (check_folder if to == "timm" else check_file)("--out", Path(out))
-    from mim.checkpoint import export_backbone
     from mim.interop.graph import write_graph
+    from mim.run.weights import export_backbone
 
     target = Path(out) if out else Path(cast(Path, run), "export", f"backbone{_SUFFIX[to]}")
     if run:
@@ -62,9 +62,9 @@ _Parts = tuple["VisionTransformer", dict[str, Any], dict[str, Any], "ModelCard"]
 
 
 def _from_run(folder: Path, data_licence: str, student: bool) -> _Parts:
-    from mim.checkpoint import load_method
     from mim.interop import ModelCard
-    from mim.run import RunFolder
+    from mim.run.folder import RunFolder
+    from mim.run.weights import load_method
 
     try:
         run = RunFolder.find(str(folder))
@@ -92,8 +92,8 @@ def _from_weights(weights: str, model: str | None, data_licence: str, trust: boo
     import timm
     from timm.models.vision_transformer import VisionTransformer
 
-    from mim.checkpoint import check_published, init_backbone
     from mim.interop import ModelCard, check_timm_folder
+    from mim.run.weights import check_published, init_backbone
 
     if model is None and Path(weights).is_file():
         raise UserError(

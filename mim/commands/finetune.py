@@ -4,10 +4,10 @@ import json
 import sys
 from typing import Literal
 
+from mim.distributed.processes import INTERRUPTED, process_rank
 from mim.errors import UserError
-from mim.processes import INTERRUPTED, process_rank
-from mim.ranges import Count, Positive, check_rising
-from mim.subject import FinetuneRecipe, Subject
+from mim.options.classification import FinetuneRecipe, Subject
+from mim.options.ranges import Count, Positive, check_rising
 
 
 def run(
@@ -36,11 +36,11 @@ def run(
     """
     _check(recipe, devices * accumulate)
     # torch is imported when there is something to train: --help must not wait for it.
-    from mim.finetuning import Machine, best_precision, export, finish, settings_of, train
-    from mim.measure import TRAINED, UNTRAINED, Measurement, Scores, finish_section
     from mim.report.confusion import save_confusion
-    from mim.run import quieten
-    from mim.supervised import StoppedError, pictures_of_first, remember, training_folder
+    from mim.run.folder import quieten
+    from mim.transfer.finetuning import Machine, best_precision, export, finish, settings_of, train
+    from mim.transfer.measurement import TRAINED, UNTRAINED, Measurement, Scores, finish_section
+    from mim.transfer.training import StoppedError, pictures_of_first, remember, training_folder
 
     rank = process_rank()
     quieten(rank)

@@ -2,8 +2,8 @@
 
 from typing import Literal
 
-from mim.ranges import Count, Positive, Whole
-from mim.subject import Subject
+from mim.options.classification import Subject
+from mim.options.ranges import Count, Positive, Whole
 
 
 def run(
@@ -28,7 +28,7 @@ def run(
     from mim.evaluation.bank import Bank
     from mim.evaluation.features import Features
     from mim.evaluation.knn import knn_accuracies
-    from mim.measure import TRAINED, UNTRAINED, Measurement, Scores, finish_section, share_out
+    from mim.transfer.measurement import TRAINED, UNTRAINED, Measurement, Scores, finish_section, share_out
 
     measurement, features = Measurement.open(subject), Features(layers, pool)
     encoders = [(TRAINED, measurement.loaded.encoder)]

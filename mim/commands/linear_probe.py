@@ -3,8 +3,8 @@
 from typing import Literal
 
 from mim.errors import UserError
-from mim.ranges import Count, Whole
-from mim.subject import HeadRecipe, Subject
+from mim.options.classification import HeadRecipe, Subject
+from mim.options.ranges import Count, Whole
 
 _NAMES = {"linear": "Linear probe", "attentive": "Attentive probe", "multi_query": "Attentive probe, several queries"}
 
@@ -34,8 +34,8 @@ def run(
     from mim.evaluation.bank import Bank
     from mim.evaluation.features import Features
     from mim.evaluation.heads import Outcome, confusion, probe_head
-    from mim.measure import TRAINED, UNTRAINED, Measurement, Scores, finish_section, share_out
     from mim.report.confusion import save_confusion
+    from mim.transfer.measurement import TRAINED, UNTRAINED, Measurement, Scores, finish_section, share_out
 
     measurement = Measurement.open(subject)
     features = Features(layers, pool) if recipe.head == "linear" else Features(pool="tokens")

@@ -19,18 +19,18 @@ from timm.models.vision_transformer import Block
 from mim import __version__
 from mim.callbacks import Checkpoints, Evaluation, NaNDump, RunLog, Signals
 from mim.callbacks.run_log import duration
-from mim.checkpoint import ModelCard, export_backbone, init_backbone, load_method
-from mim.checkpoint_io import AtomicCheckpointIO, check_room, checkpoint_step, newest_good
-from mim.config import changes, instantiate, parse, parse_saved, run_options, save_config
 from mim.data.pretrain import PretrainData
+from mim.distributed.processes import INTERRUPTED, process_rank
+from mim.distributed.sharding import ShardedStrategy
 from mim.encoder import Encoder
 from mim.errors import MACHINE_ERRORS, DivergedError, MachineError, UserError
-from mim.failures import explained
 from mim.methods import Method, NonFiniteError, Plan
-from mim.processes import INTERRUPTED, process_rank
 from mim.report import write_report
-from mim.run import UNWRITABLE, RunFolder, git_commit, quieten, versions
-from mim.sharding import ShardedStrategy
+from mim.run.checkpoint_files import AtomicCheckpointIO, check_room, checkpoint_step, newest_good
+from mim.run.config import changes, instantiate, parse, parse_saved, run_options, save_config
+from mim.run.failures import explained
+from mim.run.folder import UNWRITABLE, RunFolder, git_commit, quieten, versions
+from mim.run.weights import ModelCard, export_backbone, init_backbone, load_method
 
 FREE_TO_CHANGE = ("trainer.", "data.num_workers", "data.max_bad", "log_every", "save_every", "eval_every", "pictures")
 """Settings that a resumed run may change without asking: they do not change what is computed."""

@@ -1,8 +1,8 @@
 """Semantic segmentation: ``python tools/segment.py --weights runs/001-mae-photos --data my_masks``."""
 
-from mim.processes import INTERRUPTED, process_rank
-from mim.ranges import Count
-from mim.segment_options import HeadRecipe, MaskedSubject, Scoring, check
+from mim.distributed.processes import INTERRUPTED, process_rank
+from mim.options.ranges import Count
+from mim.options.segmentation import HeadRecipe, MaskedSubject, Scoring, check
 
 
 def run(
@@ -19,8 +19,8 @@ def run(
     """
     check(subject, recipe, scoring)
     # torch is imported when there is something to measure: --help must not wait for it.
-    from mim.segmenting import Segmentation
-    from mim.supervised import StoppedError
+    from mim.transfer.segmentation import Segmentation
+    from mim.transfer.training import StoppedError
 
     segmentation = Segmentation(subject, recipe, scoring)
     if process_rank() == 0:

@@ -11,10 +11,10 @@ from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from mim.data.bad_files import Bad
 from mim.data.builtin import PhotoSource
 from mim.data.images import ImageError
 from mim.data.loading import WatchedLoader
-from mim.data.pretrain import Bad
 from mim.data.shapes import ShapeSource
 from mim.data.sources import HELD_OUT, FolderSource, ListSource, Source, open_source
 from mim.data.views import SingleView

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from mim.evaluation.bank import Bank
 from mim.evaluation.batches import shuffled, steps_per_epoch
+from mim.options.classification import HeadRecipe
 from mim.randomness import derive_seed
 from mim.schedules import warmup_cosine
-from mim.subject import HeadRecipe
 
 _HEAD_WIDTH = 64
 

@@ -21,10 +21,10 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from mim.encoder import Encoder
 from mim.errors import UserError
+from mim.options.classification import FinetuneRecipe
 from mim.randomness import derive_seed, keyed_generator, keyed_libraries
 from mim.reduction import TokenReducedViT, TokenReduction, Tokens, distillation_loss
 from mim.schedules import between, cosine, warmup_cosine
-from mim.subject import FinetuneRecipe
 
 
 def classifier(encoder: Encoder, classes: int, recipe: FinetuneRecipe, seed: int) -> VisionTransformer:

@@ -11,7 +11,7 @@ from mim.evaluation.attentive import fit_attentive
 from mim.evaluation.bank import Bank
 from mim.evaluation.linear_heads import fit_linear
 from mim.evaluation.splits import stratified_split
-from mim.subject import HeadRecipe
+from mim.options.classification import HeadRecipe
 
 _ROWS = 1024
 """Rows whose logits are in memory at once."""

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from mim.evaluation.bank import Bank
 from mim.evaluation.batches import shuffled, steps_per_epoch
+from mim.options.classification import HeadRecipe
 from mim.randomness import keyed_generator
 from mim.schedules import warmup_cosine
-from mim.subject import HeadRecipe
 
 _MOMENTUM, _TRUST = 0.9, 0.001
 

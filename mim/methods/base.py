@@ -12,11 +12,11 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mim.distributed.sharding import local, shard, total
 from mim.encoder import Encoder
 from mim.masking.base import Masking
 from mim.randomness import RowGenerator, derive_seed
 from mim.schedules import cosine, warmup_cosine
-from mim.sharding import local, shard, total
 
 Batch = tuple[list[Tensor], Tensor]
 """Views, ``V x (B, C, H_v, W_v)`` with global crops first, and labels ``(B,)``, which most methods ignore."""

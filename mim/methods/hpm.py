@@ -23,9 +23,9 @@ from mim.layers.decoder import FillMasked, Trunk
 from mim.layers.initialisation import initialise
 from mim.masking import HardPatchMasking
 from mim.methods.base import Batch, Method, OptimConfig
+from mim.options.ranges import Count, Share
 from mim.patches import gather_tokens, replace_patches, visible_indices
 from mim.randomness import RowGenerator
-from mim.ranges import Count, Share
 from mim.schedules import linear
 from mim.targets import Target
 

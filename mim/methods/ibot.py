@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from mim.devices import send
+from mim.distributed.devices import send
+from mim.distributed.sharding import total
 from mim.encoder import Encoder
 from mim.masking import Masking
 from mim.methods.base import Batch, Method, OptimConfig
+from mim.options.ranges import Count, NotNegative, Positive, Share, Whole
 from mim.patches import patchify, unpatchify
 from mim.randomness import RowGenerator
-from mim.ranges import Count, NotNegative, Positive, Share, Whole
 from mim.schedules import cosine, linear
-from mim.sharding import total
 
 STUDENT_TEMPERATURE = 0.1
 CHUNK = 2048  # patches whose logits are held at once: 64 MiB in fp32 for 8192 prototypes

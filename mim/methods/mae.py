@@ -17,9 +17,9 @@ from mim.layers.decoder import Decoder
 from mim.layers.initialisation import initialise
 from mim.masking import Masking
 from mim.methods.base import Batch, Method, OptimConfig
+from mim.options.ranges import Count
 from mim.patches import replace_patches, visible_indices
 from mim.randomness import RowGenerator
-from mim.ranges import Count
 from mim.targets import PixelTarget
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from mim.encoder import Encoder
 from mim.masking import AttentionMasking
 from mim.methods.mae import MAE
+from mim.options.ranges import Share
 from mim.randomness import RowGenerator
-from mim.ranges import Share
 from mim.schedules import cosine
 
 

@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader
 
 from mim.callbacks import Checkpoints
 from mim.callbacks.checkpoints import Signals
-from mim.checkpoint_io import AtomicCheckpointIO, checkpoint_step, checkpoints, newest_good, verify
+from mim.distributed.processes import STOP_SIGNALS as SIGNALS
 from mim.encoder import Encoder
 from mim.masking import RandomMasking
 from mim.methods import Method, NonFiniteError, OptimConfig, Plan
-from mim.processes import STOP_SIGNALS as SIGNALS
+from mim.run.checkpoint_files import AtomicCheckpointIO, checkpoint_step, checkpoints, newest_good, verify
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from mim.benchmark import Contender, MatrixPeak, Timing, compare, ratios
+from mim.benchmark.plain import PLAIN_LOSSES
+from mim.benchmark.training import Contender, MatrixPeak, Timing, compare, ratios
 from mim.cli import CONFIGS, main
 from mim.commands import benchmark
 from mim.encoder import Encoder
@@ -16,7 +17,6 @@ from mim.errors import UserError
 from mim.masking import HardPatchMasking, RandomMasking
 from mim.methods import HPM, MAE, Method, OptimConfig
 from mim.methods.hpm import DifficultyConfig
-from mim.plain import PLAIN_LOSSES
 from mim.targets import PixelTarget
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from mim.cli import main
 from mim.commands import make_shapes
-from mim.measure import section_name
 from mim.reduction import TokenReducedViT
-from mim.reduction_io import load_reduction
+from mim.reduction.files import load_reduction
+from mim.transfer.measurement import section_name
 
 
 @pytest.fixture(autouse=True)

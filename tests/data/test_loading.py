@@ -11,7 +11,7 @@ import torch
 from mim.data import loading
 from mim.data.loading import WatchedLoader, reading
 from mim.errors import MACHINE_ERRORS
-from mim.failures import explained
+from mim.run.failures import explained
 
 
 class Files(torch.utils.data.Dataset):

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from mim.data.bad_files import BadFiles, BadFileWarning
+from mim.data.crops import Centers, Crops, collate
 from mim.data.images import ImageError
-from mim.data.pretrain import BadFiles, BadFileWarning, Centers, Crops, PretrainData, collate
+from mim.data.pretrain import PretrainData
 from mim.data.views import SingleView
 from mim.errors import UserError
-from mim.failures import explained
 from mim.randomness import RowGenerator, derive_seed
+from mim.run.failures import explained
 
 
 class FakeSource:

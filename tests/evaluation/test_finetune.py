@@ -9,8 +9,8 @@ from torch import nn
 from mim.data.augment import Augmented
 from mim.encoder import Encoder
 from mim.evaluation.finetune import Finetune, classifier
+from mim.options.classification import FinetuneRecipe
 from mim.reduction import Cropr, DynamicViT
-from mim.subject import FinetuneRecipe
 
 
 def module(**settings):

@@ -12,8 +12,8 @@ from mim.evaluation.bank import Bank
 from mim.evaluation.batches import shuffled
 from mim.evaluation.heads import confusion, probe_head
 from mim.evaluation.linear_heads import LinearHeads, fit_linear
+from mim.options.classification import HeadRecipe
 from mim.schedules import warmup_cosine
-from mim.subject import HeadRecipe
 
 ROWS = torch.arange(90)
 

@@ -14,8 +14,8 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import adapt_input_conv
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from mim.checkpoint import init_backbone, load_encoder, untrained_encoder
 from mim.errors import UserError
+from mim.run.weights import init_backbone, load_encoder, untrained_encoder
 
 
 class Kind(NamedTuple):

@@ -8,8 +8,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from mim.checkpoint import init_backbone, load_encoder
 from mim.errors import UserError
+from mim.run.weights import init_backbone, load_encoder
 
 HF_BLOCK = {
     "norm1": "layernorm_before",

@@ -4,9 +4,9 @@ import pytest
 import timm
 import torch
 
-from mim.checkpoint import load_encoder, untrained_encoder
 from mim.errors import UserError
 from mim.interop import ModelCard, export_backbone
+from mim.run.weights import load_encoder, untrained_encoder
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
+from mim.benchmark.plain import plain_ibot_loss
 from mim.encoder import Encoder
 from mim.masking import AttentionMasking, BlockMasking
 from mim.methods import IBOT, OptimConfig, Plan
 from mim.methods.ibot import HeadConfig, TeacherConfig, clip_each, hidden_places, padded_places
-from mim.plain import plain_ibot_loss
 
 KWARGS = {"embed_dim": 16, "depth": 2, "num_heads": 2}
 K = 24

@@ -6,8 +6,8 @@ from small_models import EVERY, build
 
 from mim.errors import UserError
 from mim.reduction import KeepRate, PerBlock, TokenReducedViT, ToMe, TopKPruning
+from mim.reduction.files import build_reduction, load_reduction, save_reduction
 from mim.reduction.scores import RandomScore
-from mim.reduction_io import build_reduction, load_reduction, save_reduction
 
 
 @pytest.mark.parametrize("name", EVERY)

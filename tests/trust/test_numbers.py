@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 
 from mim.callbacks import NaNDump
 from mim.cli import translate
-from mim.config import instantiate, parse
 from mim.methods import Method, NonFiniteError, Plan
-from mim.run import RunFolder
+from mim.run.config import instantiate, parse
+from mim.run.folder import RunFolder
 
 STEPS, BAD = 5, 2
 GUIDED = ["class_path=AttentionMasking", "init_args.low=0.75", "init_args.high=0.75", "init_args.whole=0"]

@@ -1,0 +1,163 @@
+"""What a segmentation evaluation measures and how: the options of ``segment``, without torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mim.errors import UserError
+from mim.options.outputs import check_folder
+from mim.options.ranges import (
+    Count,
+    NotNegative,
+    Positive,
+    Processes,
+    Share,
+    ShareBelowOne,
+    SomeShare,
+    Threads,
+    Whole,
+    check_rising,
+)
+
+
+@dataclass(frozen=True)
+class MaskedSubject:
+    """Weights to measure, and images with masks to measure them on.
+
+    Args:
+        weights: run folder, timm folder, checkpoint file or timm name.
+        data: folder in ADE20K's or Pascal VOC's layout or with {train,val}/{images,masks}, builtin (mosaics) or shapes.
+        model: timm name of the model that a checkpoint file belongs to, if its shapes do not tell.
+        crop: pixels per side that the model sees instead of its own; positions are resized.
+        num_classes: scored classes; as many as are named or found unless given.
+        ignore: values in the masks of pixels that are not scored, as 255 or 255,0.
+        reduce_zero_label: 0 is not scored and classes begin at 1; only in ADE20K's layout unless given.
+        classes: file of class names, one per line, or a number and a name, or a colour and a name (128 64 128 road)
+            for masks in colours.
+        split: part that is scored; the first of val, valid, validation and test unless given.
+        num_workers: loader processes.
+        out: folder for the results; inside the run that the weights belong to unless given.
+        trust: load a checkpoint file although it can run code.
+        reduction: shortens the token sequence in the encoder: a name such as tome or evit, with what its knob is set
+            to as in tome:8 or evit:0.7 (half of the multiply-adds unless given), a YAML file, or a folder with a
+            trained one.
+    """
+
+    weights: str
+    data: str = "builtin"
+    model: str | None = None
+    crop: Count | None = None
+    num_classes: int | None = None
+    ignore: int | str = 255
+    reduce_zero_label: bool | None = None
+    classes: Path | None = None
+    split: str | None = None
+    num_workers: Processes = 0
+    out: str | None = None
+    trust: bool = False
+    reduction: str | None = None
+
+    @property
+    def ignored(self) -> tuple[int, ...]:
+        """The values that are not scored."""
+        try:
+            return tuple(int(number) for number in str(self.ignore).split(",") if number.strip())
+        except ValueError:
+            raise UserError(
+                f"--ignore {self.ignore} is not a list of numbers", hint="--ignore 255   or   --ignore 255,0"
+            ) from None
+
+
+@dataclass(frozen=True)
+class HeadRecipe:
+    """How the head, and with it perhaps the encoder, learns.
+
+    Args:
+        head: linear, knn (votes of labelled patches, no training) or upernet.
+        finetune: train the encoder, too.
+        taps: blocks that the head reads: so many spread evenly, or a list from 0 as [3,5,7,11]; 1 unless given, 4 for
+            upernet.
+        batch_norm: normalise the features of the linear head.
+        steps: optimizer steps; 300 on the built-in images and 4000 on others unless given.
+        batch_size: crops per step over all devices.
+        lr: peak learning rate; 1e-3 for linear and 1e-4 for upernet unless given.
+        warmup_steps: of linear warm-up; a tenth of the steps, at most 1500, unless given.
+        weight_decay: of AdamW.
+        layer_decay: factor per block on the encoder's learning rate.
+        drop_path: stochastic depth of the encoder's last block.
+        anneal: share of the steps in which a reduction grows to its full strength in a straight line, 0.5 for Cropr;
+            with finetune only.
+        scale: shorter side of a training image before it is cropped, smallest and largest, times crop.
+        k: patches that vote.
+        bank: most labelled patches.
+        seeds: trainings with other seeds, each beside an encoder that was never trained.
+    """
+
+    head: Literal["linear", "knn", "upernet"] = "linear"
+    finetune: bool = False
+    taps: Count | list[Whole] | None = None
+    batch_norm: bool = True
+    steps: Count | None = None
+    batch_size: Count = 16
+    lr: Positive | None = None
+    warmup_steps: Whole | None = None
+    weight_decay: NotNegative = 0.05
+    layer_decay: SomeShare = 0.65
+    drop_path: ShareBelowOne = 0.1
+    anneal: Share = 0.0
+    scale: tuple[Positive, Positive] = (0.5, 2.0)
+    k: Count = 20
+    bank: Count = 50000
+    seeds: Count = 1
+
+    def blocks(self, depth: int) -> list[int]:
+        """Numbers of the blocks that the head reads, of an encoder with ``depth`` of them."""
+        given = self.taps or (4 if self.head == "upernet" else 1)
+        blocks = [depth * (i + 1) // given - 1 for i in range(given)] if isinstance(given, int) else given
+        if min(blocks) < 0 or max(blocks) >= depth or sorted(set(blocks)) != blocks:
+            raise UserError(f"--taps {given}: the encoder has blocks 0 to {depth - 1}", hint=f"--taps {min(4, depth)}")
+        if self.head == "upernet" and len(blocks) != 4:
+            raise UserError(f"--taps {given}: UPerNet reads four blocks", hint="--taps 4")
+        return blocks
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How images are scored, and where.
+
+    Args:
+        inference: slide (a window of the crop's size) or whole (the image at once; positions are resized).
+        stride: pixels from window to window; two thirds of the crop unless given.
+        scales: sizes at which an image is shown; answers are averaged.
+        flip: show the mirror image, too.
+        pictures: images drawn with truth and answer.
+        accelerator: where to compute.
+        devices: devices to train and score on.
+        precision: 32-true or bf16-mixed.
+        threads: CPU threads; torch's choice unless given.
+    """
+
+    inference: Literal["slide", "whole"] = "slide"
+    stride: Count | None = None
+    scales: tuple[Positive, ...] = (1.0,)
+    flip: bool = False
+    pictures: Whole = 6
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: Count | Literal["auto"] = "auto"
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    threads: Threads | None = None
+
+
+def check(subject: MaskedSubject, recipe: HeadRecipe, scoring: Scoring) -> None:
+    """Refuses what could not work before anything heavy is imported."""
+    if subject.out:
+        check_folder("--out", Path(subject.out))
+    if recipe.head == "knn" and recipe.finetune:
+        raise UserError("--finetune: a k-NN head trains nothing", hint="--head linear --finetune true")
+    if recipe.head == "upernet" and recipe.batch_size < 2:
+        raise UserError("--batch_size 1: UPerNet normalises over a batch", hint="--batch_size 2")
+    check_rising("--scale", recipe.scale)
+    if scoring.stride and subject.crop and scoring.stride > subject.crop:
+        raise UserError(f"--stride {scoring.stride} leaves pixels out", hint="a stride from 1 to the crop")
+    if subject.num_classes is not None and subject.num_classes < 2:
+        raise UserError(f"--num_classes {subject.num_classes}: two or more are needed", hint="--num_classes 2")

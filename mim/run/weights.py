@@ -1,0 +1,283 @@
+"""Weights in and out: the timm folder that a run ends with, and the files a run may start from."""
+
+import json
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import timm
+import torch
+from jsonargparse import Namespace
+from timm.models import is_model_pretrained
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from mim.data.pretrain import PretrainData
+from mim.encoder import Encoder
+from mim.errors import UserError
+from mim.interop import (
+    ModelCard,
+    adapt,
+    arguments_of,
+    check_timm_folder,
+    differences,
+    export_backbone,
+    hf_folder,
+    likely_model,
+    load_weights,
+    misfit,
+    read_vit,
+    weights_in,
+)
+from mim.methods import Method
+from mim.run.checkpoint_files import AtomicCheckpointIO, newest_good, sidecar, verify
+from mim.run.config import instantiate, parse_saved
+
+__all__ = [
+    "LoadedEncoder",
+    "ModelCard",
+    "check_published",
+    "export_backbone",
+    "init_backbone",
+    "load_encoder",
+    "load_method",
+    "load_weights",
+    "untrained_encoder",
+]
+
+
+def load_method(run: Path) -> tuple[Method, PretrainData, Namespace]:
+    """A run's method with the weights of its newest good checkpoint, its data (not opened) and its settings."""
+    config = parse_saved(run / "config.yaml")
+    path, refused = newest_good(run / "checkpoints")
+    if path is None:
+        raise UserError(f"{run} has no checkpoint that can be used", why=refused[0] if refused else "it saved none yet")
+    objects = instantiate(config)
+    objects.model.load_state_dict(AtomicCheckpointIO(objects.model).load_checkpoint(path)["state_dict"])
+    return objects.model.eval(), objects.data, config
+
+
+class LoadedEncoder(NamedTuple):
+    """An encoder to be measured and the images it expects.
+
+    Args:
+        encoder: with its weights, in evaluation mode.
+        mean: per channel, of the pixels in 0..1 that it was trained on.
+        std: as ``mean``.
+        note: one line on where the weights come from and what was done to make them fit.
+    """
+
+    encoder: Encoder
+    mean: list[float]
+    std: list[float]
+    note: str
+
+
+def load_encoder(
+    weights: str,
+    *,
+    model: str | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    dynamic_img_size: bool = False,
+    trust: bool = False,
+) -> LoadedEncoder:
+    """The encoder that ``--weights`` names: what every evaluation starts from.
+
+    Args:
+        weights: a run or timm folder, a checkpoint file, or a timm name, which timm may download.
+        model: timm name of the model that a checkpoint file belongs to; guessed from its shapes if not given.
+        img_size: side of the images in pixels if it is not the model's own; positions are resized, which ``note`` says.
+        dynamic_img_size: accept images of any size; positions are resized for each.
+        trust: see :func:`load_weights`.
+
+    Raises:
+        UserError: if nothing is found or the weights do not fit.
+    """
+    folder = Path(weights.removeprefix("local-dir:"))
+    if _is_unexported_run(folder):
+        method, data, _ = load_method(folder)
+        encoder = method.evaluated
+        if img_size not in (None, encoder.img_size, encoder.img_size[0]):
+            hint = f"python tools/export.py --run {folder}   first"
+            raise UserError(f"--img_size {img_size}: only an exported run can be resized", hint=hint)
+        if dynamic_img_size and not encoder.vit.dynamic_img_size:
+            hint = f"python tools/export.py --run {folder}   first"
+            raise UserError(f"--weights {folder}: only an exported run takes images of any size", hint=hint)
+        note = f"newest checkpoint of {folder}, which has not finished"
+        return LoadedEncoder(encoder, *data.statistics(encoder.in_chans), note)
+    encoder = _encoder_for(weights, model, img_size, dynamic_img_size, trust)
+    note = init_backbone(encoder.vit, weights, trust=trust, option="--weights")
+    cfg, foreign = cast(dict[str, Any], encoder.vit.pretrained_cfg), hf_folder(folder)
+    mean, std = (foreign and (foreign.mean, foreign.std)) or (cfg["mean"], cfg["std"])
+    return LoadedEncoder(
+        encoder.eval(), list(mean or cfg["mean"]), list(std or cfg["std"]), note.removeprefix("init: ")
+    )
+
+
+def untrained_encoder(
+    weights: str,
+    seed: int,
+    *,
+    model: str | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    dynamic_img_size: bool = False,
+    trust: bool = False,
+) -> Encoder:
+    """The encoder of :func:`load_encoder` before training, as ``seed`` draws it: the row to compare with."""
+    folder = Path(weights.removeprefix("local-dir:"))
+    run = next((home for home in (folder, *folder.parents[:2]) if (home / "config.yaml").is_file()), None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if run is None:
+            return _encoder_for(weights, model, img_size, dynamic_img_size, trust).eval()
+        config = parse_saved(run / "config.yaml")
+        if img_size is not None:
+            config.model.init_args.encoder.img_size = img_size
+        if dynamic_img_size:
+            config.model.init_args.encoder.dynamic_img_size = True
+        method: Method = instantiate(config).model
+        return method.evaluated.eval()
+
+
+def _is_unexported_run(folder: Path) -> bool:
+    exported = any((home / "config.json").is_file() for home in (folder, folder / "export" / "backbone"))
+    return (folder / "config.yaml").is_file() and not exported
+
+
+def _encoder_for(
+    weights: str, model: str | None, img_size: int | tuple[int, int] | None, dynamic_img_size: bool, trust: bool
+) -> Encoder:
+    """An untrained encoder that takes these weights: what they tell of channels and tokens goes before the model."""
+    folder = Path(weights.removeprefix("local-dir:"))
+    foreign = hf_folder(folder)
+    if not folder.is_file() and not foreign:
+        return Encoder(model or _model_of(weights), img_size, dynamic_img_size=dynamic_img_size)
+    _, tensors, _ = _find_weights(weights, trust, "--weights")
+    name, size = model or likely_model(tensors), img_size or (foreign.img_size if foreign else None)
+    if name is None:
+        raise UserError(f"--weights {weights} does not say which model it belongs to", hint="--model vit_...")
+    with torch.device("meta"):
+        arguments = arguments_of(tensors, Encoder(name, size).vit)
+    channels = arguments.pop("in_chans", 3)
+    return Encoder(name, size, in_chans=channels, dynamic_img_size=dynamic_img_size, kwargs=arguments)
+
+
+def _model_of(weights: str) -> str:
+    """What ``timm.create_model`` builds the model of a timm folder, a run or published weights from."""
+    folder = Path(weights.removeprefix("local-dir:"))
+    if folder.is_dir():
+        home = _weights_in(folder, "--weights")[0].parent
+        check_timm_folder(home, "--weights")
+        return f"local-dir:{home}"
+    check_published(weights, "--weights")
+    return weights
+
+
+def init_backbone(vit: VisionTransformer, weights: str, *, trust: bool = False, option: str = "--init") -> str:
+    """Copy weights of any known layout into ``vit`` and say in one line what matched.
+
+    Args:
+        vit: takes the weights; unchanged if they do not fit.
+        weights: a checkpoint file, a run or timm folder, or a timm name, which timm may download.
+        trust: see :func:`load_weights`.
+        option: the command-line option that named the weights, for messages.
+
+    Raises:
+        UserError: if nothing is found, or a tensor would stay random, or be left out, that every feature depends on.
+    """
+    layout, tensors, grid = _find_weights(weights, trust, option)
+    found, own = tensors, vit.state_dict()
+    tensors, notes = adapt(found, vit, grid)
+    matched = {name: tensors[name] for name in own if _same_kind(tensors.get(name), own[name])}
+    if unlike := differences(tensors, own):
+        raise misfit(vit, weights, found, tensors, unlike, option)
+    vit.load_state_dict(matched, strict=False)
+    left = [name for name in own if name not in matched]
+    missing, other = ([name for name in left if (name in tensors) is there] for there in (False, True))
+    notes += [f"not in it and left as they were: {', '.join(missing)}"] if missing else []
+    notes += [f"of another shape in it and left as they were: {', '.join(other)}"] if other else []
+    unused = len(tensors.keys() - matched.keys())
+    notes += [f"{unused} of its tensors not used"] if unused else []
+    return ", ".join([f"init: {len(matched)} of {len(own)} tensors from {weights} ({layout} layout)", *notes])
+
+
+def _find_weights(weights: str, trust: bool, option: str) -> tuple[str, dict[str, Tensor], tuple[int, int] | None]:
+    """Layout, tensors under timm's names and, where it is recorded, the grid of their positions."""
+    path, grid = Path(weights.removeprefix("local-dir:")), None
+    if path.is_dir():
+        path, grid = _weights_in(path, option)
+    elif not path.exists():
+        return _published(weights, option)
+    grid = grid or _recorded_grid(path.parent) or _grid_of_run(path.parent.parent)
+    path = path.resolve()  # last.ckpt is a link to a checkpoint, beside which its hash lies
+    if sidecar(path).is_file() and (reason := verify(path)) and path.suffix == ".ckpt":
+        raise UserError(f"{option} {path} is damaged", why=reason, hint="the checkpoint before it")
+    return *read_vit(path, trust=trust, option=option), grid
+
+
+def _weights_in(folder: Path, option: str) -> tuple[Path, tuple[int, int] | None]:
+    """The weight file of a timm folder or a run, the export before the last checkpoint."""
+    for home in (folder, folder / "export" / "backbone"):
+        if (home / "config.json").is_file():
+            return weights_in(home), _recorded_grid(home)
+    last = folder / "checkpoints" / "last.ckpt"
+    if not last.is_file():
+        raise UserError(
+            f"{option} {folder} holds no weights",
+            why="it is neither a timm folder (config.json) nor a run (export/backbone or checkpoints/last.ckpt)",
+        )
+    return last, None
+
+
+def _recorded_grid(folder: Path) -> tuple[int, int] | None:
+    """``(h, w)`` of a timm folder's positions, if its config tells; not every export is square."""
+    if foreign := hf_folder(folder):
+        return foreign.grid
+    try:
+        args = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_args", {})
+        size, patch = (torch.as_tensor(args[key]).expand(2) for key in ("img_size", "patch_size"))
+        height, width = (size // patch).tolist()
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError):
+        return None
+    return height, width
+
+
+def _grid_of_run(folder: Path) -> tuple[int, int] | None:
+    """``(h, w)`` of the positions in a run's checkpoints, if its settings tell."""
+    if not (folder / "config.yaml").is_file():
+        return None
+    encoder = parse_saved(folder / "config.yaml").model.init_args.encoder
+    if encoder.img_size is None or encoder.patch_size is None:
+        return None  # the model's own, which are squares
+    height, width = (int(side) // encoder.patch_size for side in torch.as_tensor(encoder.img_size).expand(2))
+    return height, width
+
+
+def _published(name: str, option: str) -> tuple[str, dict[str, Tensor], tuple[int, int] | None]:
+    """Weights that timm fetches by name: the one door to the network, open only because the user named them."""
+    check_published(name, option)
+    try:
+        source = timm.create_model(name, pretrained=True, num_classes=0)
+    except (OSError, RuntimeError) as problem:  # no network, offline mode, a damaged download
+        raise UserError(
+            f"{option} {name}: timm could not get these weights",
+            why=str(problem).partition("\n")[0],
+            hint=f"{option} FILE with weights on this machine, or the same command with a network connection",
+        ) from problem
+    grid = cast(tuple[int, int] | None, getattr(getattr(source, "patch_embed", None), "grid_size", None))
+    return "timm", source.state_dict(), grid
+
+
+def check_published(name: str, option: str) -> None:
+    """Refuses what is neither there nor known to timm, addresses among it; raises ``UserError``."""
+    if is_model_pretrained(name):
+        return
+    close = get_close_matches(name, timm.list_pretrained("vit_*"), n=2)
+    raise UserError(
+        f"{option} {name}: no such file, folder or timm weights",
+        hint=" or ".join(f"{option} {other}" for other in close) or f"{option} FILE, {option} RUN or a timm name",
+    )
+
+
+def _same_kind(tensor: Tensor | None, own: Tensor) -> bool:
+    return tensor is not None and tensor.shape == own.shape and tensor.is_floating_point() == own.is_floating_point()
