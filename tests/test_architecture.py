@@ -33,8 +33,8 @@ LEVELS = [
         "options; layers: parts that two methods share",
     ),
     (
-        {"mim", "mim.distributed", "mim.errors", "mim.patches", "mim.randomness", "mim.schedules"},
-        "processes and devices, three-line errors, patches of an image, keyed randomness, schedules",
+        {"mim", "mim.distributed", "mim.errors", "mim.hub", "mim.patches", "mim.randomness", "mim.schedules"},
+        "processes and devices, three-line errors, the model hub, patches of an image, keyed randomness, schedules",
     ),
 ]
 MODULES = sorted((ROOT / "mim").rglob("*.py"))

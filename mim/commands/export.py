@@ -76,7 +76,7 @@ def _from_run(folder: Path, data_licence: str, student: bool) -> _Parts:
     mean, std = data.statistics(method.evaluated.in_chans)
     card = ModelCard(
         method=type(method).__name__,
-        data=data.path,
+        data=facts.get("data", data.path),  # as the user named it; settings hold the whole path
         data_licence=data_licence if data_licence != "unknown" else data.licence,
         images=facts.get("images"),
         epochs=facts.get("epochs"),

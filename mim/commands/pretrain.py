@@ -14,6 +14,7 @@ from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
+from timm.models import is_model_pretrained
 from timm.models.vision_transformer import Block
 
 from mim import __version__
@@ -24,10 +25,20 @@ from mim.distributed.processes import INTERRUPTED, process_rank
 from mim.distributed.sharding import ShardedStrategy
 from mim.encoder import Encoder
 from mim.errors import MACHINE_ERRORS, DivergedError, MachineError, UserError
+from mim.hub import SCHEMES
 from mim.methods import Method, NonFiniteError, Plan
 from mim.report import write_report
 from mim.run.checkpoint_files import AtomicCheckpointIO, check_room, checkpoint_step, newest_good
-from mim.run.config import changes, instantiate, parse, parse_saved, run_options, save_config
+from mim.run.config import (
+    absolute,
+    changes,
+    instantiate,
+    parse,
+    parse_saved,
+    run_options,
+    save_config,
+    with_absolute_paths,
+)
 from mim.run.failures import explained
 from mim.run.folder import UNWRITABLE, RunFolder, git_commit, quieten, versions
 from mim.run.weights import ModelCard, export_backbone, init_backbone, load_method
@@ -69,7 +80,7 @@ class Pretraining:
                 f"{self.method.masking} hides all or none of {patches} patches, so nothing can be learnt",
                 hint="--mask_ratio 0.75   or smaller patches",
             )
-        self.data.open(encoder.img_size, encoder.in_chans, self.options.seed)
+        self._open_data()
         self.data.views.check(encoder.patch_size)
         batch_size, images = self.data.batch_size, len(self.data.source)
         self.plan = self.method.plan = Plan(
@@ -78,6 +89,17 @@ class Pretraining:
             batch_size=batch_size,
             seed=self.options.seed,
         )
+
+    def _open_data(self) -> None:
+        """Finds the images; those of a resumed run may have moved."""
+        encoder = self.method.evaluated
+        try:
+            self.data.open(encoder.img_size, encoder.in_chans, self.options.seed)
+        except UserError as error:
+            if self.resumed is None or Path(self.data.path).exists():
+                raise
+            hint = f"--resume {self.resumed.path} --data NEW --allow_change data.path   if they have moved"
+            raise UserError(error.error, why="the run was started with these images", hint=hint) from error
 
     def run(self, args: Sequence[str]) -> int:
         """Trains to the end, to a signal or to a failure; a disk that takes no more is a mistake of the user."""
@@ -101,8 +123,9 @@ class Pretraining:
         evaluation, checkpoints = self._attend(trainer)
         if self.rank == 0:
             self._introduce(trainer, evaluation, checked, args)
-            if initialised:
-                self._say(initialised)
+            note = initialised or (_random_start(self.config) if checkpoint is None else None)
+            if note:
+                self._say(note)
         if self.options.compile:
             for module in self.method.modules():
                 if isinstance(module, Block):  # one small graph, compiled once and used by every block
@@ -151,6 +174,8 @@ class Pretraining:
         """The run's folder; only the first process makes and writes it."""
         if self.resumed is not None:
             folder = self.resumed
+            if self.rank == 0:
+                _remember_moved_data(folder, self.config)
         elif self.rank != 0:
             return RunFolder(Path(self.config.out or "runs"))
         else:
@@ -158,7 +183,7 @@ class Pretraining:
             name = f"{self.method.name}-{data}"
             folder = RunFolder.create(self.config.out, name, self.config.overwrite)
             folder.write_origin(list(args))
-            save_config(self.config, folder.config)
+            save_config(with_absolute_paths(self.config), folder.config)
         if self.rank == 0:
             self.data.bad_files.write_to(folder.bad_files)
         return folder
@@ -403,6 +428,8 @@ def _resumed_arguments(run: RunFolder, args: Sequence[str]) -> list[str]:
         parse_saved(run.config)  # if they are to blame, not what was added to them
         raise
     changed = changes(merged)
+    if "data.path" in changed and len(set(map(absolute, changed["data.path"]))) == 1:
+        changed.pop("data.path")  # the same folder, named from another place
     differing = {
         name: values
         for name, values in changed.items()
@@ -418,6 +445,27 @@ def _resumed_arguments(run: RunFolder, args: Sequence[str]) -> list[str]:
     if "epochs" in changed:
         print(f"note: epochs {changed['epochs'][0]} -> {changed['epochs'][1]}: schedules are stretched", flush=True)
     return merged
+
+
+def _remember_moved_data(run: RunFolder, config: Namespace) -> None:
+    """Writes into the run's settings where its images are now, if the user has allowed that to change."""
+    saved, path = parse_saved(run.config), absolute(config.data.path)
+    if absolute(saved.data.path) != path:
+        saved.data.path = path
+        save_config(saved, run.config)
+
+
+def _random_start(config: Namespace) -> str | None:
+    """A line for those who name published weights as the model, which is built from random ones."""
+    encoder = config.model.init_args.encoder
+    name = str(encoder.model)
+    if config.init or encoder.pretrained or not (":" in name or (is_model_pretrained(name) and "." in name)):
+        return None
+    if name.startswith(SCHEMES):
+        hint = "--model.init_args.encoder.pretrained true"
+    else:
+        hint = f"--init {name.removeprefix('local-dir:')}"
+    return f"note: --model {name} trains from random weights; {hint} starts from its own"
 
 
 def _hidden(method: Method) -> str:

@@ -36,16 +36,17 @@ def misfit(
     lacking = [name for name in own if name not in adapted or adapted[name].shape != own[name].shape]
     matched, beyond = len(own) - len(lacking), len(adapted.keys() - own.keys())
     many = sum(name.startswith("blocks.") for name in lacking) > _ANOTHER_MODEL * len(own)
+    other_blocks = any(one.name.startswith("blocks.") for one in unlike)
     if many:
         qkv = [one for one in unlike if one.name == "blocks.0.attn.qkv.weight"]
         text = f"e.g. {(qkv or unlike)[0]}" + (f" -> looks like {guess}" if guess else "")
     else:
         text = "; ".join(map(str, unlike[:_SHOWN])) + (f"; and {len(unlike) - _SHOWN} more" * (len(unlike) > _SHOWN))
-    deeper = f", but {beyond} of its own have no place" if not lacking and beyond else ""
+    deeper = f", but {beyond} of its own have no place" if not many and other_blocks and beyond else ""
     return UserError(
         f"{option} {weights} does not fit {cast(dict[str, Any], vit.pretrained_cfg)['architecture']}",
         why=f"matched {matched} of {len(own)} tensors{deeper}; {text}",
-        hint=(None if many else _remedy(vit, found)) or (f"--model {guess}" if guess else _OTHER_MODEL),
+        hint=(None if other_blocks else _remedy(vit, found)) or (f"--model {guess}" if guess else _OTHER_MODEL),
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from mim.data.pretrain import PretrainData
 from mim.encoder import Encoder
 from mim.errors import UserError
+from mim.hub import missing_published
 from mim.interop import (
     ModelCard,
     adapt,
@@ -256,14 +257,14 @@ def _grid_of_run(folder: Path) -> tuple[int, int] | None:
 def _published(name: str, option: str) -> tuple[str, dict[str, Tensor], tuple[int, int] | None]:
     """Weights that timm fetches by name: the one door to the network, open only because the user named them."""
     check_published(name, option)
+    hint = f"{option} FILE with weights on this machine, or the same command with a network connection"
+    if reason := missing_published(name):
+        raise UserError(f"{option} {name}: timm could not get these weights", why=reason, hint=hint)
     try:
         source = timm.create_model(name, pretrained=True, num_classes=0)
-    except (OSError, RuntimeError) as problem:  # no network, offline mode, a damaged download
-        raise UserError(
-            f"{option} {name}: timm could not get these weights",
-            why=str(problem).partition("\n")[0],
-            hint=f"{option} FILE with weights on this machine, or the same command with a network connection",
-        ) from problem
+    except (OSError, RuntimeError) as problem:  # a lost connection, a damaged download
+        why = str(problem).partition("\n")[0]
+        raise UserError(f"{option} {name}: timm could not get these weights", why=why, hint=hint) from problem
     grid = cast(tuple[int, int] | None, getattr(getattr(source, "patch_embed", None), "grid_size", None))
     return "timm", source.state_dict(), grid
 
