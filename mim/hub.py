@@ -1,7 +1,11 @@
 """The Hugging Face Hub, asked once before a library asks it six times: what is not there is said at once."""
 
+from pathlib import Path
+
 import timm
 from huggingface_hub import HfApi, try_to_load_from_cache
+
+from mim.errors import UserError
 
 SCHEMES = ("hf-hub:", "hf_hub:")
 """How timm's names of models on the Hub begin."""
@@ -33,3 +37,20 @@ def missing_published(name: str) -> str | None:
     whole = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else cfg.architecture
     repository = f"{cfg.hf_hub_id}{whole}" if cfg.hf_hub_id.endswith("/") else cfg.hf_hub_id
     return missing_on_hub(repository, cfg.hf_hub_filename or "model.safetensors")
+
+
+def upload(folder: Path, name: str) -> str:
+    """Uploads a folder to the Hub, into a private repository unless there is one; returns its address.
+
+    Raises:
+        UserError: if the Hub takes it not: no network, no token, no such user.
+    """
+    try:
+        api = HfApi()
+        repository = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Add model")
+    except Exception as problem:  # whatever HTTP library is below raises its own
+        why = str(problem).strip().partition("\n")[0] or type(problem).__name__
+        hint = f"hf auth login, then   hf upload {name} {folder}"
+        raise UserError(f"--push {name}: the Hugging Face Hub did not take it", why=why, hint=hint) from problem
+    return str(repository)

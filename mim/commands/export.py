@@ -23,23 +23,31 @@ def run(
     data_licence: str = "unknown",
     trust: bool = False,
     student: bool = False,
+    push: str | None = None,
 ) -> None:
     """Export the backbone of a run, or weights of any layout that ``--init`` reads.
+
+    A folder with a classifier, such as the export of a fine-tuning, keeps it, and the names of its classes.
 
     Args:
         run: run folder.
         weights: instead of ``run``: a timm folder, a timm name, or with ``model`` a checkpoint file.
         model: timm name of the model that a checkpoint file belongs to.
         out: folder or file to write; ``RUN/export/backbone`` unless given.
-        to: ``timm`` writes a folder for ``timm.create_model``; the others a graph from images to tokens.
+        to: ``timm`` writes a folder for ``timm.create_model``; the others a graph from images to tokens, or to the
+            logits of a classifier.
         data_licence: licence of the images, for the model card.
         trust: load a checkpoint file although it can run code.
         student: of a run whose teacher is evaluated, export the student instead.
+        push: also upload the folder to the Hugging Face Hub under this name, ``user/model``; a new repository is
+            private. Nothing is ever uploaded without it.
     """
     if (run is None) == (weights is None):
         raise UserError("export wants either --run or --weights", hint="--run runs/001-mae-photos")
     if run is None and out is None:
         raise UserError("export --weights needs a place to write to", hint=f"--out checkpoints/NAME{_SUFFIX[to]}")
+    if push and to != "timm":
+        raise UserError(f"--push uploads a timm folder, not --to {to}", hint="--push USER/NAME without --to")
     if out:
         (check_folder if to == "timm" else check_file)("--out", Path(out))
     from mim.interop.graph import write_graph
@@ -50,12 +58,23 @@ def run(
         vit, normalisation, model_args, card = _from_run(Path(run), data_licence, student)
     else:
         vit, normalisation, model_args, card = _from_weights(cast(str, weights), model, data_licence, trust)
+    names = _class_names(vit)
     if to == "timm":
-        difference = export_backbone(vit, target, **normalisation, model_args=model_args, card=card)
+        difference = export_backbone(vit, target, **normalisation, model_args=model_args, card=card, class_names=names)
         checked = f"checked: timm gives the same features, max difference {difference:g}"
     else:
-        checked = f"checked: max difference {write_graph(vit, target, to):.1g}"
+        checked = f"checked: max difference {write_graph(vit, target, to, names):.1g}"
     print(f"wrote {target}   ({checked})")
+    if push:
+        from mim.hub import upload
+
+        print(f"pushed to {upload(target, push)}")
+
+
+def _class_names(vit: "VisionTransformer") -> list[str]:
+    """Of a classifier's outputs, in order, if its folder names them."""
+    names = cast(dict[str, Any], vit.pretrained_cfg).get("label_names") or []
+    return list(names) if len(names) == vit.num_classes else []
 
 
 _Parts = tuple["VisionTransformer", dict[str, Any], dict[str, Any], "ModelCard"]
@@ -92,26 +111,31 @@ def _from_weights(weights: str, model: str | None, data_licence: str, trust: boo
     import timm
     from timm.models.vision_transformer import VisionTransformer
 
-    from mim.interop import ModelCard, check_timm_folder
-    from mim.run.weights import check_published, init_backbone
+    from mim.data.pretrain import PretrainData
+    from mim.interop import ModelCard, check_timm_folder, hf_folder
+    from mim.run.weights import check_published, foreign_model, init_backbone
 
-    if model is None and Path(weights).is_file():
-        raise UserError(
-            f"--weights {weights} does not say which model it belongs to", hint=f"--weights {weights} --model vit_..."
-        )
     folder = Path(weights.removeprefix("local-dir:"))
+    card = ModelCard(method="unknown", data="unknown", data_licence=data_licence, notes=(f"converted from {weights}",))
     name = model or (f"local-dir:{folder}" if folder.is_dir() else weights)
-    if (folder / "config.json").is_file():
+    kept: dict[str, Any] = {} if name.startswith("local-dir:") else {"num_classes": 0}  # a folder may hold a classifier
+    if folder.is_file() or hf_folder(folder):  # which tell themselves of channels and tokens
+        name, arguments = foreign_model(weights, model, trust=trust)
+        kept = {"num_classes": 0, **arguments}
+    elif (folder / "config.json").is_file():
         check_timm_folder(folder, "--weights")
     elif not folder.exists():
         check_published(weights, "--weights")
     try:
-        vit = timm.create_model(name, num_classes=0)
+        vit = timm.create_model(name, **kept)
     except (OSError, RuntimeError, ValueError) as problem:  # no such model, no config.json, a damaged one
         raise UserError(f"{name} is no model that timm can build", why=str(problem).partition("\n")[0]) from problem
     if not isinstance(vit, VisionTransformer):
         raise UserError(f"{name} is not a plain ViT", hint="--model vit_small_patch16_224")
     print(init_backbone(vit, weights, trust=trust, option="--weights"))
-    cfg = cast(dict[str, Any], vit.pretrained_cfg)
-    card = ModelCard(method="unknown", data="unknown", data_licence=data_licence, notes=(f"converted from {weights}",))
-    return vit, {"mean": cfg["mean"], "std": cfg["std"]}, {}, card
+    cfg, foreign = cast(dict[str, Any], vit.pretrained_cfg), hf_folder(folder)
+    mean, std = (foreign and foreign.mean) or cfg["mean"], (foreign and foreign.std) or cfg["std"]
+    channels = vit.patch_embed.proj.in_channels
+    if len(mean) != channels:  # those of the architecture, which say nothing about these weights
+        mean, std = PretrainData(weights).statistics(channels)
+    return vit, {"mean": mean, "std": std}, {}, card

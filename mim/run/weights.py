@@ -39,6 +39,7 @@ __all__ = [
     "ModelCard",
     "check_published",
     "export_backbone",
+    "foreign_model",
     "init_backbone",
     "load_encoder",
     "load_method",
@@ -109,10 +110,11 @@ def load_encoder(
     encoder = _encoder_for(weights, model, img_size, dynamic_img_size, trust)
     note = init_backbone(encoder.vit, weights, trust=trust, option="--weights")
     cfg, foreign = cast(dict[str, Any], encoder.vit.pretrained_cfg), hf_folder(folder)
-    mean, std = (foreign and (foreign.mean, foreign.std)) or (cfg["mean"], cfg["std"])
-    return LoadedEncoder(
-        encoder.eval(), list(mean or cfg["mean"]), list(std or cfg["std"]), note.removeprefix("init: ")
-    )
+    mean, std = (foreign and foreign.mean) or cfg["mean"], (foreign and foreign.std) or cfg["std"]
+    if len(mean) != encoder.in_chans:  # those of the architecture, which say nothing about these weights
+        mean, std = PretrainData(weights).statistics(encoder.in_chans)
+        note += f", normalised by {mean[0]:g} and {std[0]:g}, as it does not say by what"
+    return LoadedEncoder(encoder.eval(), list(mean), list(std), note.removeprefix("init: "))
 
 
 def untrained_encoder(
@@ -153,14 +155,30 @@ def _encoder_for(
     foreign = hf_folder(folder)
     if not folder.is_file() and not foreign:
         return Encoder(model or _model_of(weights), img_size, dynamic_img_size=dynamic_img_size)
+    name, arguments = foreign_model(weights, model, img_size, trust=trust)
+    size, channels = arguments.pop("img_size", None), arguments.pop("in_chans", 3)
+    return Encoder(name, size, in_chans=channels, dynamic_img_size=dynamic_img_size, kwargs=arguments)
+
+
+def foreign_model(
+    weights: str, model: str | None, img_size: int | tuple[int, int] | None = None, *, trust: bool = False
+) -> tuple[str, dict[str, Any]]:
+    """Name and arguments for ``timm.create_model`` that build what a file or a Hugging Face folder was made for.
+
+    Args:
+        weights: a file, or a folder of :func:`mim.interop.hf_folder`.
+        model: timm name; guessed from the shapes if not given.
+        img_size: side of the images in pixels; what a folder tells, or the model's own, if not given.
+        trust: see :func:`load_weights`.
+    """
     _, tensors, _ = _find_weights(weights, trust, "--weights")
+    foreign = hf_folder(Path(weights.removeprefix("local-dir:")))
     name, size = model or likely_model(tensors), img_size or (foreign.img_size if foreign else None)
     if name is None:
         raise UserError(f"--weights {weights} does not say which model it belongs to", hint="--model vit_...")
     with torch.device("meta"):
         arguments = arguments_of(tensors, Encoder(name, size).vit)
-    channels = arguments.pop("in_chans", 3)
-    return Encoder(name, size, in_chans=channels, dynamic_img_size=dynamic_img_size, kwargs=arguments)
+    return name, arguments | ({"img_size": size} if size else {})
 
 
 def _model_of(weights: str) -> str:

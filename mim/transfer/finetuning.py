@@ -122,7 +122,15 @@ def export(module: Finetune, measurement: Measurement, folder: Path, command: st
     vit: VisionTransformer = model.vit if isinstance(model, TokenReducedViT) else model
     statistics = measurement.loaded
     extra = {"fc_norm": module.recipe.pool == "mean"}
-    difference = export_backbone(vit, folder, mean=statistics.mean, std=statistics.std, card=card, model_args=extra)
+    difference = export_backbone(
+        vit,
+        folder,
+        mean=statistics.mean,
+        std=statistics.std,
+        card=card,
+        model_args=extra,
+        class_names=measurement.classes,
+    )
     if isinstance(model, TokenReducedViT):
         save_reduction(model.reduction, folder)
         static = model.static(_some_images(measurement))

@@ -107,6 +107,7 @@ def test_evaluations_of_a_file_take_channels_and_tokens_from_it(kind, tmp_path):
     loaded = load_encoder(str(tmp_path / "x.pth"), model="test_vit", img_size=size)
     images = torch.rand(2, kind.channels, *size)
     assert torch.equal(loaded.encoder(images), vit.forward_features(images))
+    assert len(loaded.mean) == len(loaded.std) == kind.channels
 
 
 def test_the_untrained_encoder_beside_a_file_has_its_channels_and_tokens(tmp_path):
