@@ -5,8 +5,6 @@ from pathlib import Path
 import timm
 from huggingface_hub import HfApi, try_to_load_from_cache
 
-from mim.errors import UserError
-
 SCHEMES = ("hf-hub:", "hf_hub:")
 """How timm's names of models on the Hub begin."""
 
@@ -43,14 +41,12 @@ def upload(folder: Path, name: str) -> str:
     """Uploads a folder to the Hub, into a private repository unless there is one; returns its address.
 
     Raises:
-        UserError: if the Hub takes it not: no network, no token, no such user.
+        ConnectionError: if the Hub does not take it: no network, no token, no such user.
     """
     try:
         api = HfApi()
         repository = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Add model")
     except Exception as problem:  # whatever HTTP library is below raises its own
-        why = str(problem).strip().partition("\n")[0] or type(problem).__name__
-        hint = f"hf auth login, then   hf upload {name} {folder}"
-        raise UserError(f"--push {name}: the Hugging Face Hub did not take it", why=why, hint=hint) from problem
+        raise ConnectionError(str(problem).strip().partition("\n")[0] or type(problem).__name__) from problem
     return str(repository)

@@ -36,6 +36,10 @@ class Target(nn.Module):
         """How far off every patch is: two ``(B, M, dim)`` to ``(B, M)`` float32."""
         raise NotImplementedError
 
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Mean error of all patches: two ``(B, M, dim)`` to a scalar."""
+        return self.error(prediction, target).mean()
+
     def to_pixels(self, prediction: Tensor, images: Tensor, grid: tuple[int, int], indices: Tensor) -> Tensor | None:
         """Predictions ``(B, M, dim)`` as patches of pixels ``(B, M, p*p*C)`` for display; None if they show nothing."""
         return None
@@ -64,6 +68,10 @@ class PixelTarget(Target):
     def error(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Mean of squared differences, ``(B, M)``."""
         return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=-1)
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Mean of squared differences in one sum, which is faster than that of :meth:`error`."""
+        return F.mse_loss(prediction.float(), target.float())
 
     def to_pixels(self, prediction: Tensor, images: Tensor, grid: tuple[int, int], indices: Tensor) -> Tensor:
         """Pixels ``(B, M, p*p*C)``.

@@ -13,7 +13,7 @@ from mim.encoder import Encoder
 from mim.layers.decoder import FillMasked, Trunk
 from mim.methods import HPM, IBOT, MAE, Batch, Method
 from mim.methods.ibot import STUDENT_TEMPERATURE, Head
-from mim.patches import gather_tokens, patchify, pixel_targets, visible_indices
+from mim.patches import gather_tokens, visible_indices
 
 
 def plain_mae_loss(method: MAE, batch: Batch) -> Tensor:
@@ -22,8 +22,8 @@ def plain_mae_loss(method: MAE, batch: Batch) -> Tensor:
     mask = method.masking(len(images), method.encoder.grid, generator=method.row_generator(len(images), 0))  # (B, N)
     sequence = _filled(method.encoder, method.decoder.fill, images, mask, method.visible_count)
     prediction = _all_predictions(method.decoder.trunk, sequence)  # (B, N, p*p*C)
-    target = (pixel_targets if method.target.standardise else patchify)(images, method.encoder.patch_size)
-    error = (prediction - target).square().mean(dim=-1)  # (B, N)
+    everything = torch.arange(mask.shape[1], device=images.device).expand(len(images), -1)
+    error = method.target.error(prediction, method.target(images, method.encoder.grid, everything))  # (B, N)
     loss: Tensor = (error * mask).sum() / mask.sum()
     return loss
 

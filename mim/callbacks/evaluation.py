@@ -13,7 +13,7 @@ from mim.data.sources import Source
 from mim.distributed.sharding import gathered
 from mim.encoder import Encoder
 from mim.errors import UserError
-from mim.evaluation.features import Pool, extract
+from mim.evaluation.features import POOLED, Pool, extract
 from mim.evaluation.health import feature_std, health_message, rankme
 from mim.evaluation.probe import probe, probe_seeds
 from mim.evaluation.splits import stratified_split
@@ -91,8 +91,9 @@ class Evaluation(Callback):
             }
             for kind in ("knn", "linear")
         }
+        result["pool"] = self.pool
         result["protocol"] = (
-            f"frozen encoder, {'class token' if self.pool == 'cls' else 'mean of patch tokens'}, centre crop, "
+            f"frozen encoder, {POOLED[self.pool]}, centre crop, "
             f"learnt from {len(self.bank):,} images, scored on {held_out}; 20-NN and logistic regression."
         )
         return result

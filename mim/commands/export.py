@@ -1,5 +1,6 @@
 """Writes trained weights for use elsewhere: a timm folder, ONNX or torch.export."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -55,20 +56,31 @@ def run(
 
     target = Path(out) if out else Path(cast(Path, run), "export", f"backbone{_SUFFIX[to]}")
     if run:
-        vit, normalisation, model_args, card = _from_run(Path(run), data_licence, student)
+        vit, facts, card = _from_run(Path(run), data_licence, student)
     else:
-        vit, normalisation, model_args, card = _from_weights(cast(str, weights), model, data_licence, trust)
+        vit, facts, card = _from_weights(cast(str, weights), model, data_licence, trust)
     names = _class_names(vit)
     if to == "timm":
-        difference = export_backbone(vit, target, **normalisation, model_args=model_args, card=card, class_names=names)
+        difference = export_backbone(vit, target, **facts, card=card, class_names=names)
         checked = f"checked: timm gives the same features, max difference {difference:g}"
     else:
         checked = f"checked: max difference {write_graph(vit, target, to, names):.1g}"
     print(f"wrote {target}   ({checked})")
     if push:
-        from mim.hub import upload
+        print(f"pushed to {_pushed(target, push)}")
 
-        print(f"pushed to {upload(target, push)}")
+
+def _pushed(folder: Path, name: str) -> str:
+    """Address on the Hugging Face Hub of a folder that has been uploaded there."""
+    from mim.hub import upload
+
+    try:
+        return upload(folder, name)
+    except ConnectionError as problem:
+        hint = f"hf auth login, then   hf upload {name} {folder}"
+        raise UserError(
+            f"--push {name}: the Hugging Face Hub did not take it", why=str(problem), hint=hint
+        ) from problem
 
 
 def _class_names(vit: "VisionTransformer") -> list[str]:
@@ -77,7 +89,8 @@ def _class_names(vit: "VisionTransformer") -> list[str]:
     return list(names) if len(names) == vit.num_classes else []
 
 
-_Parts = tuple["VisionTransformer", dict[str, Any], dict[str, Any], "ModelCard"]
+_Parts = tuple["VisionTransformer", dict[str, Any], "ModelCard"]
+"""A model, what else :func:`mim.interop.export_backbone` wants to know of it, and its card."""
 
 
 def _from_run(folder: Path, data_licence: str, student: bool) -> _Parts:
@@ -104,38 +117,28 @@ def _from_run(folder: Path, data_licence: str, student: bool) -> _Parts:
     )
     kwargs = dict(config.model.init_args.encoder.kwargs or {})
     vit = method.encoder.vit if student else method.backbone
-    return vit, {"mean": mean, "std": std}, kwargs, card
+    return vit, {"mean": mean, "std": std, "model_args": kwargs, "pool": config.pool}, card
 
 
 def _from_weights(weights: str, model: str | None, data_licence: str, trust: bool) -> _Parts:
-    import timm
-    from timm.models.vision_transformer import VisionTransformer
+    from mim.interop import ModelCard
+    from mim.run.weights import load_encoder
 
-    from mim.data.pretrain import PretrainData
-    from mim.interop import ModelCard, check_timm_folder, hf_folder
-    from mim.run.weights import check_published, foreign_model, init_backbone
+    loaded = load_encoder(weights, model=model, trust=trust)
+    print(f"weights {loaded.note}")
+    card = ModelCard(method="unknown", data="unknown", data_licence=data_licence, notes=(f"converted from {weights}",))
+    facts: dict[str, Any] = {"mean": loaded.mean, "std": loaded.std}
+    if (classifier := _classifier(weights)) is not None:
+        return classifier, facts, card
+    return loaded.encoder.vit, {**facts, "pool": loaded.pool}, card
+
+
+def _classifier(weights: str) -> "VisionTransformer | None":
+    """The whole model of a timm folder that holds a classifier; the folder has been checked."""
+    import timm
 
     folder = Path(weights.removeprefix("local-dir:"))
-    card = ModelCard(method="unknown", data="unknown", data_licence=data_licence, notes=(f"converted from {weights}",))
-    name = model or (f"local-dir:{folder}" if folder.is_dir() else weights)
-    kept: dict[str, Any] = {} if name.startswith("local-dir:") else {"num_classes": 0}  # a folder may hold a classifier
-    if folder.is_file() or hf_folder(folder):  # which tell themselves of channels and tokens
-        name, arguments = foreign_model(weights, model, trust=trust)
-        kept = {"num_classes": 0, **arguments}
-    elif (folder / "config.json").is_file():
-        check_timm_folder(folder, "--weights")
-    elif not folder.exists():
-        check_published(weights, "--weights")
-    try:
-        vit = timm.create_model(name, **kept)
-    except (OSError, RuntimeError, ValueError) as problem:  # no such model, no config.json, a damaged one
-        raise UserError(f"{name} is no model that timm can build", why=str(problem).partition("\n")[0]) from problem
-    if not isinstance(vit, VisionTransformer):
-        raise UserError(f"{name} is not a plain ViT", hint="--model vit_small_patch16_224")
-    print(init_backbone(vit, weights, trust=trust, option="--weights"))
-    cfg, foreign = cast(dict[str, Any], vit.pretrained_cfg), hf_folder(folder)
-    mean, std = (foreign and foreign.mean) or cfg["mean"], (foreign and foreign.std) or cfg["std"]
-    channels = vit.patch_embed.proj.in_channels
-    if len(mean) != channels:  # those of the architecture, which say nothing about these weights
-        mean, std = PretrainData(weights).statistics(channels)
-    return vit, {"mean": mean, "std": std}, {}, card
+    if not (folder / "config.json").is_file() or json.loads((folder / "config.json").read_text()).get("model_type"):
+        return None
+    model: VisionTransformer = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    return model if model.num_classes else None

@@ -75,7 +75,7 @@ def _load(weights: str | None, model: str | None, img_size: int | None, trust: b
     assert model is not None
     encoder = untrained_encoder(model, seed=0, model=model, img_size=img_size)
     cfg = cast(dict[str, Any], encoder.vit.pretrained_cfg)
-    return LoadedEncoder(encoder, list(cfg["mean"]), list(cfg["std"]), f"{model}, untrained")
+    return LoadedEncoder(encoder, list(cfg["mean"]), list(cfg["std"]), f"{model}, untrained", encoder.pool)
 
 
 def _images(data: str, loaded: "LoadedEncoder", count: int) -> "Tensor":
@@ -130,8 +130,8 @@ def _known_policies() -> "dict[str, Masking]":
 
     return {
         "random": RandomMasking(0.75),
-        "block": BlockMasking(low=0.5, high=0.5, whole=0.0),
-        "high": AttentionMasking("high", low=0.5, high=0.5, whole=0.0),
-        "hint": AttentionMasking("hint", low=0.5, high=0.5, whole=0.0),
-        "low": AttentionMasking("low", low=0.5, high=0.5, whole=0.0),
+        "block": BlockMasking(low=0.5, high=0.5, unmasked_share=0.0),
+        "high": AttentionMasking("high", low=0.5, high=0.5, unmasked_share=0.0),
+        "hint": AttentionMasking("hint", low=0.5, high=0.5, unmasked_share=0.0),
+        "low": AttentionMasking("low", low=0.5, high=0.5, unmasked_share=0.0),
     }

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from mim.data.bad_files import Bad
-from mim.data.builtin import PhotoSource
+from mim.data.builtin import PhotoSource, check_colour
 from mim.data.images import ImageError
 from mim.data.loading import WatchedLoader
 from mim.data.shapes import ShapeSource
@@ -82,6 +82,8 @@ def open_labelled(data: str, channels: int = 3, classes: Literal["same", "common
     Raises:
         UserError: if there is nothing to read, labels are missing, or classes differ.
     """
+    if data in ("builtin", "shapes"):
+        check_colour(data, channels)
     if data == "builtin":
         photos = PhotoSource("train")
         return LabelledImages(photos, PhotoSource("test"), photos.classes, "builtin")

@@ -9,7 +9,7 @@ import lightning as L
 from torch import Tensor
 
 from mim.data.bad_files import BadFiles
-from mim.data.builtin import PhotoSource
+from mim.data.builtin import PhotoSource, check_colour
 from mim.data.crops import Centers, Crops, collate, collate_readable
 from mim.data.images import ImageError
 from mim.data.loading import EndlessLoader, WatchedLoader
@@ -154,6 +154,8 @@ class PretrainData(L.LightningDataModule):
 
 
 def _open(path: str, channels: int) -> tuple[Source, Source | None]:
+    if path in ("builtin", "shapes"):
+        check_colour(path, channels)
     if path == "builtin":
         return PhotoSource("train"), PhotoSource("test")
     if path == "shapes":

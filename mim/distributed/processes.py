@@ -24,10 +24,10 @@ _starter = 0
 """Id of the process of this run that started this one; 0 if none did."""
 
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-"""What gloo says to the others when a process has gone, which has its own message."""
+"""What gloo raises in the other ranks after one has died; that one prints its own error."""
 
 _PATIENCE = 10.0
-"""Seconds that a process which failed gives the one that started it to end first, and to tell why."""
+"""Seconds that a rank which failed waits, so that the process which started it can exit first and print the error."""
 
 
 def process_rank() -> int:
@@ -40,11 +40,11 @@ def process_rank() -> int:
 def leaving_on_signals() -> Iterator[None]:
     """Inside, a stop signal ends the program at once with status 75.
 
-    For everything around a training: what is on the disk is whole at any moment, so there is nothing to wait for. A
-    thread sees to it, since the main one may wait in a library for a process that will never come.
+    For everything before and after a training: files are complete at any moment, so nothing has to be finished. A
+    thread acts on the signal, since the main thread may be blocked in a collective whose other ranks never arrive.
 
-    A process that another one of the run started hands the signal to that one and ends when that one has ended, however
-    it did: a run has the status of its first process.
+    A process that another process of the run started passes the signal to its parent and exits when the parent has
+    exited: a run has the exit status of rank 0.
     """
     global _starter
     _starter = starter = int(os.environ.get(_STARTER, 0))
@@ -56,7 +56,7 @@ def leaving_on_signals() -> Iterator[None]:
     threading.Thread(target=_watch, args=(arrivals, starter), daemon=True).start()
     try:
         yield
-    except Exception as error:  # a bug, whose traceback would be lost with this process; or another one has gone
+    except Exception as error:  # print a bug here, or its traceback is lost; the death of another rank is its own error
         if starter and not any(words in str(error) for words in _GONE):
             traceback.print_exc()
         let_the_first_end()
@@ -70,7 +70,7 @@ def leaving_on_signals() -> Iterator[None]:
 
 
 def let_the_first_end() -> None:
-    """Waits, in a process that another of the run started: the launcher in the first one kills it if we go first."""
+    """Delays the exit of a process that another rank started: if it exits first, the launcher kills rank 0."""
     if _starter:
         time.sleep(_PATIENCE)
 

@@ -1,21 +1,20 @@
-"""What an evaluation measures, on what and how: options that several commands share, without torch."""
+"""How classification is measured: options of ``knn``, ``linear_probe`` and ``finetune``, without torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mim.options.ranges import Count, NotNegative, Positive, Processes, Share, ShareBelowOne, SomeShare, Whole
+from mim.options.evaluation import EvaluationOptions
+from mim.options.ranges import Count, NotNegative, Positive, Share, ShareBelowOne, SomeShare, Whole
 
 
 @dataclass(frozen=True)
-class Subject:
-    """Weights to measure and labelled images to measure them on.
+class ClassificationOptions(EvaluationOptions):
+    """Labelled images, and how they are shown to the encoder.
 
     Args:
-        weights: run folder, timm folder, checkpoint file or timm name.
         data: folder with train/ and val/ (or test/), folder of class folders, labelled list or tar shards, builtin or
             shapes.
-        model: timm name of the model that a checkpoint file belongs to, if its shapes do not tell.
         img_size: pixels per side instead of the model's own; positions are resized.
         crop_pct: side of the scored middle as a share of the resized image's shorter side; the papers use 0.875, 224
             of 256 pixels.
@@ -23,35 +22,20 @@ class Subject:
         classes: same, or common to score those that both parts have.
         max_bad: share of unreadable files that is tolerated.
         encode_batch: images encoded at once.
-        num_workers: loader processes; one per core unless given.
-        device: where to compute; auto takes a GPU if there is one.
         cache: folder of features that were computed before; safe to delete.
-        out: folder for the results; inside the run that the weights belong to unless given.
-        trust: load a checkpoint file although it can run code.
-        reduction: shortens the token sequence in the encoder: a name such as tome or evit, with what its knob is set
-            to as in tome:8 or evit:0.7 (half of the multiply-adds unless given), a YAML file, or a folder with a
-            trained one.
     """
 
-    weights: str
-    data: str = "builtin"
-    model: str | None = None
     img_size: Count | None = None
     crop_pct: SomeShare = 1.0
     val_fraction: ShareBelowOne = 0.2
     classes: Literal["same", "common"] = "same"
     max_bad: Share = 0.01
     encode_batch: Count = 64
-    num_workers: Processes | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
     cache: Path = Path("runs/features")
-    out: str | None = None
-    trust: bool = False
-    reduction: str | None = None
 
 
 @dataclass(frozen=True)
-class HeadRecipe:
+class ProbeRecipe:
     """How a classifier is trained on frozen features.
 
     Args:
@@ -101,7 +85,8 @@ class FinetuneRecipe:
         layer_decay: factor of the learning rate from one block to the one before; a final norm, which there is with the
             class token pooled, learns as the last block (timm's groups; in MAE's it learns as the classifier).
         drop_path: stochastic depth of the last block, rising linearly from 0.
-        pool: what the classifier sees: mean of the patch tokens behind a new norm, or the class token.
+        pool: what the classifier sees: mean of the patch tokens behind a new norm, or the class token; what the run or
+            the model pools by unless given.
         auto_augment: timm's name of a RandAugment policy; none for random crops and flips alone.
         erase: probability that a rectangle of an image becomes noise.
         mixup: strength of mixup; 0 for none.
@@ -123,7 +108,7 @@ class FinetuneRecipe:
     weight_decay: NotNegative = 0.05
     layer_decay: SomeShare = 0.65
     drop_path: ShareBelowOne = 0.1
-    pool: Literal["mean", "cls"] = "mean"
+    pool: Literal["mean", "cls"] | None = None
     auto_augment: str = "rand-m9-mstd0.5-inc1"
     erase: Share = 0.25
     mixup: NotNegative = 0.8

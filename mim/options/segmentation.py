@@ -5,29 +5,16 @@ from pathlib import Path
 from typing import Literal
 
 from mim.errors import UserError
-from mim.options.outputs import check_folder
-from mim.options.ranges import (
-    Count,
-    NotNegative,
-    Positive,
-    Processes,
-    Share,
-    ShareBelowOne,
-    SomeShare,
-    Threads,
-    Whole,
-    check_rising,
-)
+from mim.options.evaluation import EvaluationOptions
+from mim.options.ranges import Count, NotNegative, Positive, Share, ShareBelowOne, SomeShare, Whole, check_rising
 
 
 @dataclass(frozen=True)
-class MaskedSubject:
-    """Weights to measure, and images with masks to measure them on.
+class SegmentationOptions(EvaluationOptions):
+    """Images with masks, and what their numbers mean.
 
     Args:
-        weights: run folder, timm folder, checkpoint file or timm name.
         data: folder in ADE20K's or Pascal VOC's layout or with {train,val}/{images,masks}, builtin (mosaics) or shapes.
-        model: timm name of the model that a checkpoint file belongs to, if its shapes do not tell.
         crop: pixels per side that the model sees instead of its own; positions are resized.
         num_classes: scored classes; as many as are named or found unless given.
         ignore: values in the masks of pixels that are not scored, as 255 or 255,0.
@@ -35,27 +22,14 @@ class MaskedSubject:
         classes: file of class names, one per line, or a number and a name, or a colour and a name (128 64 128 road)
             for masks in colours.
         split: part that is scored; the first of val, valid, validation and test unless given.
-        num_workers: loader processes.
-        out: folder for the results; inside the run that the weights belong to unless given.
-        trust: load a checkpoint file although it can run code.
-        reduction: shortens the token sequence in the encoder: a name such as tome or evit, with what its knob is set
-            to as in tome:8 or evit:0.7 (half of the multiply-adds unless given), a YAML file, or a folder with a
-            trained one.
     """
 
-    weights: str
-    data: str = "builtin"
-    model: str | None = None
     crop: Count | None = None
     num_classes: int | None = None
     ignore: int | str = 255
     reduce_zero_label: bool | None = None
     classes: Path | None = None
     split: str | None = None
-    num_workers: Processes = 0
-    out: str | None = None
-    trust: bool = False
-    reduction: str | None = None
 
     @property
     def ignored(self) -> tuple[int, ...]:
@@ -69,7 +43,7 @@ class MaskedSubject:
 
 
 @dataclass(frozen=True)
-class HeadRecipe:
+class SegmentationRecipe:
     """How the head, and with it perhaps the encoder, learns.
 
     Args:
@@ -123,7 +97,7 @@ class HeadRecipe:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How images are scored, and where.
+    """How images are scored.
 
     Args:
         inference: slide (a window of the crop's size) or whole (the image at once; positions are resized).
@@ -131,10 +105,6 @@ class Scoring:
         scales: sizes at which an image is shown; answers are averaged.
         flip: show the mirror image, too.
         pictures: images drawn with truth and answer.
-        accelerator: where to compute.
-        devices: devices to train and score on.
-        precision: 32-true or bf16-mixed.
-        threads: CPU threads; torch's choice unless given.
     """
 
     inference: Literal["slide", "whole"] = "slide"
@@ -142,22 +112,16 @@ class Scoring:
     scales: tuple[Positive, ...] = (1.0,)
     flip: bool = False
     pictures: Whole = 6
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    devices: Count | Literal["auto"] = "auto"
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    threads: Threads | None = None
 
 
-def check(subject: MaskedSubject, recipe: HeadRecipe, scoring: Scoring) -> None:
+def check(options: SegmentationOptions, recipe: SegmentationRecipe, scoring: Scoring) -> None:
     """Refuses what could not work before anything heavy is imported."""
-    if subject.out:
-        check_folder("--out", Path(subject.out))
     if recipe.head == "knn" and recipe.finetune:
         raise UserError("--finetune: a k-NN head trains nothing", hint="--head linear --finetune true")
     if recipe.head == "upernet" and recipe.batch_size < 2:
         raise UserError("--batch_size 1: UPerNet normalises over a batch", hint="--batch_size 2")
     check_rising("--scale", recipe.scale)
-    if scoring.stride and subject.crop and scoring.stride > subject.crop:
+    if scoring.stride and options.crop and scoring.stride > options.crop:
         raise UserError(f"--stride {scoring.stride} leaves pixels out", hint="a stride from 1 to the crop")
-    if subject.num_classes is not None and subject.num_classes < 2:
-        raise UserError(f"--num_classes {subject.num_classes}: two or more are needed", hint="--num_classes 2")
+    if options.num_classes is not None and options.num_classes < 2:
+        raise UserError(f"--num_classes {options.num_classes}: two or more are needed", hint="--num_classes 2")

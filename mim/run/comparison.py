@@ -15,9 +15,9 @@ from mim.data.pretrain import PretrainData
 from mim.errors import UserError
 from mim.pictures.strips import strip
 from mim.report.markup import Html, picture, section, table, tag
+from mim.report.record import read_run
 from mim.report.style import PAGE, STYLE
 from mim.report.tables import markdown_table, spread, text_table
-from mim.run.folder import RunFolder
 from mim.run.weights import load_method
 
 _PICTURE_BYTES = 400_000
@@ -78,19 +78,26 @@ def tables(entries: Sequence[Entry]) -> tuple[str, str, list[list[str]]]:
 def strips(entries: Sequence[Entry], images: int) -> dict[str, Image.Image]:
     """The same images under the first run of every entry: input, hidden, reconstruction, attention, features."""
     shown: dict[str, Image.Image] = {}
-    first: PretrainData | None = None
+    path: str | None = None
     for entry in entries:
         for run in entry.runs[:1]:
             method, data, config = load_method(run)
-            encoder = method.evaluated
-            data.num_workers = 0
-            data.open(encoder.img_size, encoder.in_chans, config.seed)
-            first = first or data
-            source = first.evaluation or first.source
+            encoder, path = method.evaluated, path or data.path
+            # The images of the first run, with the channels, size and normalisation that this one wants.
+            mean, std = data.statistics(encoder.in_chans)
+            opened = PretrainData(path, num_workers=0, mean=mean, std=std)
+            opened.open(encoder.img_size, encoder.in_chans, config.seed)
+            source = opened.evaluation or opened.source
             chosen = [place * len(source) // images for place in range(min(images, len(source)))]
-            batch = torch.cat([pixels for pixels, _ in data.center_batches(source, chosen)])
+            batches = [pixels for pixels, _ in opened.center_batches(source, chosen)]
+            if not batches:
+                raise UserError(
+                    f"--runs {run}: no image of {path} can be read with the {encoder.in_chans} channels that it wants",
+                    hint="runs on images of one kind",
+                )
+            batch = torch.cat(batches)
             with torch.no_grad():
-                shown[entry.name] = strip(batch, method.visualize(batch), encoder, data.mean, data.std)
+                shown[entry.name] = strip(batch, method.visualize(batch), encoder, opened.mean, opened.std)
     return shown
 
 
@@ -119,15 +126,18 @@ def write_page(path: Path, rows: Sequence[Sequence[str]], shown: dict[str, Image
 def _measured(run: Path) -> dict[str, tuple[list[float], list[float]]]:
     """Scores of a run and of its untrained encoders, by what was measured."""
     found: dict[str, tuple[list[float], list[float]]] = {}
-    probe = RunFolder(run).read_summary().get("probe") or {}
-    for kind, name in (("knn", "k-NN (run)"), ("linear", "linear (run)")):
+    record = read_run(run)
+    probe, pool = record.summary.get("probe") or {}, f", {record.pool}" if record.pool else ""
+    for kind, name in (("knn", "k-NN"), ("linear", "linear")):
         if kind in probe:
-            found[name] = probe[kind]["trained"], probe[kind]["untrained"]
+            found[f"{name} (run{pool})"] = probe[kind]["trained"], probe[kind]["untrained"]
     for file in sorted(run.glob("evaluation/*/metrics.json")):
-        metrics: dict[str, Any] = json.loads(file.read_text()).get("metrics", {})
+        content = json.loads(file.read_text())
+        metrics: dict[str, Any] = content.get("metrics", {})
+        pool = f" ({content['pool']})" if content.get("pool") else ""  # older evaluations do not say
         for name, values in metrics.items():
             if isinstance(values, list) and name in ("top-1", "20-NN top-1", "mIoU"):
-                found[f"{file.parent.name} {name}"] = values, metrics.get(f"{name}, {UNTRAINED}") or []
+                found[f"{file.parent.name} {name}{pool}"] = values, metrics.get(f"{name}, {UNTRAINED}") or []
     return found
 
 

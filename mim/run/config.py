@@ -15,6 +15,7 @@ from mim.data.pretrain import PretrainData
 from mim.errors import UserError
 from mim.methods import Method  # and with it every method, by class_path
 from mim.options.config_file import check_config_files
+from mim.options.old_names import current_arguments
 from mim.options.ranges import MANY, Count, Positive, Seed, Threads, Whole
 from mim.options.refusals import refusal
 
@@ -47,7 +48,8 @@ class RunOptions:
         eval_every: epochs between probes and pictures; 10 times over the run unless given.
         log_every: steps between lines of ``metrics.csv``.
         pictures: images in the picture strips.
-        pool: what probes measure: the class token or the mean of the patch tokens.
+        pool: what stands for an image in probes, in the export and in what evaluates it: the class token or the mean of
+            the patch tokens.
         probe_images: most images that a probe learns from.
         compile: compile the transformer blocks with ``torch.compile``.
         threads: of the training process on a CPU; torch's choice unless given. Small models are faster with one thread
@@ -90,7 +92,7 @@ def parse(args: Sequence[str]) -> Namespace:
     check_config_files(args)
     parser = build_parser()
     try:
-        return parser.parse_args(list(args))
+        return parser.parse_args(current_arguments(args))
     except ArgumentError as error:
         raise refusal(error, parser, "--help_all") from error
 

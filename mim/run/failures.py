@@ -6,7 +6,7 @@ from mim.data.loading import loader_failure
 from mim.errors import MachineError
 
 
-def explained(
+def as_machine_error(
     error: Exception,
     *,
     at: str = "",

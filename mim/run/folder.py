@@ -145,6 +145,14 @@ class RunFolder:
             file.unlink(missing_ok=True)
 
 
+def run_of(weights: str) -> Path | None:
+    """The run that tells what weights are: those that name it, its export or one of its checkpoints."""
+    given = Path(weights.removeprefix("local-dir:"))
+    exported, saved = given.parts[-2:] == ("export", "backbone"), given.parts[-2:-1] == ("checkpoints",)
+    home = given.parents[1] if exported or (saved and given.suffix == ".ckpt") else given
+    return home if (home / "config.yaml").is_file() else None
+
+
 def evaluation_folder(weights: str, out: str | None, name: str) -> Path:
     """Where an evaluation writes: ``out``, or inside the run that ``weights`` belong to, or the next ``runs/NNN-name``.
 

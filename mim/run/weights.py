@@ -15,6 +15,7 @@ from torch import Tensor
 from mim.data.pretrain import PretrainData
 from mim.encoder import Encoder
 from mim.errors import UserError
+from mim.evaluation.features import Pool
 from mim.hub import missing_published
 from mim.interop import (
     ModelCard,
@@ -33,6 +34,7 @@ from mim.interop import (
 from mim.methods import Method
 from mim.run.checkpoint_files import AtomicCheckpointIO, newest_good, sidecar, verify
 from mim.run.config import instantiate, parse_saved
+from mim.run.folder import run_of
 
 __all__ = [
     "LoadedEncoder",
@@ -48,10 +50,15 @@ __all__ = [
 ]
 
 
-def load_method(run: Path) -> tuple[Method, PretrainData, Namespace]:
-    """A run's method with the weights of its newest good checkpoint, its data (not opened) and its settings."""
+def load_method(run: Path, checkpoint: Path | None = None) -> tuple[Method, PretrainData, Namespace]:
+    """A run's method with weights, its data (not opened) and its settings.
+
+    Args:
+        run: run folder.
+        checkpoint: one of its own; the newest good one unless given.
+    """
     config = parse_saved(run / "config.yaml")
-    path, refused = newest_good(run / "checkpoints")
+    path, refused = (checkpoint, []) if checkpoint else newest_good(run / "checkpoints")
     if path is None:
         raise UserError(f"{run} has no checkpoint that can be used", why=refused[0] if refused else "it saved none yet")
     objects = instantiate(config)
@@ -67,12 +74,14 @@ class LoadedEncoder(NamedTuple):
         mean: per channel, of the pixels in 0..1 that it was trained on.
         std: as ``mean``.
         note: one line on where the weights come from and what was done to make them fit.
+        pool: what stands for an image: its run's choice, or what timm's model pools by.
     """
 
     encoder: Encoder
     mean: list[float]
     std: list[float]
     note: str
+    pool: Pool
 
 
 def load_encoder(
@@ -95,26 +104,32 @@ def load_encoder(
     Raises:
         UserError: if nothing is found or the weights do not fit.
     """
-    folder = Path(weights.removeprefix("local-dir:"))
-    if _is_unexported_run(folder):
-        method, data, _ = load_method(folder)
-        encoder = method.evaluated
-        if img_size not in (None, encoder.img_size, encoder.img_size[0]):
-            hint = f"python tools/export.py --run {folder}   first"
-            raise UserError(f"--img_size {img_size}: only an exported run can be resized", hint=hint)
-        if dynamic_img_size and not encoder.vit.dynamic_img_size:
-            hint = f"python tools/export.py --run {folder}   first"
-            raise UserError(f"--weights {folder}: only an exported run takes images of any size", hint=hint)
-        note = f"newest checkpoint of {folder}, which has not finished"
-        return LoadedEncoder(encoder, *data.statistics(encoder.in_chans), note)
-    encoder = _encoder_for(weights, model, img_size, dynamic_img_size, trust)
-    note = init_backbone(encoder.vit, weights, trust=trust, option="--weights")
+    folder, run = Path(weights.removeprefix("local-dir:")), None if model else run_of(weights)
+    if run is not None and (folder.is_file() or _is_unexported_run(folder)):
+        return _from_checkpoint(run, folder.resolve() if folder.is_file() else None, img_size, dynamic_img_size)
+    encoder = _build(weights, model, img_size, dynamic_img_size, trust)
+    note = init_backbone(encoder.vit, weights, trust=trust, option="--weights").removeprefix("init: ")
+    pool = encoder.pool if run is None else parse_saved(run / "config.yaml").pool
     cfg, foreign = cast(dict[str, Any], encoder.vit.pretrained_cfg), hf_folder(folder)
-    mean, std = (foreign and foreign.mean) or cfg["mean"], (foreign and foreign.std) or cfg["std"]
+    mean, std = list((foreign and foreign.mean) or cfg["mean"]), list((foreign and foreign.std) or cfg["std"])
     if len(mean) != encoder.in_chans:  # those of the architecture, which say nothing about these weights
         mean, std = PretrainData(weights).statistics(encoder.in_chans)
         note += f", normalised by {mean[0]:g} and {std[0]:g}, as it does not say by what"
-    return LoadedEncoder(encoder.eval(), list(mean), list(std), note.removeprefix("init: "))
+    return LoadedEncoder(encoder.eval(), mean, std, note, pool)
+
+
+def _from_checkpoint(
+    run: Path, checkpoint: Path | None, img_size: int | tuple[int, int] | None, dynamic_img_size: bool
+) -> LoadedEncoder:
+    """What a run evaluates, with the weights of one of its checkpoints or of the newest."""
+    method, data, config = load_method(run, checkpoint)
+    encoder, hint = method.evaluated, f"python tools/export.py --run {run}   first"
+    if img_size not in (None, encoder.img_size, encoder.img_size[0]):
+        raise UserError(f"--img_size {img_size}: only an exported run can be resized", hint=hint)
+    if dynamic_img_size and not encoder.vit.dynamic_img_size:
+        raise UserError(f"--weights {run}: only an exported run takes images of any size", hint=hint)
+    note = f"{checkpoint}" if checkpoint else f"newest checkpoint of {run}, which has not finished"
+    return LoadedEncoder(encoder, *data.statistics(encoder.in_chans), note, config.pool)
 
 
 def untrained_encoder(
@@ -127,12 +142,11 @@ def untrained_encoder(
     trust: bool = False,
 ) -> Encoder:
     """The encoder of :func:`load_encoder` before training, as ``seed`` draws it: the row to compare with."""
-    folder = Path(weights.removeprefix("local-dir:"))
-    run = next((home for home in (folder, *folder.parents[:2]) if (home / "config.yaml").is_file()), None)
+    run = None if model else run_of(weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if run is None:
-            return _encoder_for(weights, model, img_size, dynamic_img_size, trust).eval()
+            return _build(weights, model, img_size, dynamic_img_size, trust).eval()
         config = parse_saved(run / "config.yaml")
         if img_size is not None:
             config.model.init_args.encoder.img_size = img_size
@@ -145,19 +159,6 @@ def untrained_encoder(
 def _is_unexported_run(folder: Path) -> bool:
     exported = any((home / "config.json").is_file() for home in (folder, folder / "export" / "backbone"))
     return (folder / "config.yaml").is_file() and not exported
-
-
-def _encoder_for(
-    weights: str, model: str | None, img_size: int | tuple[int, int] | None, dynamic_img_size: bool, trust: bool
-) -> Encoder:
-    """An untrained encoder that takes these weights: what they tell of channels and tokens goes before the model."""
-    folder = Path(weights.removeprefix("local-dir:"))
-    foreign = hf_folder(folder)
-    if not folder.is_file() and not foreign:
-        return Encoder(model or _model_of(weights), img_size, dynamic_img_size=dynamic_img_size)
-    name, arguments = foreign_model(weights, model, img_size, trust=trust)
-    size, channels = arguments.pop("img_size", None), arguments.pop("in_chans", 3)
-    return Encoder(name, size, in_chans=channels, dynamic_img_size=dynamic_img_size, kwargs=arguments)
 
 
 def foreign_model(
@@ -181,15 +182,25 @@ def foreign_model(
     return name, arguments | ({"img_size": size} if size else {})
 
 
-def _model_of(weights: str) -> str:
-    """What ``timm.create_model`` builds the model of a timm folder, a run or published weights from."""
+def _build(
+    weights: str, model: str | None, img_size: int | tuple[int, int] | None, dynamic_img_size: bool, trust: bool
+) -> Encoder:
+    """The encoder that weights of no run belong to, as they themselves tell, with random weights."""
+    dynamic = dynamic_img_size or None
     folder = Path(weights.removeprefix("local-dir:"))
-    if folder.is_dir():
+    if model is None and folder.is_dir() and not hf_folder(folder):
         home = _weights_in(folder, "--weights")[0].parent
         check_timm_folder(home, "--weights")
-        return f"local-dir:{home}"
-    check_published(weights, "--weights")
-    return weights
+        return Encoder(f"local-dir:{home}", img_size, dynamic_img_size=dynamic)
+    if not folder.exists():
+        if model is None:
+            check_published(weights, "--weights")
+        return Encoder(model or weights, img_size, dynamic_img_size=dynamic)
+    if folder.is_dir() and not hf_folder(folder):
+        return Encoder(cast(str, model), img_size, dynamic_img_size=dynamic)
+    name, arguments = foreign_model(weights, model, img_size, trust=trust)
+    size, channels = arguments.pop("img_size", None), arguments.pop("in_chans", None)
+    return Encoder(name, size, in_chans=channels, dynamic_img_size=dynamic, kwargs=arguments)
 
 
 def init_backbone(vit: VisionTransformer, weights: str, *, trust: bool = False, option: str = "--init") -> str:

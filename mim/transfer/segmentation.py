@@ -1,8 +1,10 @@
-"""The frame of a segmentation evaluation: opens weights and masks, trains heads, scores, draws, writes into the run."""
+"""Semantic segmentation: heads are trained on an encoder's features, or with it, and scored beside untrained ones."""
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from math import lcm, prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -18,46 +20,58 @@ from mim.errors import UserError
 from mim.evaluation.segmentation import SegmentationOptim, SegmentationScores, SemanticSegmentation
 from mim.evaluation.segmentation_heads import KNNHead, LinearHead, UPerHead, patch_labels
 from mim.evaluation.windows import Inference
-from mim.options.segmentation import HeadRecipe, MaskedSubject, Scoring
+from mim.options.evaluation import Scores, TrainingOptions
+from mim.options.segmentation import Scoring, SegmentationOptions, SegmentationRecipe
 from mim.pictures.overlays import save_overlay
 from mim.randomness import derive_seed, keyed_generator
 from mim.reduction import Labels, TokenReduction
-from mim.reduction.files import build_reduction, save_reduction
-from mim.report.tables import spread, text_table
-from mim.run.folder import evaluation_folder, quieten
-from mim.run.weights import LoadedEncoder, ModelCard, export_backbone, load_encoder, untrained_encoder
-from mim.transfer.measurement import TRAINED, UNTRAINED, finish_section, in_words, reduction_facts, section_name
-from mim.transfer.training import fit, keep_result, open_trainer, pictures_of_first, remember, training_folder
+from mim.reduction.files import save_reduction
+from mim.run.weights import ModelCard, export_backbone
+from mim.transfer.measurement import PRETRAINED, UNTRAINED, Measurement, finish_section
+from mim.transfer.training import fit, open_trainer, train_all
 
 HEAD_FILE = "head.safetensors"
 _SCORES = "scores.json"
+_NOT_OF_THE_RESULT = ("num_workers", "out", "trust", "pictures", "device", "devices", "threads", "resume")
 _PATCHES_PER_IMAGE = 64  # most patches that one image gives to a k-NN bank
 
 
-class Segmentation:
-    """One evaluation, opened: the encoder and the masks have been looked at.
+class Segmentation(Measurement):
+    """Weights and masks, opened and looked at.
 
     Args:
-        subject: what is measured on what.
+        options: what is measured on what.
         recipe: how heads learn.
         scoring: how images are scored.
+        training: what heads are trained on.
 
     Attributes:
-        reduction: of every encoder that is scored from now on, if ``subject`` names none.
+        reduction: of every encoder that is scored from now on, if ``options`` name none.
     """
 
-    def __init__(self, subject: MaskedSubject, recipe: HeadRecipe, scoring: Scoring) -> None:
-        quieten(process_rank())
-        if scoring.threads:
-            torch.set_num_threads(scoring.threads)
-        self.subject, self.recipe, self.scoring = subject, recipe, scoring
-        self.loaded: LoadedEncoder = load_encoder(subject.weights, **self._opening)
+    options: SegmentationOptions
+
+    def __init__(
+        self,
+        options: SegmentationOptions,
+        recipe: SegmentationRecipe,
+        scoring: Scoring,
+        training: TrainingOptions,
+    ) -> None:
+        super().__init__(options, img_size=options.crop, dynamic_img_size=scoring.inference == "whole")
+        self.recipe, self.scoring, self.training = recipe, scoring, training
         encoder = self.loaded.encoder
         if encoder.img_size[0] != encoder.img_size[1]:
-            raise UserError(f"--weights {subject.weights} sees {encoder.img_size}, not squares", hint="--crop 224")
+            step = lcm(*encoder.patch_size)
+            near = max(1, round(sqrt(prod(encoder.img_size)) / step)) * step
+            raise UserError(
+                f"--weights {options.weights} sees {encoder.img_size}, not squares",
+                why="crops are square",
+                hint=f"--crop {near}   (positions are resized)",
+            )
         self.crop = encoder.img_size[0]
         self.taps = recipe.blocks(len(encoder.vit.blocks))
-        built_in = subject.data in ("builtin", "shapes")
+        built_in = options.data in ("builtin", "shapes")
         self.steps = 0 if recipe.head == "knn" else recipe.steps or (300 if built_in else 4000)
         warmup = min(1500, self.steps // 10) if recipe.warmup_steps is None else recipe.warmup_steps
         lr = recipe.lr or {"linear": 1e-3, "upernet": 1e-4, "knn": 0.0}[recipe.head]
@@ -71,48 +85,36 @@ class Segmentation:
             encoder.patch_size,
         )
         self.data = self._data(0)
+        self.labels = Labels(self.data.numbers.count, masks=True) if recipe.finetune else None
         self.reduction: TokenReduction | None = None
-        self._reduced(encoder)
-
-    @property
-    def _opening(self) -> dict[str, Any]:
-        subject, whole = self.subject, self.scoring.inference == "whole"
-        return {
-            "model": subject.model,
-            "img_size": subject.crop,
-            "dynamic_img_size": whole,
-            "trust": subject.trust,
-        }
+        self.reduce(encoder)
+        self.introduce(self._data_in_words())
 
     def _data(self, seed: int) -> SegmentationData:
-        subject = self.subject
+        options = self.options
         data = SegmentationData(
-            subject.data,
+            options.data,
             self.crop,
             self.recipe.batch_size,
             self.recipe.scale,
-            subject.num_classes,
-            subject.ignored,
-            subject.reduce_zero_label,
-            subject.classes,
-            subject.split,
-            subject.num_workers,
+            options.num_classes,
+            options.ignored,
+            options.reduce_zero_label,
+            options.classes,
+            options.split,
+            self.workers,
             seed,
         )
         data.open(self.loaded.mean, self.loaded.std)
         return data
 
-    def introduce(self) -> None:
-        """Says what will be done before it is done."""
+    def _data_in_words(self) -> str:
         data, numbers = self.data, self.data.numbers
         ignored = ", ".join(map(str, [*([0] if numbers.zero_is_other else []), *numbers.ignore]))
-        print(f"segment: {self.recipe.head} head on {self.subject.weights}")
-        print(f"  weights {self.loaded.note}")
-        print(
-            f"  data    {self.subject.data}: {len(data.train):,} images to learn from, {len(data.test):,} in "
-            f"{data.split} to be scored, {numbers.count} classes, values {ignored} ignored"
+        return (
+            f"{len(data.train):,} images to learn from, {len(data.test):,} in {data.split} to be scored, "
+            f"{numbers.count} classes, values {ignored} ignored"
         )
-        print(f"  protocol {self.protocol()}", flush=True)
 
     def protocol(self) -> str:
         """How the numbers came about, in words."""
@@ -129,63 +131,53 @@ class Segmentation:
         shown += ", mirrored too" if how.flip else ""
         ignored = ", ".join(map(str, self.data.numbers.ignore))
         return (
-            f"{encoder}, {recipe.head} head on blocks {blocks}, {self.crop} px crops; {learning}; "
-            f"scored with {shown} at the masks' full size, {ignored} ignored{in_words(self.loaded.encoder)}."
+            f"{encoder}, {recipe.head} head on the patch tokens of blocks {blocks}, {self.crop} px crops; {learning}; "
+            f"scored with {shown} at the masks' full size, {ignored} ignored{self.reduced_in_words()}."
         )
 
-    def measure(self, resume: bool = False, save_every: int = 1000) -> None:
+    def measure(self, save_every: int = 1000) -> Scores:
         """Trains and scores every seed, trained and untrained encoder in turn, and writes the result.
 
         Args:
-            resume: go on where the same measurement was stopped.
             save_every: steps between two checkpoints.
 
         Raises:
             StoppedError: after a signal; the step that was running is saved.
         """
-        root, first = self._folder(), process_rank() == 0
-        if first:
-            remember(root, self._settings(), resume)
-        results: dict[str, list[SegmentationScores]] = {TRAINED: [], UNTRAINED: []}
-        for seed in range(self.recipe.seeds):
-            for who in (UNTRAINED, TRAINED):
-                folder = training_folder(root, who, seed)
-                if resume and (folder / _SCORES).is_file():
-                    scores = SegmentationScores(*json.loads((folder / _SCORES).read_text()))
-                else:
-                    scores, model = self.score(who, seed, folder, resume, save_every)
-                    if first:
-                        keep_result(folder, _SCORES, scores)
-                    if first and seed == 0 and who == TRAINED:
-                        self._draw(model, folder)
-                        self._export(model, root / "export")
-                results[who].append(scores)
-                if first:
-                    print(
-                        f"  seed {seed}  {who:<11} mIoU {scores.miou:.1%}   pixels {scores.pixel_accuracy:.1%}",
-                        flush=True,
-                    )
-        if first:
-            pictures_of_first(root)
-            self._write(results, root)
+        root = self.folder(f"segment-{self.recipe.head}")
+        parts = (asdict(self.options), asdict(self.recipe), asdict(self.scoring), asdict(self.training))
+        settings = self.settings(*parts, without=_NOT_OF_THE_RESULT)
+
+        def train(who: str, seed: int, folder: Path) -> SegmentationScores:
+            scores, model = self.score(who, seed, folder, save_every)
+            if self.is_main_process and seed == 0 and who == PRETRAINED:
+                self._draw(model, folder)
+                self._export(model, root / "export")
+            return scores
+
+        found = train_all(
+            root, settings, (UNTRAINED, PRETRAINED), self.recipe.seeds, _SCORES, train, self.training.resume
+        )
+        results = {who: [SegmentationScores(*scores) for scores in found[who]] for who in (PRETRAINED, UNTRAINED)}
+        scores: Scores = {
+            "mIoU": {who: [one.miou for one in all_] for who, all_ in results.items()},
+            "pixel accuracy": {who: [one.pixel_accuracy for one in all_] for who, all_ in results.items()},
+        }
+        if self.is_main_process:
+            title = f"Semantic segmentation, {self.recipe.head} head"
+            self.write(root, title, self.protocol(), scores, "tokens", self._details(results))
+            finish_section(root)
+        return scores
 
     def score(
-        self, who: str, seed: int, folder: Path, resume: bool = False, save_every: int = 1000
+        self, who: str, seed: int, folder: Path, save_every: int = 1000
     ) -> tuple[SegmentationScores, SemanticSegmentation]:
         """Scores of one encoder, trained or not, with one seed, and what gave them; ``folder`` is for checkpoints."""
         torch.manual_seed(derive_seed(seed, "segment head"))
-        encoder = self._encoder(who, seed)
+        encoder = self.reduce(self.fresh(who, seed))
         data = self.data
         data.seed = seed
-        scoring = self.scoring
-        trainer = open_trainer(
-            folder,
-            max(1, self.steps),
-            save_every,
-            accelerator=scoring.accelerator,
-            devices=scoring.devices,
-            precision=scoring.precision,
-        )
+        trainer = open_trainer(folder, max(1, self.steps), save_every, self.training, self.device)
         if self.recipe.batch_size % trainer.world_size:
             near = max(1, self.recipe.batch_size // trainer.world_size) * trainer.world_size
             raise UserError(
@@ -198,32 +190,20 @@ class Segmentation:
             encoder, head, self.taps, data.numbers.count, self.optim, self.inference, finetune, drop_path, seed
         )
         if self.steps:
-            fit(trainer, model, data, folder, resume, "a lower --lr   or   more --warmup_steps")
+            fit(trainer, model, data, folder, self.training.resume, "a lower --lr   or   more --warmup_steps")
         trainer.validate(model, datamodule=data, verbose=False)
         assert model.scores is not None
+        if process_rank() == 0:
+            print(
+                f"  seed {seed}  {who:<11} mIoU {model.scores.miou:.1%}   pixels {model.scores.pixel_accuracy:.1%}",
+                flush=True,
+            )
         return model.scores, model.to(trainer.strategy.root_device).eval()
 
-    def _settings(self) -> dict[str, Any]:
-        """What the result is a function of."""
-        neither = ("num_workers", "out", "trust", "pictures", "accelerator", "devices", "threads")
-        given = asdict(self.subject) | asdict(self.recipe) | asdict(self.scoring)
-        if (reduction := self.loaded.encoder.reduction) is not None:
-            given["reduction"] = reduction.describe()  # a file may say something else by the time training goes on
-        return {name: value for name, value in given.items() if name not in neither}
-
-    def _encoder(self, who: str, seed: int) -> Encoder:
-        """A fresh one: fine-tuning changes it."""
-        if who == UNTRAINED:
-            return self._reduced(untrained_encoder(self.subject.weights, seed, **self._opening))
-        return self._reduced(load_encoder(self.subject.weights, **self._opening).encoder)
-
-    def _reduced(self, encoder: Encoder) -> Encoder:
-        """The same encoder with the reduction that was asked for, if any; the caller has seeded what it will learn."""
+    def reduce(self, encoder: Encoder) -> Encoder:
+        """The same encoder with its reduction; the caller has seeded what that will learn."""
         encoder.reduction = self.reduction
-        if self.subject.reduction is not None:
-            labels = Labels(self.data.numbers.count, masks=True) if self.recipe.finetune else None
-            encoder.reduction = build_reduction(self.subject.reduction, encoder.vit, labels).eval()
-        return encoder
+        return super().reduce(encoder)
 
     def _head(self, encoder: Encoder, seed: int, device: torch.device) -> nn.Module:
         recipe, classes = self.recipe, self.data.numbers.count
@@ -251,10 +231,6 @@ class Segmentation:
         features, labels = (torch.cat(part)[: self.recipe.bank] for part in zip(*bank, strict=True))
         return features, labels
 
-    def _folder(self) -> Path:
-        name = section_name(f"segment-{self.recipe.head}", self.subject.reduction)
-        return evaluation_folder(self.subject.weights, self.subject.out, name)
-
     @torch.no_grad()
     def _draw(self, model: SemanticSegmentation, folder: Path) -> None:
         """Image, truth and answer of some scored images, spread over all."""
@@ -268,7 +244,7 @@ class Segmentation:
         """A fine-tuned encoder as a timm folder, the weights of its head beside it."""
         if not self.recipe.finetune:
             return
-        data, loaded = self.subject.data, self.loaded
+        data, loaded = self.options.data, self.loaded
         card = ModelCard(
             method="segmentation",
             data=data,
@@ -279,9 +255,7 @@ class Segmentation:
             notes=(self.protocol(), f"Classes, in order: {', '.join(self.data.names)}"),
         )
         model = model.cpu()
-        export_backbone(model.encoder.vit, folder, mean=loaded.mean, std=loaded.std, card=card, model_args={})
-        if model.encoder.reduction is not None:
-            save_reduction(model.encoder.reduction, folder)
+        export_backbone(model.encoder.vit, folder, mean=loaded.mean, std=loaded.std, card=card, pool=loaded.pool)
         facts = {"format": "pt", "head": self.recipe.head, "taps": self.taps, "classes": list(self.data.names)}
         facts |= {"dim": model.encoder.dim, "batch_norm": self.recipe.batch_norm}
         metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
@@ -291,26 +265,12 @@ class Segmentation:
             save_reduction(model.encoder.reduction, folder)
         print(f'  model   {folder}   (timm.create_model("local-dir:{folder}", pretrained=True); head in {HEAD_FILE})')
 
-    def _write(self, results: dict[str, list[SegmentationScores]], folder: Path) -> None:
-        """Prints the table, writes ``metrics.json`` and puts the section into the run's report."""
-        protocol = self.protocol()
-        rows = {
-            "mIoU": [[scores.miou for scores in results[who]] for who in (TRAINED, UNTRAINED)],
-            "pixel accuracy": [[scores.pixel_accuracy for scores in results[who]] for who in (TRAINED, UNTRAINED)],
-        }
-        print(f"\nSemantic segmentation: {protocol}\n")
-        print(text_table(["", TRAINED, UNTRAINED], [[what, *map(spread, pair)] for what, pair in rows.items()]))
-        metrics: dict[str, Any] = {}
-        for what, (trained, untrained) in rows.items():
-            metrics |= {what: trained, f"{what}, {UNTRAINED}": untrained}
-        metrics["images"] = len(self.data.test)
-        for who in (TRAINED, UNTRAINED):
-            ious = torch.tensor([scores.iou for scores in results[who]]).nanmean(0).tolist()
-            metrics[f"IoU per class, {who}"] = {
+    def _details(self, results: Mapping[str, Sequence[SegmentationScores]]) -> dict[str, Any]:
+        """How many images were scored, and the mean over seeds for each class."""
+        details: dict[str, Any] = {"images": len(self.data.test)}
+        for who, scores in results.items():
+            ious = torch.tensor([one.iou for one in scores]).nanmean(0).tolist()
+            details[f"IoU per class, {who}"] = {
                 name: round(iou, 4) if iou == iou else "absent" for name, iou in zip(self.data.names, ious, strict=True)
             }
-        content = {"title": f"Semantic segmentation, {self.recipe.head} head", "protocol": protocol, "metrics": metrics}
-        content |= {"weights": self.subject.weights, "data": self.subject.data, "note": self.loaded.note}
-        content |= reduction_facts(self.loaded.encoder, self.subject.reduction)
-        (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
-        finish_section(folder)
+        return details

@@ -4,30 +4,29 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from mim.callbacks import Checkpoints, Signals
 from mim.callbacks.run_log import duration
 from mim.data.bad_files import BadFiles
 from mim.data.finetune import FinetuneData
 from mim.data.segmentation import SegmentationData
-from mim.errors import DivergedError, UserError
+from mim.distributed.devices import best_precision
+from mim.distributed.processes import process_rank
+from mim.errors import DivergedError, StoppedError, UserError
 from mim.methods import NonFiniteError
+from mim.options.evaluation import TrainingOptions
 from mim.run.checkpoint_files import AtomicCheckpointIO, checkpoint_step, newest_good
-from mim.transfer.measurement import TRAINED
+from mim.run.trainer import build_trainer
+from mim.transfer.measurement import PRETRAINED
 
 _QUIET = 30.0
 """Seconds between two lines of progress."""
-
-
-class StoppedError(Exception):
-    """A signal came; the step that was running is saved."""
 
 
 class Progress(Callback):
@@ -55,11 +54,9 @@ def open_trainer(
     folder: Path,
     max_steps: int,
     save_every: int,
+    options: TrainingOptions,
+    device: torch.device,
     *,
-    accelerator: str,
-    devices: int | Literal["auto"],
-    precision: str,
-    accumulate: int = 1,
     validate_every: int | None = None,
     bad_files: BadFiles | None = None,
 ) -> Trainer:
@@ -69,39 +66,31 @@ def open_trainer(
         folder: of this training.
         max_steps: optimizer steps.
         save_every: optimizer steps between two checkpoints.
-        accelerator: as Lightning names it.
-        devices: processes, one per device.
-        precision: as Lightning names it.
-        accumulate: micro-batches per step.
+        options: devices, micro-batches and precision.
+        device: of this process; its kind is what is trained on.
         validate_every: optimizer steps between two looks at the scored images; none before the end unless given.
         bad_files: unreadable ones that this process meets; all processes judge them together.
 
     Raises:
         UserError: if there are no such devices.
     """
-    signals = Signals()
-    try:
-        return Trainer(
-            accelerator=accelerator,
-            devices=devices,
-            precision=precision,  # type: ignore[arg-type]  # one of Lightning's literals, checked by it
-            accumulate_grad_batches=accumulate,
-            max_steps=max_steps,
-            max_epochs=-1,
-            val_check_interval=validate_every * accumulate if validate_every else 1 << 30,
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            sync_batchnorm=torch.cuda.is_available() and accelerator != "cpu",
-            callbacks=[signals, Progress(), Checkpoints(folder / "checkpoints", save_every, signals, bad_files)],
-            plugins=[AtomicCheckpointIO()],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
-    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
-        raise UserError(f"these devices cannot be used: {error}", hint="--devices 1 and the CPU") from error
+    cuda, signals = device.type == "cuda", Signals()
+    settings = {
+        "accelerator": "gpu" if cuda else "cpu",
+        "devices": options.devices,
+        "precision": best_precision(cuda) if options.precision == "auto" else options.precision,
+        "accumulate_grad_batches": options.accumulate,
+    }
+    return build_trainer(
+        settings,
+        max_steps=max_steps,
+        val_check_interval=validate_every * options.accumulate if validate_every else 1 << 30,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        sync_batchnorm=cuda,
+        callbacks=[signals, Progress(), Checkpoints(folder / "checkpoints", save_every, signals, bad_files)],
+        plugins=[AtomicCheckpointIO()],
+    )
 
 
 def fit(
@@ -136,7 +125,55 @@ def fit(
         raise StoppedError
 
 
-def remember(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
+def train_all(
+    root: Path,
+    settings: Mapping[str, Any],
+    encoders: Sequence[str],
+    seeds: int,
+    result: str,
+    train: Callable[[str, int, Path], Any],
+    resume: bool,
+) -> dict[str, list[Any]]:
+    """One training after another, each resumable where it was stopped; results that are there already are read.
+
+    Args:
+        root: folder of the evaluation.
+        settings: what the results are a function of; a resumed training must be the same one.
+        encoders: which ones, of :data:`PRETRAINED` and :data:`UNTRAINED`.
+        seeds: trainings of each.
+        result: file in the folder of a training that is written when it is finished.
+        train: gives the result, as JSON knows it, from encoder, seed and folder.
+        resume: go on where the same was stopped.
+
+    Returns:
+        The results by encoder, one per seed.
+
+    Raises:
+        StoppedError: after a signal.
+        UserError: if something else was trained there.
+    """
+    first = process_rank() == 0
+    if first:
+        _remember(root, settings, resume)
+    results: dict[str, list[Any]] = {}
+    for seed in range(seeds):
+        for who in encoders:
+            folder = training_folder(root, who, seed)
+            if resume and (folder / result).is_file():
+                answer = json.loads((folder / result).read_text())
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+                answer = train(who, seed, folder)
+                if first:
+                    _keep(folder, result, answer)
+            results.setdefault(who, []).append(answer)
+    if first:
+        for picture in training_folder(root, PRETRAINED, 0).glob("*.png"):
+            shutil.copy(picture, root)  # where the report looks for them
+    return results
+
+
+def _remember(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
     """Writes down what is being trained; a resumed training must be the same one.
 
     Raises:
@@ -162,19 +199,12 @@ def remember(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
 
 def training_folder(root: Path, who: str, seed: int) -> Path:
     """Where the training of a pretrained or untrained encoder with one seed keeps what it needs to go on."""
-    return root / f"{'' if who == TRAINED else 'scratch-'}seed-{seed}"
+    return root / f"{'' if who == PRETRAINED else 'scratch-'}seed-{seed}"
 
 
-def keep_result(folder: Path, name: str, result: object) -> None:
+def _keep(folder: Path, name: str, result: object) -> None:
     """Writes a finished training's result into its folder, in place of its checkpoints."""
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{name}.tmp"  # a later call takes it as finished if it is there
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(temporary, folder / name)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-
-def pictures_of_first(root: Path) -> None:
-    """Puts the pictures of the first pretrained encoder's training where the report looks for them."""
-    for picture in training_folder(root, TRAINED, 0).glob("*.png"):
-        shutil.copy(picture, root)

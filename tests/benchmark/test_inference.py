@@ -37,7 +37,7 @@ def test_patch_drop_drops_in_evaluation_and_leaves_the_model_alone(vit):
 def test_the_command_prints_a_row_each_and_writes_them(tmp_path, capsys):
     out = tmp_path / "numbers.json"
     options = ["--reduction=topk,expedite", "--shares=0.6", "--model=test_vit", "--batch_size=1", "--rounds=1"]
-    assert main("benchmark", [*options, f"--json={out}", "--threads=1"]) == 0
+    assert main("benchmark_reduction", [*options, f"--json={out}", "--threads=1"]) == 0
     assert [row["name"] for row in json.loads(out.read_text())["rows"]] == [
         "none",
         "timm patch drop",
@@ -55,5 +55,5 @@ def test_the_command_prints_a_row_each_and_writes_them(tmp_path, capsys):
     ],
 )
 def test_mistakes_end_in_lines_that_help(options, line, capsys):
-    assert main("benchmark", options) == 2
+    assert main("benchmark_reduction", options) == 2
     assert line in capsys.readouterr().err

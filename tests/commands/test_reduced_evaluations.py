@@ -42,7 +42,20 @@ def masks(tmp_path):
 
 
 def segment(weights, masks, *args):
-    tiny = ["--steps", "3", "--batch_size", "4", "--accelerator", "cpu", "--devices", "1", "--pictures", "1"]
+    tiny = [
+        "--steps",
+        "3",
+        "--batch_size",
+        "4",
+        "--device",
+        "cpu",
+        "--num_workers",
+        "0",
+        "--devices",
+        "1",
+        "--pictures",
+        "1",
+    ]
     return main("segment", ["--weights", weights, "--data", str(masks), *tiny, *map(str, args)])
 
 

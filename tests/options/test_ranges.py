@@ -42,7 +42,7 @@ def test_the_help_shows_the_range(parser):
         ("share", ["-0.1", "1", "1.0", "nan"]),
     ],
 )
-def test_others_are_refused_from_the_command_line_and_from_a_file(parser, option, values, tmp_path):
+def test_a_value_outside_the_range_is_refused_from_the_command_line_and_from_a_file(parser, option, values, tmp_path):
     for value in values:
         (tmp_path / "config.yaml").write_text(f"{option}: {value.replace('nan', '.nan').replace('inf', '.inf')}")
         for args in ([f"--{option}={value}"], [f"--config={tmp_path / 'config.yaml'}"]):

@@ -135,7 +135,7 @@ def test_whole_numbers_have_a_colour_each_whatever_stands_beside_them():
 
 def test_policies_are_shown_side_by_side(tmp_path):
     encoder, images = Encoder("test_vit", 32, 8).eval(), torch.randn(2, 3, 32, 32)
-    policies = {"high": AttentionMasking(whole=0.0), "random": RandomMasking(0.5)}
+    policies = {"high": AttentionMasking(unmasked_share=0.0), "random": RandomMasking(0.5)}
     save_strip(masking_strip(images, encoder, policies, [0.5] * 3, [0.25] * 3), tmp_path / "masks.png")
     tiles = read_strip(tmp_path / "masks.png")
     assert list(tiles) == ["input", "attention", "high", "random"]

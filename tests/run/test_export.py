@@ -71,7 +71,7 @@ def test_an_export_can_be_exported_again(tmp_path, file):
 
 def test_a_file_is_converted_for_the_model_that_is_named(tmp_path, file, capsys):
     export(weights=str(file), model="test_vit", out=tmp_path / "out")
-    assert "init: 78 of 78 tensors" in capsys.readouterr().out
+    assert "78 of 78 tensors" in capsys.readouterr().out
 
 
 def test_a_file_without_a_model_is_refused(tmp_path, file):
@@ -121,6 +121,16 @@ def test_a_classifier_is_exported_with_its_head_and_the_names_of_its_classes(tmp
 def test_only_a_timm_folder_is_pushed(tmp_path):
     with pytest.raises(UserError, match="--push uploads a timm folder"):
         export(weights="test_vit", out=tmp_path / "x.onnx", to="onnx", push="someone/model")
+
+
+def test_a_hub_that_does_not_take_it_is_told_in_three_lines(tmp_path, method, monkeypatch):
+    def refuse(*_):
+        raise ConnectionError("401 Unauthorized")
+
+    monkeypatch.setattr("mim.hub.upload", refuse)
+    with pytest.raises(UserError, match="--push someone/model: the Hugging Face Hub did not take it") as refused:
+        export(run=tmp_path / "run", push="someone/model")
+    assert refused.value.why == "401 Unauthorized"
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mim.evaluation.bank import Bank
 from mim.evaluation.batches import shuffled, steps_per_epoch
-from mim.options.classification import HeadRecipe
+from mim.options.classification import ProbeRecipe
 from mim.randomness import keyed_generator
 from mim.schedules import warmup_cosine
 
@@ -60,7 +60,7 @@ class LinearHeads(nn.Module):
 def fit_linear(
     banks: Sequence[Bank],
     rows: Tensor,
-    recipe: HeadRecipe,
+    recipe: ProbeRecipe,
     classes: int,
     seed: int,
     device: torch.device | str = "cpu",

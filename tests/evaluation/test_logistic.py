@@ -5,7 +5,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from mim.evaluation import linear, linear_accuracy, logistic_regression, standardise, stratified_split
+from mim.evaluation import linear_accuracy, logistic, logistic_regression, standardise, stratified_split
 
 
 def features(rows, classes=5, dim=12, spread=1.0):
@@ -38,20 +38,20 @@ def test_accuracy_equals_scikit_learns():
     assert abs(linear_accuracy(bank, bank_labels, queries, labels, l2=(1e-2,)) - expected) <= 1 / 200
 
 
-def test_pieces_change_nothing(monkeypatch):
+def test_features_in_pieces_give_the_same_weights(monkeypatch):
     x, y = features(100)
     x = standardise(x, x)[0]
     whole = logistic_regression(x, y, 1e-2)
-    monkeypatch.setattr(linear, "_ROWS", 33)
+    monkeypatch.setattr(logistic, "_ROWS", 33)
     torch.testing.assert_close(logistic_regression(x, y, 1e-2), whole, rtol=0, atol=1e-3)
 
 
-def test_strength_is_chosen_without_the_queries():
+def test_the_strength_is_chosen_without_the_queries():
     bank, bank_labels = features(200, dim=60, spread=4.0)
     queries, labels = features(100, dim=60, spread=4.0)
     strengths = (10.0, 1.0, 1e-4)
     each = {l2: linear_accuracy(bank, bank_labels, queries, labels, l2=(l2,)) for l2 in strengths}
-    chosen = linear._best_l2(bank, bank_labels, strengths, seed=0)
+    chosen = logistic._best_l2(bank, bank_labels, strengths, seed=0)
     assert len(set(each.values())) == 3
     assert linear_accuracy(bank, bank_labels, queries, labels, l2=strengths) == each[chosen]
     shuffled = labels[torch.randperm(100)]
@@ -59,13 +59,13 @@ def test_strength_is_chosen_without_the_queries():
     assert linear_accuracy(bank, bank_labels, queries, shuffled, l2=strengths) == as_chosen
 
 
-def test_strength_is_the_best_on_the_held_out_part():
+def test_the_strength_is_the_best_on_the_held_out_part():
     bank, labels = features(400, dim=60, spread=4.0)
     kept, held = stratified_split(labels, 0.1, 0, "linear probe")
     strengths = (10.0, 1.0, 1e-1, 1e-4)
     scores = [linear_accuracy(bank[kept], labels[kept], bank[held], labels[held], l2=(l2,)) for l2 in strengths]
     assert len(set(scores)) > 1
-    assert linear._best_l2(bank, labels, strengths, seed=0) == strengths[scores.index(max(scores))]
+    assert logistic._best_l2(bank, labels, strengths, seed=0) == strengths[scores.index(max(scores))]
 
 
 def test_scores_repeat_exactly():
@@ -76,7 +76,7 @@ def test_scores_repeat_exactly():
     assert linear_accuracy(bank, bank_labels, queries, labels) == first
 
 
-def test_runs_in_inference_mode_as_outside():
+def test_the_fit_is_the_same_in_inference_mode():
     bank, bank_labels = features(100)
     outside = linear_accuracy(bank, bank_labels, bank, bank_labels)
     with torch.inference_mode():

@@ -10,9 +10,9 @@ from sklearn.linear_model import LogisticRegression
 from mim.evaluation.attentive import MultiQueryPooling, fit_attentive
 from mim.evaluation.bank import Bank
 from mim.evaluation.batches import shuffled
-from mim.evaluation.heads import confusion, probe_head
-from mim.evaluation.linear_heads import LinearHeads, fit_linear
-from mim.options.classification import HeadRecipe
+from mim.evaluation.linear_probe import LinearHeads, fit_linear
+from mim.evaluation.rate_selection import probe_head
+from mim.options.classification import ProbeRecipe
 from mim.schedules import warmup_cosine
 
 ROWS = torch.arange(90)
@@ -30,7 +30,7 @@ def bank(rows=90, classes=3, dim=5, seed=0, tokens=None):
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
 @pytest.mark.parametrize("norm", ["batch", "none"])
 def test_heads_of_a_sweep_are_those_trained_one_by_one(optimizer, norm):
-    recipe = HeadRecipe(lrs=(0.01, 0.1, 1.0), epochs=4, warmup_epochs=1, batch_size=32, optimizer=optimizer, norm=norm)
+    recipe = ProbeRecipe(lrs=(0.01, 0.1, 1.0), epochs=4, warmup_epochs=1, batch_size=32, optimizer=optimizer, norm=norm)
     together = fit_linear([bank()], ROWS, recipe, 3, seed=1)
     for place, lr in enumerate(recipe.rates):
         alone = fit_linear([bank()], ROWS, replace(recipe, lrs=(lr,)), 3, seed=1)
@@ -39,7 +39,7 @@ def test_heads_of_a_sweep_are_those_trained_one_by_one(optimizer, norm):
 
 
 def test_sgd_is_torchs_own_on_batch_norm_and_linear():
-    recipe = HeadRecipe(lrs=(0.4,), epochs=3, warmup_epochs=1, batch_size=32)
+    recipe = ProbeRecipe(lrs=(0.4,), epochs=3, warmup_epochs=1, batch_size=32)
     start = LinearHeads(5, 3, 1, "batch", seed=1)
     norm, linear = torch.nn.BatchNorm1d(5, eps=1e-6, affine=False), torch.nn.Linear(5, 3)
     linear.load_state_dict({"weight": start.weight[:, 0].T, "bias": start.bias[0]})
@@ -61,7 +61,7 @@ def test_a_lars_step_is_a_thousandth_of_the_weight_in_the_direction_of_the_gradi
     start = LinearHeads(5, 3, 1, "none", seed=1)
     features, labels = next(shuffled([bank()], ROWS, 90, 0, 1, "cpu"))
     weight, bias = start.gradients(features, labels)
-    recipe = HeadRecipe(lrs=(0.5,), epochs=1, warmup_epochs=0, batch_size=90, optimizer="lars", norm="none")
+    recipe = ProbeRecipe(lrs=(0.5,), epochs=1, warmup_epochs=0, batch_size=90, optimizer="lars", norm="none")
     lr = 0.5 * 90 / 256
     heads = fit_linear([bank()], ROWS, recipe, 3, seed=1)
     step = lr * 0.001 * start.weight.norm() / weight.norm() * weight
@@ -71,7 +71,7 @@ def test_a_lars_step_is_a_thousandth_of_the_weight_in_the_direction_of_the_gradi
 
 def test_a_long_training_reaches_the_optimum_that_scikit_learn_finds():
     data = bank()
-    recipe = HeadRecipe(lrs=(3.0,), epochs=600, warmup_epochs=0, batch_size=90)
+    recipe = ProbeRecipe(lrs=(3.0,), epochs=600, warmup_epochs=0, batch_size=90)
     heads = fit_linear([data], ROWS, recipe, 3, seed=0)
     scaled = (data.features - data.features.mean(0)) / data.features.std(0, correction=0)
     reference = LogisticRegression(C=1e6, max_iter=1000, tol=1e-8).fit(scaled, data.labels)
@@ -86,7 +86,7 @@ def test_the_probes_accuracy_is_that_of_logistic_regression():
     train, test = bank(600), bank(300, seed=1)
     reference = LogisticRegression(C=1e6, max_iter=1000).fit(train.features, train.labels)
     expected = reference.score(test.features, test.labels)
-    outcome = probe_head([train], test, HeadRecipe(epochs=60, warmup_epochs=2), 3, seed=0)
+    outcome = probe_head([train], test, ProbeRecipe(epochs=60, warmup_epochs=2), 3, seed=0)
     assert 0.5 < expected < 0.95
     assert outcome.top1 == pytest.approx(expected, abs=0.015)
     assert outcome.top5 == 1
@@ -94,7 +94,7 @@ def test_the_probes_accuracy_is_that_of_logistic_regression():
 
 
 def test_the_reported_images_have_no_say_in_the_choice():
-    recipe = HeadRecipe(lrs=(1e-4, 0.1, 10.0), epochs=3, warmup_epochs=0, batch_size=32)
+    recipe = ProbeRecipe(lrs=(1e-4, 0.1, 10.0), epochs=3, warmup_epochs=0, batch_size=32)
     asked = [bank(30, seed=5), Bank(bank(30, seed=5).features, (bank(30).labels + 1) % 3)]
     first, second = (probe_head([bank()], queries, recipe, 3, seed=0) for queries in asked)
     assert first.lr == second.lr
@@ -102,7 +102,7 @@ def test_the_reported_images_have_no_say_in_the_choice():
 
 
 def test_choosing_on_the_reported_images_never_reads_lower():
-    recipe = HeadRecipe(lrs=(1e-4, 0.1, 10.0), epochs=5, warmup_epochs=0, batch_size=32)
+    recipe = ProbeRecipe(lrs=(1e-4, 0.1, 10.0), epochs=5, warmup_epochs=0, batch_size=32)
     queries = bank(60, seed=5)
     honest = probe_head([bank()], queries, recipe, 3, seed=0)
     assert probe_head([bank()], queries, replace(recipe, select="on_test"), 3, seed=0).top1 >= honest.top1
@@ -122,7 +122,7 @@ def test_an_epoch_shows_every_row_once_when_batches_fit():
 
 @pytest.mark.parametrize("head", ["attentive", "multi_query"])
 def test_attentive_heads_of_a_sweep_are_those_trained_one_by_one(head):
-    recipe = HeadRecipe(head=head, lrs=(1e-3, 1e-2), epochs=3, warmup_epochs=1, batch_size=32, queries=4)
+    recipe = ProbeRecipe(head=head, lrs=(1e-3, 1e-2), epochs=3, warmup_epochs=1, batch_size=32, queries=4)
     data = bank(dim=8, tokens=6)
     together = fit_attentive([data], ROWS, recipe, 3, seed=1)
     for place, lr in enumerate(recipe.rates):
@@ -142,8 +142,8 @@ def test_attention_finds_the_one_token_that_tells(head):
     )
     train, test = Bank(tokens[:360], labels[:360]), Bank(tokens[360:], labels[360:])
     means = [Bank(part.features.mean(1), part.labels) for part in (train, test)]
-    recipe = HeadRecipe(head=head, lrs=(1e-2,), epochs=40, warmup_epochs=2, batch_size=60, queries=2)
-    linear = HeadRecipe(lrs=(0.3,), epochs=40, warmup_epochs=2, batch_size=60)
+    recipe = ProbeRecipe(head=head, lrs=(1e-2,), epochs=40, warmup_epochs=2, batch_size=60, queries=2)
+    linear = ProbeRecipe(lrs=(0.3,), epochs=40, warmup_epochs=2, batch_size=60)
     assert probe_head([means[0]], means[1], linear, 2, seed=0).top1 < 0.75
     assert probe_head([train], test, recipe, 2, seed=0).top1 > 0.9
 
@@ -163,8 +163,3 @@ def test_multi_query_pooling_equals_a_loop():
 def test_queries_must_divide_the_width():
     with pytest.raises(ValueError, match="5 queries do not divide the width 8"):
         MultiQueryPooling(8, 5)
-
-
-def test_confusion_counts_classes_taken_for_others():
-    counts = confusion(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 0, 1, 2]), 3)
-    assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]

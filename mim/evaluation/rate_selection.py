@@ -9,9 +9,9 @@ from torch import Tensor
 
 from mim.evaluation.attentive import fit_attentive
 from mim.evaluation.bank import Bank
-from mim.evaluation.linear_heads import fit_linear
+from mim.evaluation.linear_probe import fit_linear
 from mim.evaluation.splits import stratified_split
-from mim.options.classification import HeadRecipe
+from mim.options.classification import ProbeRecipe
 
 _ROWS = 1024
 """Rows whose logits are in memory at once."""
@@ -44,7 +44,7 @@ class Outcome(NamedTuple):
 def probe_head(
     banks: Sequence[Bank],
     queries: Bank,
-    recipe: HeadRecipe,
+    recipe: ProbeRecipe,
     classes: int,
     seed: int,
     device: torch.device | str = "cpu",
@@ -78,11 +78,6 @@ def probe_head(
         rates = (max(scored, key=lambda outcome: outcome.top1).lr,)
     chosen = replace(recipe, lrs=rates)
     return _score(fit(banks, everything, chosen, classes, seed, device), queries, rates, device)[0]
-
-
-def confusion(answers: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """``(classes, classes)`` int64: how many images of the row's class were taken for the column's."""
-    return torch.bincount(labels * classes + answers, minlength=classes * classes).view(classes, classes)
 
 
 @torch.inference_mode()
