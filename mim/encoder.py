@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mim.errors import UserError
+from mim.hub import SCHEMES, missing_on_hub
 from mim.layers.positions import sincos_positions, stretch_positions
 from mim.options.ranges import Count, ShareBelowOne, Whole
 from mim.patches import gather_tokens, patch_grid, patchify, visible_indices
@@ -422,6 +423,12 @@ def _checked_size(
 
 def _skeleton(model: str) -> ViT:
     """The model without storage for weights, if it is a ViT that can be wrapped."""
+    if model.startswith(SCHEMES) and (reason := missing_on_hub(model.partition(":")[2], "config.json")):
+        raise UserError(
+            f"--model {model} cannot be had from the Hugging Face Hub",
+            why=reason,
+            hint="--model local-dir:FOLDER with the model on this machine, or a network connection",
+        )
     try:
         with torch.device("meta"):
             skeleton = timm.create_model(model, num_classes=0)

@@ -93,6 +93,10 @@ class FeatureTarget(Target):
         model: timm name of a pretrained ViT, such as ``vit_base_patch16_clip_224.openai``, or ``local-dir:FOLDER``.
         mean: per channel, that the run normalises images with; ImageNet's, as by default, unless ``data.mean`` is set.
         std: as ``mean``.
+        projection: the tokens go through the model's head, too, as CLIP's do in the official HPM: 512 values instead of
+            768, from the weights of ``vit_base_patch16_clip_224.openai``. The model must have a linear head.
+        own_normalisation: the frozen ViT sees images normalised as it was trained; as the run normalises them if not,
+            which is what the official HPM does.
     """
 
     scale: Tensor
@@ -103,14 +107,25 @@ class FeatureTarget(Target):
         model: str,
         mean: tuple[float, ...] = (0.485, 0.456, 0.406),
         std: tuple[Positive, ...] = (0.229, 0.224, 0.225),
+        projection: bool = False,
+        own_normalisation: bool = True,
     ) -> None:
         super().__init__()
+        self.projection = projection
+        kwargs = {"num_classes": None} if projection else None  # as many as the weights have
         try:
-            self.encoder = Encoder(model, dynamic_img_size=True, pretrained=True).eval().requires_grad_(False)
+            self.encoder = Encoder(model, dynamic_img_size=True, pretrained=True, kwargs=kwargs)
         except UserError as error:  # which speaks of the encoder that is trained
             raise error.about("--model.init_args.target.init_args.model", instead_of="--model") from None
+        self.encoder.eval().requires_grad_(False)
+        if projection and not isinstance(self.encoder.vit.head, nn.Linear):
+            raise UserError(
+                f"--model.init_args.target.init_args.projection: {model} has no linear head",
+                hint="--model.init_args.target.init_args.projection false",
+            )
+        expected = self.encoder.statistics if own_normalisation else (mean, std)
         given_mean, given_std, own_mean, own_std = (
-            torch.tensor(values).view(-1, 1, 1) for values in (mean, std, *self.encoder.statistics)
+            torch.tensor(values).view(-1, 1, 1) for values in (mean, std, *expected)
         )
         # From the run's normalisation to the frozen ViT's in one product and one sum.
         self.register_buffer("scale", given_std / own_std, persistent=False)
@@ -123,20 +138,22 @@ class FeatureTarget(Target):
         return self
 
     def dim(self, encoder: Encoder) -> int:
-        """Width of the frozen ViT."""
+        """Width of the frozen ViT, or of its projection."""
         if encoder.in_chans != self.encoder.in_chans:
             raise ValueError(f"the target's ViT takes {self.encoder.in_chans} channels, images have {encoder.in_chans}")
-        return self.encoder.dim
+        return int(self.encoder.vit.head.out_features) if self.projection else self.encoder.dim
 
     @torch.no_grad()
     def forward(self, images: Tensor, grid: tuple[int, int], indices: Tensor) -> Tensor:
-        """``(B, M, D)`` of length 1; see :meth:`Target.forward`."""
+        """``(B, M, dim)`` of length 1; see :meth:`Target.forward`."""
         images = images * self.scale + self.shift
         size = [patches * side for patches, side in zip(grid, self.encoder.patch_size, strict=True)]
         if list(images.shape[2:]) != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True)
-        tokens = self.encoder(images)[:, self.encoder.num_prefix :]  # (B, N, D)
-        return F.normalize(gather_tokens(tokens, indices).float(), dim=-1)
+        tokens = gather_tokens(self.encoder(images)[:, self.encoder.num_prefix :], indices)  # (B, M, D)
+        if self.projection:
+            tokens = self.encoder.vit.head(self.encoder.vit.fc_norm(tokens))
+        return F.normalize(tokens.float(), dim=-1)
 
     def error(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Squared distance between directions, ``(B, M)``."""

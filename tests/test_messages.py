@@ -1,6 +1,7 @@
 """The mistakes people make, and the three lines that they end in (texts as in the user guide)."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,40 @@ def test_a_batch_that_does_not_divide(mistake, photos):
 
 def test_resuming_what_is_not_a_run(mistake):
     assert "--resume nowhere: no run there" in mistake("--resume", "nowhere", config=None)
+
+
+def test_resuming_a_checkpoint_names_its_run_or_init(mistake, photos):
+    assert main("pretrain", ["--config", TINY, "--data", "photos", "--out", "run"]) == 0
+    file = "run/checkpoints/last.ckpt"
+    text = mistake("--resume", file, config=None)
+    assert f"--resume {file} is a file, not a run" in text
+    assert f"try:   --resume run   or   --init {file}" in text
+    shutil.copy(file, "x.ckpt")
+    assert "try:   --init x.ckpt   to start a new run" in mistake("--resume", "x.ckpt", config=None)
+
+
+def test_resuming_a_run_whose_images_have_moved_says_how(mistake, photos):
+    assert main("pretrain", ["--config", TINY, "--data", "photos", "--out", "run"]) == 0
+    photos.rename(photos.with_name("moved"))
+    text = mistake("--resume", "run", config=None)
+    assert f"--data {photos}: no such" in text
+    assert "try:   --resume run --data NEW --allow_change data.path" in text
+    assert main("pretrain", ["--resume", "run", "--data", "moved", "--allow_change", "data.path"]) == 0
+    assert main("pretrain", ["--resume", "run"]) == 0
+
+
+@pytest.mark.parametrize("arguments", [["--model", "hf-hub:someone/something"], ["--init", "test_vit.r160_in1k"]])
+def test_a_hub_that_cannot_be_reached_is_asked_once(mistake, photos, monkeypatch, arguments):
+    def refuse(*_, **__):
+        asked.append(1)
+        raise ConnectionError("Name or service not known\nand a page more")
+
+    asked = []
+    monkeypatch.setattr("huggingface_hub.HfApi.file_exists", refuse)
+    monkeypatch.setattr("mim.hub.try_to_load_from_cache", lambda *_, **__: None)
+    text = mistake("--data", "photos", *arguments)
+    assert "why:   Name or service not known\n" in text
+    assert len(asked) == 1
 
 
 def test_a_config_that_does_not_exist(mistake):

@@ -66,6 +66,33 @@ def test_features_are_those_of_the_frozen_vit_at_the_same_places(images, folder)
     torch.testing.assert_close(target(images, GRID, INDICES), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A ViT with CLIP's parts: a norm before the blocks, one behind them, and a projection."""
+    torch.manual_seed(0)
+    kwargs = {"patch_size": 8, "img_size": 32, "num_classes": 6, "depth": 1, "pre_norm": True}
+    vit = timm.create_model("test_vit", **kwargs).eval()
+    torch.nn.init.normal_(vit.head.weight)
+    path = tmp_path_factory.mktemp("clip") / "backbone"
+    statistics = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    export_backbone(vit, path, **statistics, card=ModelCard("none", "none"), model_args={"pre_norm": True})
+    return vit, f"local-dir:{path}"
+
+
+def test_a_projected_target_is_the_head_of_every_normed_token(images, clip):
+    vit, name = clip
+    target = FeatureTarget(name, projection=True, own_normalisation=False)
+    assert target.dim(Encoder("test_vit", 32, 8)) == 6
+    tokens = vit.forward_features(images)[:, 1:] @ vit.head.weight.T + vit.head.bias
+    expected = torch.stack([tokens[0, INDICES[0]], tokens[1, INDICES[1]]])
+    torch.testing.assert_close(target(images, GRID, INDICES), F.normalize(expected, dim=-1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_a_head_has_no_projection(folder):
+    with pytest.raises(UserError, match="has no linear head"):
+        FeatureTarget(f"local-dir:{folder}", projection=True)
+
+
 def test_a_grid_of_another_size_and_shape_resizes_positions(folder):
     features = FeatureTarget(f"local-dir:{folder}")(torch.randn(2, 3, 32, 64), (4, 8), INDICES * 2)
     assert features.shape == (2, 3, 24)

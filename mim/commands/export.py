@@ -1,5 +1,6 @@
 """Writes trained weights for use elsewhere: a timm folder, ONNX or torch.export."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -22,23 +23,31 @@ def run(
     data_licence: str = "unknown",
     trust: bool = False,
     student: bool = False,
+    push: str | None = None,
 ) -> None:
     """Export the backbone of a run, or weights of any layout that ``--init`` reads.
+
+    A folder with a classifier, such as the export of a fine-tuning, keeps it, and the names of its classes.
 
     Args:
         run: run folder.
         weights: instead of ``run``: a timm folder, a timm name, or with ``model`` a checkpoint file.
         model: timm name of the model that a checkpoint file belongs to.
         out: folder or file to write; ``RUN/export/backbone`` unless given.
-        to: ``timm`` writes a folder for ``timm.create_model``; the others a graph from images to tokens.
+        to: ``timm`` writes a folder for ``timm.create_model``; the others a graph from images to tokens, or to the
+            logits of a classifier.
         data_licence: licence of the images, for the model card.
         trust: load a checkpoint file although it can run code.
         student: of a run whose teacher is evaluated, export the student instead.
+        push: also upload the folder to the Hugging Face Hub under this name, ``user/model``; a new repository is
+            private. Nothing is ever uploaded without it.
     """
     if (run is None) == (weights is None):
         raise UserError("export wants either --run or --weights", hint="--run runs/001-mae-photos")
     if run is None and out is None:
         raise UserError("export --weights needs a place to write to", hint=f"--out checkpoints/NAME{_SUFFIX[to]}")
+    if push and to != "timm":
+        raise UserError(f"--push uploads a timm folder, not --to {to}", hint="--push USER/NAME without --to")
     if out:
         (check_folder if to == "timm" else check_file)("--out", Path(out))
     from mim.interop.graph import write_graph
@@ -49,12 +58,34 @@ def run(
         vit, facts, card = _from_run(Path(run), data_licence, student)
     else:
         vit, facts, card = _from_weights(cast(str, weights), model, data_licence, trust)
+    names = _class_names(vit)
     if to == "timm":
-        difference = export_backbone(vit, target, **facts, card=card)
+        difference = export_backbone(vit, target, **facts, card=card, class_names=names)
         checked = f"checked: timm gives the same features, max difference {difference:g}"
     else:
-        checked = f"checked: max difference {write_graph(vit, target, to):.1g}"
+        checked = f"checked: max difference {write_graph(vit, target, to, names):.1g}"
     print(f"wrote {target}   ({checked})")
+    if push:
+        print(f"pushed to {_pushed(target, push)}")
+
+
+def _pushed(folder: Path, name: str) -> str:
+    """Address on the Hugging Face Hub of a folder that has been uploaded there."""
+    from mim.hub import upload
+
+    try:
+        return upload(folder, name)
+    except ConnectionError as problem:
+        hint = f"hf auth login, then   hf upload {name} {folder}"
+        raise UserError(
+            f"--push {name}: the Hugging Face Hub did not take it", why=str(problem), hint=hint
+        ) from problem
+
+
+def _class_names(vit: "ViT") -> list[str]:
+    """Of a classifier's outputs, in order, if its folder names them."""
+    names = cast(dict[str, Any], vit.pretrained_cfg).get("label_names") or []
+    return list(names) if len(names) == vit.num_classes else []
 
 
 _Parts = tuple["ViT", dict[str, Any], "ModelCard"]
@@ -76,7 +107,7 @@ def _from_run(folder: Path, data_licence: str, student: bool) -> _Parts:
     mean, std = data.statistics(method.evaluated.in_chans)
     card = ModelCard(
         method=type(method).__name__,
-        data=data.path,
+        data=facts.get("data", data.path),  # as the user named it; settings hold the whole path
         data_licence=data_licence if data_licence != "unknown" else data.licence,
         images=facts.get("images"),
         epochs=facts.get("epochs"),
@@ -92,11 +123,21 @@ def _from_weights(weights: str, model: str | None, data_licence: str, trust: boo
     from mim.interop import ModelCard
     from mim.run.weights import load_encoder
 
-    if model is None and Path(weights).is_file():
-        raise UserError(
-            f"--weights {weights} does not say which model it belongs to", hint=f"--weights {weights} --model vit_..."
-        )
     loaded = load_encoder(weights, model=model, trust=trust)
     print(f"weights {loaded.note}")
     card = ModelCard(method="unknown", data="unknown", data_licence=data_licence, notes=(f"converted from {weights}",))
-    return loaded.encoder.vit, {"mean": loaded.mean, "std": loaded.std, "pool": loaded.pool}, card
+    facts: dict[str, Any] = {"mean": loaded.mean, "std": loaded.std}
+    if (classifier := _classifier(weights)) is not None:
+        return classifier, facts, card
+    return loaded.encoder.vit, {**facts, "pool": loaded.pool}, card
+
+
+def _classifier(weights: str) -> "ViT | None":
+    """The whole model of a timm folder that holds a classifier; the folder has been checked."""
+    import timm
+
+    folder = Path(weights.removeprefix("local-dir:"))
+    if not (folder / "config.json").is_file() or json.loads((folder / "config.json").read_text()).get("model_type"):
+        return None
+    model: ViT = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    return model if model.num_classes else None

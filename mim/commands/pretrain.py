@@ -14,6 +14,7 @@ import torch
 from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from timm.models import is_model_pretrained
 
 from mim import __version__
 from mim.callbacks import Checkpoints, Evaluation, NaNDump, RunLog, Signals
@@ -24,11 +25,21 @@ from mim.distributed.processes import INTERRUPTED, process_rank
 from mim.distributed.sharding import ShardedStrategy
 from mim.encoder import Encoder
 from mim.errors import MACHINE_ERRORS, DivergedError, MachineError, UserError
+from mim.hub import SCHEMES
 from mim.methods import Method, NonFiniteError, Plan
 from mim.program import called
 from mim.report import write_report
 from mim.run.checkpoint_files import AtomicCheckpointIO, check_room, checkpoint_step, newest_good
-from mim.run.config import changes, instantiate, parse, parse_saved, run_options, save_config
+from mim.run.config import (
+    absolute,
+    changes,
+    instantiate,
+    parse,
+    parse_saved,
+    run_options,
+    save_config,
+    with_absolute_paths,
+)
 from mim.run.failures import as_machine_error
 from mim.run.folder import UNWRITABLE, RunFolder, git_commit, quieten, versions
 from mim.run.trainer import build_trainer
@@ -79,7 +90,7 @@ class Pretraining:
             self._check_continued(encoder)
         if self.options.pool == "cls" and not encoder.has_class_token:
             raise UserError("--pool cls: this model has no class token", hint="--pool mean")
-        self.data.open(encoder.img_size, encoder.in_chans, self.options.seed)
+        self._open_data()
         self.data.views.check(encoder.patch_size)
         batch_size, images = self.data.batch_size, len(self.data.source)
         self.plan = self.method.plan = Plan(
@@ -99,6 +110,17 @@ class Pretraining:
         if given.mean is None and given.std is None and len(mean) == encoder.in_chans:
             given.mean, given.std = mean, std  # to be saved with all other settings
             self.data.normalise_by(mean, std)
+
+    def _open_data(self) -> None:
+        """Finds the images; those of a resumed run may have moved."""
+        encoder = self.method.evaluated
+        try:
+            self.data.open(encoder.img_size, encoder.in_chans, self.options.seed)
+        except UserError as error:
+            if self.resumed is None or Path(self.data.path).exists():
+                raise
+            hint = f"--resume {self.resumed.path} --data NEW --allow_change data.path   if they have moved"
+            raise UserError(error.error, why="the run was started with these images", hint=hint) from error
 
     def run(self, args: Sequence[str]) -> int:
         """Trains to the end, to a signal or to a failure; a disk that takes no more is a mistake of the user."""
@@ -122,8 +144,9 @@ class Pretraining:
         evaluation, checkpoints = self._attend(trainer)
         if self.rank == 0:
             self._introduce(trainer, evaluation, checked, args)
-            if initialised:
-                self._say(initialised)
+            note = initialised or (_random_start(self.config) if checkpoint is None else None)
+            if note:
+                self._say(note)
         if self.options.compile:
             compile_blocks(self.method)
         started = time.monotonic()
@@ -170,6 +193,8 @@ class Pretraining:
         """The run's folder; only the first process makes and writes it."""
         if self.resumed is not None:
             folder = self.resumed
+            if self.rank == 0:
+                _remember_moved_data(folder, self.config)
         elif self.rank != 0:
             return RunFolder(Path(self.config.out or "runs"))
         else:
@@ -177,7 +202,7 @@ class Pretraining:
             folder = RunFolder.create(self.config.out, name, self.config.overwrite)
             plugins = [f"--plugin={','.join(self.config.plugin)}"] if self.config.plugin else []
             folder.write_origin([*args, *plugins])
-            save_config(self.config, folder.config)
+            save_config(with_absolute_paths(self.config), folder.config)
         if self.rank == 0:
             self.data.bad_files.write_to(folder.bad_files)
         return folder
@@ -457,6 +482,8 @@ def _resumed_arguments(run: RunFolder, args: Sequence[str]) -> list[str]:
         parse_saved(run.config)  # if they are to blame, not what was added to them
         raise
     changed = changes(merged)
+    if "data.path" in changed and len(set(map(absolute, changed["data.path"]))) == 1:
+        changed.pop("data.path")  # the same folder, named from another place
     differing = {
         name: values
         for name, values in changed.items()
@@ -476,3 +503,24 @@ def _resumed_arguments(run: RunFolder, args: Sequence[str]) -> list[str]:
 
 def _counted(rows: Sequence[str]) -> str:
     return "1 setting differs" if len(rows) == 1 else f"{len(rows)} settings differ"
+
+
+def _remember_moved_data(run: RunFolder, config: Namespace) -> None:
+    """Writes into the run's settings where its images are now, if the user has allowed that to change."""
+    saved, path = parse_saved(run.config), absolute(config.data.path)
+    if absolute(saved.data.path) != path:
+        saved.data.path = path
+        save_config(saved, run.config)
+
+
+def _random_start(config: Namespace) -> str | None:
+    """A line for those who name published weights as the model, which is built from random ones."""
+    encoder = config.model.init_args.encoder
+    name = str(encoder.model)
+    if config.init or encoder.pretrained or not (":" in name or (is_model_pretrained(name) and "." in name)):
+        return None
+    if name.startswith(SCHEMES):
+        hint = "--model.init_args.encoder.pretrained true"
+    else:
+        hint = f"--init {name.removeprefix('local-dir:')}"
+    return f"note: --model {name} trains from random weights; {hint} starts from its own"

@@ -4,11 +4,14 @@ Every head takes features of some blocks, each ``(B, D, h, w)``, and gives logit
 resizes them. In training a head may give further logits, which only enter the loss with its ``weights``.
 """
 
+import json
 from collections.abc import Sequence
-from typing import cast
+from pathlib import Path
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from mim.evaluation.knn import nearest
@@ -64,6 +67,40 @@ class KNNHead(nn.Module):
         weights = (similarity / self.temperature).softmax(1)
         votes = weights.new_zeros(len(weights), self.classes).scatter_add_(1, answers, weights)
         return (votes.view(*features.shape[:3], -1).permute(0, 3, 1, 2),)
+
+
+class SavedHead(NamedTuple):
+    """A head that was fine-tuned with the encoder in the folder where it lies.
+
+    Args:
+        head: in evaluation mode; see this module for what it takes and gives.
+        taps: blocks whose features it reads, from 0: ``dense`` of :meth:`mim.encoder.Encoder.after_blocks`.
+        classes: names, in the order of its logits.
+    """
+
+    head: nn.Module
+    taps: list[int]
+    classes: list[str]
+
+
+def load_head(file: Path) -> SavedHead:
+    """The head that ``segment.py --finetune true`` has left, usually ``RESULT/export/head.safetensors``.
+
+    Raises:
+        ValueError: if the file does not say what head it holds, as those of version 0.1.
+    """
+    with safe_open(file, "pt") as opened:
+        facts = opened.metadata() or {}
+        state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+    if "head" not in facts:
+        raise ValueError(f"{file} does not say what head it holds; fine-tune again to have it written")
+    dim, taps, classes = (json.loads(facts[name]) for name in ("dim", "taps", "classes"))
+    if facts["head"] == "upernet":
+        head: nn.Module = UPerHead(dim, len(classes))
+    else:
+        head = LinearHead(dim, len(taps), len(classes), json.loads(facts["batch_norm"]))
+    head.load_state_dict(state)
+    return SavedHead(head.eval(), taps, classes)
 
 
 def patch_labels(classes: Tensor, grid: tuple[int, int], count: int, ignore: int = -1) -> Tensor:

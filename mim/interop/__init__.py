@@ -1,20 +1,27 @@
 """Weights of other programs, in and out: safe reading, layouts, fitting, the timm folder."""
 
-from mim.interop.fit import adapt, likely_model
+from mim.interop.fit import adapt, arguments_of, differences, likely_model
+from mim.interop.hf_folder import hf_folder
 from mim.interop.layouts import named_tensors, to_timm
-from mim.interop.reading import check_timm_folder, load_weights, refuse_compressed, weights_in
+from mim.interop.misfit import misfit
+from mim.interop.reading import check_timm_folder, load_weights, read_vit, refuse_compressed, weights_in
 from mim.interop.rotary import likely_rotary, to_rotary
 from mim.interop.timm_folder import ModelCard, export_backbone
 
 __all__ = [
     "ModelCard",
     "adapt",
+    "arguments_of",
     "check_timm_folder",
+    "differences",
     "export_backbone",
+    "hf_folder",
     "likely_model",
     "likely_rotary",
     "load_weights",
+    "misfit",
     "named_tensors",
+    "read_vit",
     "refuse_compressed",
     "to_rotary",
     "to_timm",

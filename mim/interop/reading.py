@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mim.errors import UserError
-from mim.interop.layouts import named_tensors
+from mim.interop.layouts import NoViTError, named_tensors, to_timm
 
 CHECKSUMS = "SHA256SUMS"
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -35,6 +35,7 @@ def load_weights(path: Path, *, trust: bool = False, option: str = "--init") -> 
     """
     if not path.is_file():
         raise UserError(f"{option} {path}: no such file")
+    _refuse_stand_in(path, option)
     _check_sum(path, option)
     try:
         safe = path.suffix == ".safetensors"
@@ -57,6 +58,29 @@ def load_weights(path: Path, *, trust: bool = False, option: str = "--init") -> 
             hint="an earlier checkpoint of that run",
         )
     return tensors
+
+
+def read_vit(path: Path, *, trust: bool = False, option: str = "--init") -> tuple[str, dict[str, Tensor]]:
+    """Name of a file's layout and the tensors of the ViT in it under timm's names.
+
+    Args:
+        path: see :func:`load_weights`.
+        trust: see :func:`load_weights`.
+        option: see :func:`load_weights`.
+
+    Raises:
+        UserError: as :func:`load_weights`, and if there is no ViT in the file.
+    """
+    tensors = load_weights(path, trust=trust, option=option)
+    try:
+        return to_timm(tensors)
+    except NoViTError as error:
+        some = ", ".join(sorted(tensors, key=len)[:: max(1, len(tensors) // 4)][:4])
+        raise UserError(
+            f"{option} {path}: no Vision Transformer was found in it",
+            why=f"{error}; its {len(tensors)} tensors are named like {some[:200]}",
+            hint=f"{option} FILE in a layout of docs/weights.md",
+        ) from None
 
 
 def sha256(path: Path) -> str:
@@ -123,6 +147,24 @@ def _check_sum(path: Path, option: str) -> None:
     expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     if path.name in expected and expected[path.name] != sha256(path):
         raise UserError(f"{option} {path} is damaged", why=f"its SHA-256 is not the one in {sums}", hint="export again")
+
+
+def _refuse_stand_in(path: Path, option: str) -> None:
+    """Names what is often downloaded in place of weights: a Git LFS pointer, or a page of a web site."""
+    with path.open("rb") as file:
+        head = file.read(512).lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{option} {path} is a Git LFS pointer, not the weights",
+            why="the repository was cloned without its large files",
+            hint=f"git -C {path.parent} lfs pull",
+        )
+    if head.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        raise UserError(
+            f"{option} {path} is a web page, not the weights",
+            why="a link to the page about the file was downloaded, or a login page",
+            hint="curl -L -O ADDRESS   with the address of the file itself, not of the page about it",
+        )
 
 
 def _unreadable(path: Path, option: str, problem: Exception) -> UserError:

@@ -65,6 +65,7 @@ def export_backbone(
     card: ModelCard,
     model_args: dict[str, Any] | None = None,
     pool: Literal["cls", "mean"] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> float:
     """Write a timm folder, load it back through timm alone, compare, and only then put it in place.
 
@@ -77,6 +78,7 @@ def export_backbone(
         model_args: what the user passed to timm beyond image size, patch size and channels.
         pool: what ``model(images)`` gives: the class token or the mean of the patch tokens, behind the final norm. As
             ``vit`` does unless given, and always if it has attention pooling, whose weights are then kept.
+        class_names: of a classifier, in the order of its outputs.
 
     Returns:
         The largest difference between the features of ``vit``, tokens and pooled, and the reloaded model's, which is 0.
@@ -96,6 +98,8 @@ def export_backbone(
     tensors = {name: tensor.contiguous() for name, tensor in named_tensors(trained.state_dict()).items()}
     (partial / _WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))  # a full disk is then an OSError
     config = _timm_config(trained, model_args or {}, mean, std)
+    if class_names and len(class_names) == config["num_classes"]:
+        config["label_names"] = list(class_names)
     (partial / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (partial / _CARD).write_text(_card_text(config, folder, card), encoding="utf-8")
     sums = [f"{sha256(partial / name)}  {name}\n" for name in (_CONFIG, _WEIGHTS, _CARD)]
@@ -130,13 +134,13 @@ def _timm_config(vit: ViT, model_args: dict[str, Any], mean: Sequence[float], st
         # Unless told timm takes the place of the norm from the pooling, and then finds no weights for it.
         "use_fc_norm" if rotary else "fc_norm": not isinstance(vit.fc_norm, nn.Identity),
         "dynamic_img_size": vit.dynamic_img_size,
-        "num_classes": vit.num_classes,
     }
     if rotary:
         shape["use_post_transformer_norm"] = not isinstance(vit.norm, nn.Identity)
     # Newer timm remembers what a model was built with, which includes what a folder it came from asked for.
     given = {**cast(dict[str, Any], getattr(vit, "_model_args", {})), **model_args}
-    given = {key: value for key, value in given.items() if not key.endswith(("drop_rate", "path_rate"))}
+    # transformers passes the number of classes itself, and would twice if it stood among the arguments.
+    given = {key: value for key, value in given.items() if not key.endswith(("drop_rate", "path_rate", "num_classes"))}
     source = cast(dict[str, Any], vit.pretrained_cfg)
     kept = ("interpolation", "crop_pct", "crop_mode", "fixed_input_size", "classifier")
     return {
@@ -160,14 +164,16 @@ def _timm_config(vit: ViT, model_args: dict[str, Any], mean: Sequence[float], st
 def _card_text(config: dict[str, Any], folder: Path, card: ModelCard) -> str:
     """The model card: YAML front matter, three lines that load the model, provenance."""
     licence = card.data_licence
+    task = "image-classification" if config["num_classes"] else "image-feature-extraction"
+    auto = "AutoModelForImageClassification" if config["num_classes"] else "AutoModel"
     # The front matter wants an identifier; other wording is kept as a name.
     known = re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence) is not None
     front = ModelCardData(
         library_name="timm",
         license=licence if known else "other",
         license_name=None if known else licence,
-        tags=["timm", "image-feature-extraction", "masked-image-modeling"],
-        pipeline_tag="image-feature-extraction",
+        tags=["timm", "transformers", task, "masked-image-modeling"],
+        pipeline_tag=task,
     )
     channels, height, width = config["pretrained_cfg"]["input_size"]
     rows = {
@@ -185,7 +191,7 @@ def _card_text(config: dict[str, Any], folder: Path, card: ModelCard) -> str:
     return f"""---
 {front.to_yaml()}
 ---
-# {config["architecture"]} pretrained without labels ({card.method})
+# {config["architecture"]} {"fine-tuned on" if config["num_classes"] else "pretrained without"} labels ({card.method})
 
 ```python
 import timm
@@ -194,7 +200,8 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 ```
 
 `num_classes=10` adds a classifier, `features_only=True` gives feature maps, another `img_size` resizes the positions.
-`model.forward_features(images)` gives the tokens. `sha256sum -c {CHECKSUMS}` checks the files.
+`model.forward_features(images)` gives the tokens. `transformers.{auto}.from_pretrained` takes the folder, too.
+`sha256sum -c {CHECKSUMS}` checks the files.
 
 ## Provenance
 

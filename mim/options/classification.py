@@ -85,7 +85,8 @@ class FinetuneRecipe:
         min_lr: learning rate at the last step.
         warmup_epochs: linear warm-up from 0; then half a cosine.
         weight_decay: of AdamW, for matrices.
-        layer_decay: factor of the learning rate from one block to the one before.
+        layer_decay: factor of the learning rate from one block to the one before; a final norm, which there is with the
+            class token pooled, learns as the last block (timm's groups; in MAE's it learns as the classifier).
         drop_path: stochastic depth of the last block, rising linearly from 0.
         pool: what the classifier sees: mean of the patch tokens behind a new norm, or the class token; what the run or
             the model pools by unless given.

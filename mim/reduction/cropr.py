@@ -1,11 +1,12 @@
 """Cropr: the tokens that a small classifier looks at go on, the others wait for the last block (arXiv:2412.00965).
 
-In training each reducing block has a router, whose queries read the patches and classify the image; its gradient does
+In training each reducing block has a router, whose queries read all tokens and classify the image; its gradient does
 not reach the backbone. Without projections, the score of a patch is a product with the sum of the queries: in
 evaluation one vector per block is all that is left of the router.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,9 +59,10 @@ class Cropr(TokenReduction):
     def reduce(self, tokens: Tokens, attending: Attending | None, count: int, layer: int) -> Tokens:
         """See :meth:`TokenReduction.reduce`."""
         router = self.routers[layer]
-        patches = tokens.patches.detach()
+        everything = tokens.x.detach()
         if self.training:
-            tokens = replace(tokens, auxiliary=(*tokens.auxiliary, router(patches)))
+            tokens = replace(tokens, auxiliary=(*tokens.auxiliary, router(everything, tokens.num_prefix)))
+        patches = everything[:, tokens.num_prefix :]
         return tokens.keep(*split(product(patches, router.scorer), count))  # type: ignore[arg-type]
 
     def auxiliary_loss(self, tokens: Tokens, labels: Tensor) -> Tensor:
@@ -76,12 +78,17 @@ class Cropr(TokenReduction):
 
 
 class _Router(nn.Module):
-    """Queries that read the patches in one head without projections, an MLP, and a classifier."""
+    """Queries that read the tokens in one head without projections, a residual MLP, and a classifier.
+
+    Weights that were saved before the MLP had its norm (version 0.1) run as they were trained: without it, and without
+    the class token among what is read.
+    """
 
     def __init__(self, dim: int, num_classes: int, queries: int) -> None:
         super().__init__()
         self.queries = nn.Parameter(torch.empty(queries, dim))
-        nn.init.trunc_normal_(self.queries, std=0.02)
+        nn.init.trunc_normal_(self.queries, std=dim**-0.5)
+        self.mlp_norm: nn.LayerNorm | None = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, 4 * dim)
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
@@ -91,9 +98,17 @@ class _Router(nn.Module):
         """``(D,)``: scores are logits summed over queries, which is one product with their sum."""
         return self.queries.sum(dim=0)
 
-    def forward(self, patches: Tensor) -> Tensor:
-        """Class logits ``(B, queries, num_classes)`` of patches ``(B, K, D)``."""
-        queries = self.queries.expand(patches.shape[0], -1, -1)
-        read = F.scaled_dot_product_attention(queries, patches, patches)  # (B, queries, D)
-        logits: Tensor = self.head(self.norm(read + self.mlp(read)))
+    def forward(self, tokens: Tensor, num_prefix: int) -> Tensor:
+        """Class logits ``(B, queries, num_classes)`` of tokens ``(B, P + K, D)``."""
+        if self.mlp_norm is None:
+            tokens = tokens[:, num_prefix:]
+        queries = self.queries.expand(tokens.shape[0], -1, -1)
+        read = F.scaled_dot_product_attention(queries, tokens, tokens)  # (B, queries, D)
+        residual = self.mlp(read if self.mlp_norm is None else self.mlp_norm(read))
+        logits: Tensor = self.head(self.norm(read + residual))
         return logits
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:  # noqa: ANN401
+        if f"{prefix}queries" in state_dict and f"{prefix}mlp_norm.weight" not in state_dict:
+            self.mlp_norm = None
+        super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -24,10 +24,14 @@ class ToMe(TokenReduction):
         schedule: how many tokens each block leaves; at most every second one can go at once.
         proportional: merged tokens are attended to by their size. On for models trained with labels; off for weights of
             a masked autoencoder that were not fine-tuned with merging, says the reference.
+        reference_order: unmerged tokens of the first half go on as the reference leaves them: in raster order if there
+            is a class token, otherwise from the best proposal to the worst. In raster order always if not. The order
+            decides which tokens propose in the next block, so that other tokens merge from the second block on.
     """
 
-    def __init__(self, schedule: Schedule, proportional: bool = True) -> None:
+    def __init__(self, schedule: Schedule, proportional: bool = True, reference_order: bool = False) -> None:
         super().__init__(schedule, proportional=proportional)
+        self.reference_order = reference_order
 
     def left(self, patches: int, layer: int, depth: int, grid: tuple[int, int] | None) -> int:
         """Never less than half."""
@@ -41,28 +45,33 @@ class ToMe(TokenReduction):
         """See :meth:`TokenReduction.reduce`."""
         assert attending is not None
         keys = F.normalize(attending.mean_keys().detach(), dim=-1)  # (B, K, d)
-        return merge_pairs(tokens, keys, tokens.count - count)
+        by_similarity = self.reference_order and not tokens.num_prefix
+        return merge_pairs(tokens, keys, tokens.count - count, by_similarity)
 
 
-def merge_pairs(tokens: Tokens, features: Tensor, pairs: int) -> Tokens:
+def merge_pairs(tokens: Tokens, features: Tensor, pairs: int, by_similarity: bool = False) -> Tokens:
     """Carries out the ``pairs`` best of the merges that every second token proposes.
 
     Args:
         tokens: at least two patch tokens per pair.
         features: ``(B, K, d)`` of unit length, what similarity is measured by.
         pairs: merges.
+        by_similarity: see :func:`best_pairs`.
     """
     # Parity counts from the start of the sequence, prefix and all.
-    return tokens.merge(*best_pairs(features, pairs, first=tokens.num_prefix % 2))
+    return tokens.merge(*best_pairs(features, pairs, tokens.num_prefix % 2, by_similarity))
 
 
-def best_pairs(features: Tensor, pairs: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def best_pairs(
+    features: Tensor, pairs: int, first: int = 0, by_similarity: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """The ``pairs`` best of the merges that every second token proposes, as :meth:`Tokens.merge` takes them.
 
     Args:
         features: ``(B, K, d)`` of unit length, what similarity is measured by; two tokens per pair or more.
         pairs: merges.
         first: 0 if the tokens at even places propose, 1 if those at odd ones do.
+        by_similarity: those that proposed and stay go on from the best proposal to the worst, not in raster order.
 
     Returns:
         ``(B, K - pairs)`` tokens that go on, ``(B, pairs)`` those that are folded in, ``(B, pairs)`` their place among
@@ -73,7 +82,8 @@ def best_pairs(features: Tensor, pairs: int, first: int = 0) -> tuple[Tensor, Te
         return everything, everything[:, :0], everything[:, :0]
     best, partner = product(features[:, first::2], features[:, 1 - first :: 2].transpose(1, 2)).max(dim=2)
     order = best.topk(best.shape[1]).indices
-    merged, alone = order[:, :pairs], order[:, pairs:].sort().values  # places among those that propose
+    merged, alone = order[:, :pairs], order[:, pairs:]  # places among those that propose
+    alone = alone if by_similarity else alone.sort().values
     others = torch.arange(1 - first, features.shape[1], 2, device=order.device).expand(order.shape[0], -1)
     centre = torch.cat([2 * alone + first, others], dim=1)
     return centre, 2 * merged + first, alone.shape[1] + partner.gather(1, merged)

@@ -163,6 +163,10 @@ def run_options(config: Namespace) -> RunOptions:
     return RunOptions(**{field.name: config[field.name] for field in fields(RunOptions)})
 
 
+BUILT_IN = ("builtin", "shapes")
+"""Images that come with this project, named as ``--data`` names them."""
+_FOLDER = "local-dir:"
+
 SESSION = ("config", "out", "resume", "overwrite", "allow_change", "mask_ratio")
 """Options of one call of the command, not settings of the run."""
 _KEPT_APART = (*SESSION, "plugin")
@@ -184,6 +188,25 @@ def save_config(config: Namespace, path: Path) -> None:
     with known_class_paths():
         temporary.write_text(header + build_parser().dump(kept, skip_none=False, skip_validation=True))
     os.replace(temporary, path)  # whole or absent: a run is a folder with this file in it
+
+
+def absolute(path: str) -> str:
+    """A path, or pattern of paths, that does not depend on the working directory; names of built-in images stay."""
+    return path if path in BUILT_IN else os.path.abspath(os.path.expanduser(path))
+
+
+def with_absolute_paths(config: Namespace) -> Namespace:
+    """The same settings for any working directory: images, weights to start from and models in folders."""
+    kept = config.clone()
+    kept.data.path = absolute(kept.data.path)
+    if kept.init and Path(kept.init.removeprefix(_FOLDER)).exists():
+        kept.init = absolute(kept.init.removeprefix(_FOLDER))
+    arguments = kept.model.init_args
+    target = (arguments.get("target") or Namespace()).get("init_args") or Namespace()
+    for part in (arguments.encoder, target):
+        if str(part.get("model") or "").startswith(_FOLDER):
+            part.model = _FOLDER + absolute(part.model.removeprefix(_FOLDER))
+    return kept
 
 
 def changes(args: Sequence[str]) -> dict[str, tuple[Any, Any]]:

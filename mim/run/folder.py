@@ -81,6 +81,8 @@ class RunFolder:
         """
         if resume != "auto":
             run = cls(Path(resume))
+            if run.path.is_file():
+                raise _file_to_resume(run.path)
             if not run.config.is_file():
                 known = ", ".join(sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))[-3:])
                 raise UserError(f"--resume {resume}: no run there", hint=known or f"start one: {called('pretrain')}")
@@ -202,6 +204,17 @@ def _numbered(root: Path, name: str) -> Path:
             number += 1
         else:
             return path
+
+
+def _file_to_resume(file: Path) -> UserError:
+    """What to do with a checkpoint that ``--resume`` names: it wants the run, whose newest good one it takes."""
+    run = next((folder for folder in file.absolute().parents[:2] if (folder / "config.yaml").is_file()), None)
+    start = f"--init {file}   to start a new run from these weights"
+    return UserError(
+        f"--resume {file} is a file, not a run",
+        why=f"it belongs to {os.path.relpath(run)}" if run else "schedule and settings of its run are not beside it",
+        hint=f"--resume {os.path.relpath(run)}   or   {start}" if run else start,
+    )
 
 
 def _number(path: Path) -> int:

@@ -16,16 +16,21 @@ from mim.data.pretrain import PretrainData
 from mim.encoder import Encoder
 from mim.errors import UserError
 from mim.evaluation.features import Pool
+from mim.hub import missing_published
 from mim.interop import (
     ModelCard,
     adapt,
+    arguments_of,
     check_timm_folder,
+    differences,
     export_backbone,
+    hf_folder,
     likely_model,
     likely_rotary,
     load_weights,
+    misfit,
+    read_vit,
     to_rotary,
-    to_timm,
     weights_in,
 )
 from mim.methods import Method
@@ -40,17 +45,13 @@ __all__ = [
     "ModelCard",
     "check_published",
     "export_backbone",
+    "foreign_model",
     "init_backbone",
     "load_encoder",
     "load_method",
     "load_weights",
     "untrained_encoder",
 ]
-
-_MATCH = 0.9  # share of the model's tensors below which a file was made for another model
-_KERNEL = "patch_embed.proj.weight"
-_ESSENTIAL = ("patch_embed.", "pos_embed", "cls_token", "reg_token", "dist_token", "norm_pre.", "blocks.")
-"""Without one of these a model is another one, however many of its other tensors are there."""
 
 
 def load_method(run: Path, checkpoint: Path | None = None) -> tuple[Method, PretrainData, Namespace]:
@@ -113,7 +114,8 @@ def load_encoder(
     encoder = _build(weights, model, img_size, dynamic_img_size, trust)
     note = init_backbone(encoder.vit, weights, trust=trust, option="--weights").removeprefix("init: ")
     pool = encoder.pool if run is None else parse_saved(run / "config.yaml").pool
-    mean, std = encoder.statistics
+    (mean, std), foreign = encoder.statistics, hf_folder(folder)
+    mean, std = (foreign and foreign.mean) or mean, (foreign and foreign.std) or std
     if len(mean) != encoder.in_chans:  # those of the architecture, which say nothing about these weights
         mean, std = PretrainData(weights).statistics(encoder.in_chans)
         note += f", normalised by {mean[0]:g} and {std[0]:g}, as it does not say by what"
@@ -163,13 +165,40 @@ def _is_unexported_run(folder: Path) -> bool:
     return (folder / "config.yaml").is_file() and not exported
 
 
+def foreign_model(
+    weights: str, model: str | None, img_size: int | tuple[int, int] | None = None, *, trust: bool = False
+) -> tuple[str, dict[str, Any]]:
+    """Name and arguments for ``timm.create_model`` that build what a file or a Hugging Face folder was made for.
+
+    Args:
+        weights: a file, or a folder of :func:`mim.interop.hf_folder`.
+        model: timm name; guessed from the shapes if not given.
+        img_size: side of the images in pixels; what a folder tells, or the model's own, if not given.
+        trust: see :func:`load_weights`.
+    """
+    _, tensors, _ = _find_weights(weights, trust, "--weights")
+    foreign = hf_folder(Path(weights.removeprefix("local-dir:")))
+    name, size = (
+        model or likely_rotary(tensors) or likely_model(tensors),
+        img_size or (foreign.img_size if foreign else None),
+    )
+    if name is None:
+        raise UserError(f"--weights {weights} does not say which model it belongs to", hint="--model vit_...")
+    with torch.device("meta"):
+        vit = Encoder(name, size).vit
+    if isinstance(vit, Eva):
+        tensors = to_rotary(tensors, vit)
+    arguments = arguments_of(tensors, vit)
+    return name, arguments | ({"img_size": size} if size else {})
+
+
 def _build(
     weights: str, model: str | None, img_size: int | tuple[int, int] | None, dynamic_img_size: bool, trust: bool
 ) -> Encoder:
     """The encoder that weights of no run belong to, as they themselves tell, with random weights."""
     dynamic = dynamic_img_size or None
     folder = Path(weights.removeprefix("local-dir:"))
-    if model is None and folder.is_dir():
+    if model is None and folder.is_dir() and not hf_folder(folder):
         home = _weights_in(folder, "--weights")[0].parent
         check_timm_folder(home, "--weights")
         return Encoder(f"local-dir:{home}", img_size, dynamic_img_size=dynamic)
@@ -177,13 +206,11 @@ def _build(
         if model is None:
             check_published(weights, "--weights")
         return Encoder(model or weights, img_size, dynamic_img_size=dynamic)
-    _, tensors, _ = _find_weights(weights, trust, "--weights")
-    name = model or likely_rotary(tensors) or likely_model(tensors)
-    if name is None:
-        raise UserError(f"--weights {weights} does not say which model it belongs to", hint="--model vit_...")
-    kernel = tensors.get(_KERNEL)
-    channels = kernel.shape[1] if kernel is not None and kernel.ndim == 4 else None
-    return Encoder(name, img_size, in_chans=channels, dynamic_img_size=dynamic)
+    if folder.is_dir() and not hf_folder(folder):
+        return Encoder(cast(str, model), img_size, dynamic_img_size=dynamic)
+    name, arguments = foreign_model(weights, model, img_size, trust=trust)
+    size, channels = arguments.pop("img_size", None), arguments.pop("in_chans", None)
+    return Encoder(name, size, in_chans=channels, dynamic_img_size=dynamic, kwargs=arguments)
 
 
 def init_backbone(vit: ViT, weights: str, *, trust: bool = False, option: str = "--init") -> str:
@@ -196,22 +223,19 @@ def init_backbone(vit: ViT, weights: str, *, trust: bool = False, option: str = 
         option: the command-line option that named the weights, for messages.
 
     Raises:
-        UserError: if nothing is found, an essential tensor (see ``_ESSENTIAL``) of either side has no match, or less
-            than 90 % of the tensors there and in ``vit`` match.
+        UserError: if nothing is found, or a tensor would stay random, or be left out, that every feature depends on.
     """
     layout, tensors, grid = _find_weights(weights, trust, option)
-    if isinstance(vit, Eva):
-        tensors = _rotary(vit, weights, tensors, option)
-    tensors, notes = adapt(tensors, vit, grid)
-    own = vit.state_dict()
+    found, own = _rotary(vit, weights, tensors, option) if isinstance(vit, Eva) else tensors, vit.state_dict()
+    tensors, notes = adapt(found, vit, grid)
     matched = {name: tensors[name] for name in own if _same_kind(tensors.get(name), own[name])}
-    # Both ways round: the first blocks of a deeper model would fit, too, and give nonsense.
-    lost = [name for name in {**own, **tensors} if name not in matched and name.startswith(_ESSENTIAL)]
-    if lost or len(matched) < _MATCH * max(len(own), len(tensors)):
-        raise _misfit(vit, weights, tensors, len(matched), lost, option)
+    if unlike := differences(tensors, own):
+        raise misfit(vit, weights, found, tensors, unlike, option)
     vit.load_state_dict(matched, strict=False)
-    missing = [name for name in own if name not in matched]
+    left = [name for name in own if name not in matched]
+    missing, other = ([name for name in left if (name in tensors) is there] for there in (False, True))
     notes += [f"not in it and left as they were: {', '.join(missing)}"] if missing else []
+    notes += [f"of another shape in it and left as they were: {', '.join(other)}"] if other else []
     unused = len(tensors.keys() - matched.keys())
     notes += [f"{unused} of its tensors not used"] if unused else []
     return ", ".join([f"init: {len(matched)} of {len(own)} tensors from {weights} ({layout} layout)", *notes])
@@ -239,10 +263,11 @@ def _find_weights(weights: str, trust: bool, option: str) -> tuple[str, dict[str
         path, grid = _weights_in(path, option)
     elif not path.exists():
         return _published(weights, option)
+    grid = grid or _recorded_grid(path.parent) or _grid_of_run(path.parent.parent)
     path = path.resolve()  # last.ckpt is a link to a checkpoint, beside which its hash lies
     if sidecar(path).is_file() and (reason := verify(path)) and path.suffix == ".ckpt":
         raise UserError(f"{option} {path} is damaged", why=reason, hint="the checkpoint before it")
-    return *to_timm(load_weights(path, trust=trust, option=option)), grid
+    return *read_vit(path, trust=trust, option=option), grid
 
 
 def _weights_in(folder: Path, option: str) -> tuple[Path, tuple[int, int] | None]:
@@ -261,6 +286,8 @@ def _weights_in(folder: Path, option: str) -> tuple[Path, tuple[int, int] | None
 
 def _recorded_grid(folder: Path) -> tuple[int, int] | None:
     """``(h, w)`` of a timm folder's positions, if its config tells; not every export is square."""
+    if foreign := hf_folder(folder):
+        return foreign.grid
     try:
         args = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_args", {})
         size, patch = (torch.as_tensor(args[key]).expand(2) for key in ("img_size", "patch_size"))
@@ -270,17 +297,28 @@ def _recorded_grid(folder: Path) -> tuple[int, int] | None:
     return height, width
 
 
+def _grid_of_run(folder: Path) -> tuple[int, int] | None:
+    """``(h, w)`` of the positions in a run's checkpoints, if its settings tell."""
+    if not (folder / "config.yaml").is_file():
+        return None
+    encoder = parse_saved(folder / "config.yaml").model.init_args.encoder
+    if encoder.img_size is None or encoder.patch_size is None:
+        return None  # the model's own, which are squares
+    height, width = (int(side) // encoder.patch_size for side in torch.as_tensor(encoder.img_size).expand(2))
+    return height, width
+
+
 def _published(name: str, option: str) -> tuple[str, dict[str, Tensor], tuple[int, int] | None]:
     """Weights that timm fetches by name: the one door to the network, open only because the user named them."""
     check_published(name, option)
+    hint = f"{option} FILE with weights on this machine, or the same command with a network connection"
+    if reason := missing_published(name):
+        raise UserError(f"{option} {name}: timm could not get these weights", why=reason, hint=hint)
     try:
         source = timm.create_model(name, pretrained=True, num_classes=0)
-    except (OSError, RuntimeError) as problem:  # no network, offline mode, a damaged download
-        raise UserError(
-            f"{option} {name}: timm could not get these weights",
-            why=str(problem).partition("\n")[0],
-            hint=f"{option} FILE with weights on this machine, or the same command with a network connection",
-        ) from problem
+    except (OSError, RuntimeError) as problem:  # a lost connection, a damaged download
+        why = str(problem).partition("\n")[0]
+        raise UserError(f"{option} {name}: timm could not get these weights", why=why, hint=hint) from problem
     grid = cast(tuple[int, int] | None, getattr(getattr(source, "patch_embed", None), "grid_size", None))
     return "timm", source.state_dict(), grid
 
@@ -298,28 +336,3 @@ def check_published(name: str, option: str) -> None:
 
 def _same_kind(tensor: Tensor | None, own: Tensor) -> bool:
     return tensor is not None and tensor.shape == own.shape and tensor.is_floating_point() == own.is_floating_point()
-
-
-def _misfit(
-    vit: ViT, weights: str, tensors: dict[str, Tensor], matched: int, lost: list[str], option: str
-) -> UserError:
-    own, guess = vit.state_dict(), likely_rotary(tensors) or likely_model(tensors)
-    architecture = cast(dict[str, Any], vit.pretrained_cfg)["architecture"]
-    few = matched < _MATCH * len(own)
-    names = ["blocks.0.attn.qkv.weight", *own, *tensors] if few else [*lost, *own, *tensors]
-    name = next(name for name in names if name not in own or not _same_kind(tensors.get(name), own[name]))
-    there = "x".join(map(str, tensors[name].shape)) if name in tensors else "missing"
-    here = "x".join(map(str, own[name].shape)) if name in own else "missing"
-    unused = sum(other not in own for other in tensors)
-    deeper = f", but {unused} of its own have no place" if not few and unused else ""
-    example = f"e.g. {name} is {there} there, {here} here"
-    guess = None if guess == architecture else guess
-    hint = f"--model {guess}" if guess else "the --model that these weights were made with"
-    if name == _KERNEL and name in tensors and option == "--init" and not guess:
-        hint = f"--in_chans {tensors[name].shape[1]}"
-    return UserError(
-        f"{option} {weights} does not fit {architecture}",
-        why=f"matched {matched} of {len(own)} tensors{deeper}; {example}"
-        + (f" -> looks like {guess}" if guess else ""),
-        hint=hint,
-    )

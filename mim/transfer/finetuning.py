@@ -142,7 +142,9 @@ class Finetuning(Classification):
         )
         model = module.evaluated.cpu().eval()
         vit: ViT = model.vit if isinstance(model, TokenReducedViT) else model
-        export_backbone(vit, self.export, mean=self.loaded.mean, std=self.loaded.std, card=card)
+        export_backbone(
+            vit, self.export, mean=self.loaded.mean, std=self.loaded.std, card=card, class_names=self.classes
+        )
         if isinstance(model, TokenReducedViT):
             save_reduction(model.reduction, self.export)
             static = model.static(self._some_images())

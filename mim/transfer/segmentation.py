@@ -1,5 +1,6 @@
 """Semantic segmentation: heads are trained on an encoder's features, or with it, and scored beside untrained ones."""
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -258,7 +259,11 @@ class Segmentation(Measurement):
         )
         model = model.cpu()
         export_backbone(model.encoder.vit, folder, mean=loaded.mean, std=loaded.std, card=card, pool=loaded.pool)
-        save_file({name: value.contiguous() for name, value in model.head.state_dict().items()}, folder / HEAD_FILE)
+        facts = {"format": "pt", "head": self.recipe.head, "taps": self.taps, "classes": list(self.data.names)}
+        facts |= {"dim": model.encoder.dim, "batch_norm": self.recipe.batch_norm}
+        metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
+        state = {name: value.contiguous() for name, value in model.head.state_dict().items()}
+        save_file(state, folder / HEAD_FILE, metadata)
         if model.encoder.reduction is not None:
             save_reduction(model.encoder.reduction, folder)
         print(f'  model   {folder}   (timm.create_model("local-dir:{folder}", pretrained=True); head in {HEAD_FILE})')

@@ -239,3 +239,21 @@ def test_a_run_goes_on_from_good_weights_and_stands_beside_them(dinov3, tmp_path
     checkpoints(part)[-1].unlink()
     assert main("pretrain", ["--resume", str(part)]) == 0
     assert differences(whole, part) == []
+
+
+def test_a_run_resumes_from_any_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in range(16):
+        Path("images").mkdir(exist_ok=True)
+        to_pil_image(torch.full((3, 40, 40), number / 16)).save(f"images/{number}.png")
+    assert train("run", "--data", "images") == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for given in ([], ["--data", "../images"]):
+        assert main("pretrain", ["--resume", "../run", *given]) == 0
+
+
+def test_a_published_name_as_the_model_is_said_to_start_from_random_weights(tmp_path, capsys):
+    model = "test_vit.r160_in1k"
+    assert train(tmp_path / "run", "--epochs", "0.05", "--model", model) == 0
+    assert f"note: --model {model} trains from random weights; --init {model} starts" in capsys.readouterr().out

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from mim.cli import main
 from mim.commands import make_shapes
+from mim.evaluation.segmentation_heads import load_head
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -116,6 +117,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights(weights, masks, stop_aft
     whole, resumed = (json.loads(Path(name, "metrics.json").read_text())["metrics"] for name in ("whole", "stopped"))
     assert whole == resumed
     assert Path("stopped/overlay_0.png").exists()
+    assert load_head(Path("whole/export/head.safetensors")).taps == [2, 3, 4, 5]
     assert not list(Path("stopped").rglob("*.ckpt"))
 
 

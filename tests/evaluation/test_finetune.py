@@ -38,6 +38,15 @@ def test_learning_rates_decay_from_the_head_down_to_the_embedding():
     assert scales["blocks.0.attn.qkv.bias"] == (0.5**depth, 0.0)
 
 
+def test_the_final_norm_of_a_pooled_class_token_learns_as_the_last_block():
+    trained = module(layer_decay=0.5, pool="cls")
+    norm = trained.vit.norm.weight
+    (scale,) = (
+        g["lr_scale"] for g in trained.configure_optimizers().param_groups if any(p is norm for p in g["params"])
+    )
+    assert scale == 0.5
+
+
 def test_mean_pooling_moves_the_norm_behind_the_pooling():
     vit = module().vit.eval()
     assert isinstance(vit.norm, nn.Identity)

@@ -122,5 +122,6 @@ def test_what_is_no_checkpoint_has_no_tensors(checkpoint):
 
 
 def test_layer_scale_of_self_distillation_gets_timms_names():
-    tensors = {"backbone.blocks.0.gamma_1": torch.ones(2), "backbone.blocks.0.gamma_2": torch.ones(2)}
-    assert to_timm(tensors)[1].keys() == {"blocks.0.ls1.gamma", "blocks.0.ls2.gamma"}
+    names = ("attn.qkv.weight", "gamma_1", "gamma_2")
+    tensors = {f"backbone.blocks.0.{name}": torch.ones(2) for name in names}
+    assert to_timm(tensors)[1].keys() == {f"blocks.0.{name}" for name in ("attn.qkv.weight", "ls1.gamma", "ls2.gamma")}

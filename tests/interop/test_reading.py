@@ -75,9 +75,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize(
-    "content", [b"", b"<html>404</html>", b"PK\x03\x04" + b"0" * 99, b"version https://git-lfs", b"\x80\x02}"]
-)
+@pytest.mark.parametrize("content", [b"", b"404: not found", b"PK\x03\x04" + b"0" * 99, b"version 1", b"\x80\x02}"])
 def test_other_files_are_refused(tmp_path, suffix, content):
     path = tmp_path / f"x{suffix}"
     path.write_bytes(content)
@@ -107,3 +105,21 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     path = saved(tmp_path / "x.pth", {"a": torch.ones(3), "b": torch.tensor([1.0, value])})
     with pytest.raises(UserError, match="1 of 2 tensors are not finite"):
         load_weights(path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    ("content", "what", "hint"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "a Git LFS pointer", "lfs pull"),
+        (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "a web page", "curl -L"),
+        (b"<html>404</html>", "a web page", "curl -L"),
+    ],
+)
+def test_what_was_downloaded_in_place_of_weights_is_named(tmp_path, suffix, content, what, hint):
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        load_weights(path)
+    assert refused.value.error == f"--init {path} is {what}, not the weights"
+    assert hint in refused.value.hint

@@ -25,11 +25,26 @@ def test_the_folded_score_is_the_sum_of_all_logits():
     torch.testing.assert_close(patches @ router.scorer, (patches @ router.queries.T).sum(2))
 
 
-def test_a_router_reads_in_one_head_without_projections():
-    router, patches = reducer(queries=3).routers[0], torch.randn(2, 9, 16)
+def test_a_router_reads_class_token_and_patches_in_one_head_without_projections():
+    router, tokens = reducer(queries=3).routers[0], torch.randn(2, 1 + 9, 16)
+    read = (router.queries @ tokens.transpose(1, 2) / 4).softmax(-1) @ tokens
+    expected = router.head(router.norm(read + router.mlp(router.mlp_norm(read))))
+    torch.testing.assert_close(router(tokens, 1), expected)
+
+
+def test_queries_start_with_a_deviation_of_one_over_the_root_of_the_width():
+    queries = Cropr(dim=256, depth=3, num_classes=5, queries=400).routers[0].queries
+    assert abs(queries.std().item() * 16 - 1) < 0.03
+
+
+def test_weights_saved_without_the_norm_of_the_mlp_run_as_they_were_trained():
+    old = {name: tensor for name, tensor in reducer().state_dict().items() if "mlp_norm" not in name}
+    reduction, tokens = reducer(), torch.randn(2, 1 + 9, 16)
+    reduction.load_state_dict(old)
+    router, patches = reduction.routers[1], tokens[:, 1:]
     read = (router.queries @ patches.transpose(1, 2) / 4).softmax(-1) @ patches
-    expected = router.head(router.norm(read + router.mlp(read)))
-    torch.testing.assert_close(router(patches), expected)
+    torch.testing.assert_close(router(tokens, 1), router.head(router.norm(read + router.mlp(read))))
+    assert reduction.state_dict().keys() == old.keys()
 
 
 def test_all_patches_come_out_in_the_order_they_came_in():

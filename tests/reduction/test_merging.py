@@ -8,7 +8,7 @@ from mim.reduction.attention import Attending
 from mim.reduction.merging import merge_pairs
 
 
-def slow_merge(x, keys, sizes, prefix, r):
+def slow_merge(x, keys, sizes, prefix, r, by_similarity=False):
     """Bipartite soft matching of one image in loops, with the parity of places in the whole sequence."""
     places = range(len(x))
     proposing = [n for n in places if (n + prefix) % 2 == 0]
@@ -16,7 +16,7 @@ def slow_merge(x, keys, sizes, prefix, r):
     cosine = F.normalize(keys, dim=-1) @ F.normalize(keys, dim=-1).T
     partner = {a: max(others, key=lambda b, a=a: cosine[a, b].item()) for a in proposing}
     ranked = sorted(proposing, key=lambda a: -cosine[a, partner[a]].item())
-    merged, alone = ranked[:r], sorted(ranked[r:])
+    merged, alone = ranked[:r], ranked[r:] if by_similarity else sorted(ranked[r:])
     groups = [[n] for n in alone] + [[n, *(a for a in merged if partner[a] == n)] for n in others]
     out = torch.stack([sum(sizes[n] * x[n] for n in group) / sum(sizes[n] for n in group) for group in groups])
     return out, [sum(sizes[n] for n in group) for group in groups], groups
@@ -43,6 +43,22 @@ def test_a_second_merge_weighs_by_size():
     expected, sizes, _ = slow_merge(once.patches[0], keys[0], once.sizes[0].tolist(), 1, 2)
     torch.testing.assert_close(twice.patches[0], expected)
     assert twice.sizes[0].tolist() == sizes
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("reference_order", [False, True])
+def test_the_reference_leaves_tokens_in_order_of_similarity_if_there_is_no_class_token(prefix, reference_order):
+    block = build("plain").blocks[0]
+    x = torch.randn(1, prefix + 12, 16)
+    attending = Attending(block, prefix)
+    middle = attending.half(x)
+    keys = attending.mean_keys()[0]
+    by_similarity = reference_order and not prefix
+    reduction = ToMe(PerBlock(2), reference_order=reference_order)
+    tokens = reduction.reduce(Tokens.start(middle, prefix), attending, 10, 0)
+    expected, sizes, _ = slow_merge(middle[0, prefix:], keys, [1] * 12, prefix, 2, by_similarity)
+    torch.testing.assert_close(tokens.patches[0], expected)
+    assert tokens.sizes[0].tolist() == sizes
 
 
 def test_tome_merges_between_attention_and_mlp_by_mean_keys():

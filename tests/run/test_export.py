@@ -1,5 +1,6 @@
 """``tools/export.py``: from a run, a folder or a file to a timm folder or a graph."""
 
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 
 from mim.commands.export import run as export
 from mim.errors import UserError
+from mim.interop import ModelCard, export_backbone
+from mim.interop.graph import write_graph
 from mim.run.checkpoint_files import AtomicCheckpointIO, checkpoint_name
 from mim.run.config import instantiate, parse, save_config
 
@@ -95,6 +98,59 @@ def test_a_model_that_is_no_vit_is_refused(tmp_path):
 def test_an_unknown_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such file, folder or timm weights"):
         export(weights="vit_nonsense", out=tmp_path / "out")
+
+
+def test_channels_and_registers_of_a_file_are_exported(tmp_path):
+    vit = timm.create_model("test_vit", num_classes=0, in_chans=5, reg_tokens=4).eval()
+    torch.save({"model": vit.state_dict()}, tmp_path / "x.pth")
+    export(weights=str(tmp_path / "x.pth"), model="test_vit", out=tmp_path / "out")
+    images = torch.rand(1, 5, 160, 160)
+    assert torch.equal(reload(tmp_path / "out").forward_features(images), vit.forward_features(images))
+
+
+def test_a_classifier_is_exported_with_its_head_and_the_names_of_its_classes(tmp_path):
+    vit = timm.create_model("test_vit", num_classes=2, img_size=32, patch_size=8).eval()
+    statistics = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    export_backbone(vit, tmp_path / "a", **statistics, card=ModelCard("x", "x"), class_names=["cat", "dog"])
+    export(weights=str(tmp_path / "a"), out=tmp_path / "b")
+    again, images = reload(tmp_path / "b"), torch.rand(2, 3, 32, 32)
+    assert torch.equal(again(images), vit(images))
+    assert again.pretrained_cfg["label_names"] == ["cat", "dog"]
+
+
+def test_only_a_timm_folder_is_pushed(tmp_path):
+    with pytest.raises(UserError, match="--push uploads a timm folder"):
+        export(weights="test_vit", out=tmp_path / "x.onnx", to="onnx", push="someone/model")
+
+
+def test_a_hub_that_does_not_take_it_is_told_in_three_lines(tmp_path, method, monkeypatch):
+    def refuse(*_):
+        raise ConnectionError("401 Unauthorized")
+
+    monkeypatch.setattr("mim.hub.upload", refuse)
+    with pytest.raises(UserError, match="--push someone/model: the Hugging Face Hub did not take it") as refused:
+        export(run=tmp_path / "run", push="someone/model")
+    assert refused.value.why == "401 Unauthorized"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["onnx", "torch-export"])
+def test_a_graph_of_a_classifier_gives_logits_and_names_for_images_of_any_size(tmp_path, to):
+    vit = timm.create_model("test_vit", num_classes=2, img_size=32, patch_size=8, dynamic_img_size=True).eval()
+    vit.requires_grad_(False)
+    path = tmp_path / ("x.onnx" if to == "onnx" else "x.pt2")
+    assert write_graph(vit, path, to, ["cat", "dog"]) < 1e-4  # tries another size, too
+    images = torch.rand(1, 3, 16, 48)
+    if to == "onnx":
+        onnx, reference = pytest.importorskip("onnx"), pytest.importorskip("onnx.reference")
+        (answer,) = reference.ReferenceEvaluator(str(path)).run(["logits"], {"images": images.numpy()})
+        names = {each.key: each.value for each in onnx.load(path).metadata_props}["classes.json"]
+    else:
+        kept = {"classes.json": ""}
+        answer = torch.export.load(path, extra_files=kept).module()(images).numpy()
+        names = kept["classes.json"]
+    torch.testing.assert_close(torch.from_numpy(answer), vit(images), atol=1e-4, rtol=1e-4)
+    assert json.loads(names) == ["cat", "dog"]
 
 
 @pytest.mark.slow
