@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mim.checkpoint_io import AtomicCheckpointIO, newest_good, sidecar, verify
 from mim.config import instantiate, parse_saved
+from mim.data.pixels import EIGHT_BIT, Pixels
 from mim.data.pretrain import PretrainData
 from mim.encoder import Encoder
 from mim.errors import UserError
@@ -24,6 +25,7 @@ from mim.interop import (
     export_backbone,
     likely_model,
     load_weights,
+    scale_of,
     to_timm,
     weights_in,
 )
@@ -60,15 +62,17 @@ class LoadedEncoder(NamedTuple):
 
     Args:
         encoder: with its weights, in evaluation mode.
-        mean: per channel, of the pixels in 0..1 that it was trained on.
+        mean: per channel, of the pixels that it was trained on, on the scale of ``pixels``.
         std: as ``mean``.
         note: one line on where the weights come from and what was done to make them fit.
+        pixels: scale of the numbers in the images.
     """
 
     encoder: Encoder
     mean: list[float]
     std: list[float]
     note: str
+    pixels: Pixels = EIGHT_BIT
 
 
 def load_encoder(
@@ -102,11 +106,12 @@ def load_encoder(
             hint = f"python tools/export.py --run {folder}   first"
             raise UserError(f"--weights {folder}: only an exported run takes images of any size", hint=hint)
         note = f"newest checkpoint of {folder}, which has not finished"
-        return LoadedEncoder(encoder, *data.statistics(encoder.in_chans), note)
+        return LoadedEncoder(encoder, *data.statistics(encoder.in_chans), note, data.pixels)
     encoder = Encoder(model or _model_of(weights, trust), img_size, dynamic_img_size=dynamic_img_size)
     note = init_backbone(encoder.vit, weights, trust=trust, option="--weights")
     cfg = cast(dict[str, Any], encoder.vit.pretrained_cfg)
-    return LoadedEncoder(encoder.eval(), list(cfg["mean"]), list(cfg["std"]), note.removeprefix("init: "))
+    note = note.removeprefix("init: ")
+    return LoadedEncoder(encoder.eval(), list(cfg["mean"]), list(cfg["std"]), note, _pixels_of(folder))
 
 
 def untrained_encoder(
@@ -132,6 +137,16 @@ def untrained_encoder(
             config.model.init_args.encoder.dynamic_img_size = True
         method: Method = instantiate(config).model
         return method.evaluated.eval()
+
+
+def _pixels_of(folder: Path) -> Pixels:
+    """The scale that an exported folder, or that of a run, names; 8 bit if there is none."""
+    homes = (folder, folder / "export" / "backbone")
+    home = next((home for home in homes if (home / "config.json").is_file()), folder)
+    try:
+        return Pixels.of(scale_of(home))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{home / 'config.json'} is damaged", why=str(error), hint="export again") from error
 
 
 def _is_unexported_run(folder: Path) -> bool:

@@ -56,6 +56,12 @@ PRETRAIN: dict[str, Option] = {
     "img_size": Option(f"{_ENCODER}.img_size", "N", "pixels per side that the model sees"),
     "patch_size": Option(f"{_ENCODER}.patch_size", "N", "pixels per side of a patch"),
     "in_chans": Option(f"{_ENCODER}.in_chans", "N", "channels of the images   [3]"),
+    "value_range": Option(
+        "data.value_range", "LO,HI", "numbers in the files that become 0 and 1   [auto: measured once]"
+    ),
+    "clip": Option("data.clip", "", "keep values within that range"),
+    "bands": Option("data.bands", "4,3,2", "channels of the files to read, counted from 1   [all]"),
+    "nodata": Option("data.nodata", "V", "number that means 'not measured', besides NaN"),
     "mask_ratio": Option("model.init_args.masking.init_args.ratio", "R", "share of patches that is hidden"),
     "blr": Option("model.init_args.optim.blr", "LR", "base learning rate, for 256 images"),
     "seed": Option("seed", "N", "of everything random   [0]"),

@@ -90,7 +90,8 @@ def strips(entries: Sequence[Entry], images: int) -> dict[str, Image.Image]:
             chosen = [place * len(source) // images for place in range(min(images, len(source)))]
             batch = torch.cat([pixels for pixels, _ in data.center_batches(source, chosen)])
             with torch.no_grad():
-                shown[entry.name] = strip(batch, method.visualize(batch), encoder, data.mean, data.std)
+                views, measured = method.visualize(batch), not data.pixels.pictures
+                shown[entry.name] = strip(batch, views, encoder, data.mean, data.std, measured)
     return shown
 
 

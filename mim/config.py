@@ -10,7 +10,8 @@ from typing import Any, Literal
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from lightning import Trainer
 
-from mim.config_file import check_config_files
+from mim.config_file import check_config_files, keeping_old_scale
+from mim.data.pixels import canonical_range
 from mim.data.pretrain import PretrainData
 from mim.errors import UserError
 from mim.methods import Method  # and with it every method, by class_path
@@ -102,9 +103,15 @@ def parse(args: Sequence[str]) -> Namespace:
     check_config_files(args)
     parser = build_parser()
     try:
-        return parser.parse_args(list(args))
+        return parser.parse_args([_canonical(arg) for arg in keeping_old_scale(args)])
     except ArgumentError as error:
         raise refusal(error, parser, "--help_all") from error
+
+
+def _canonical(arg: str) -> str:
+    """The same option as ``config.yaml`` would say it, so that a repeated command is no change."""
+    name, _, value = arg.partition("=")
+    return f"{name}={canonical_range(value)}" if name == "--data.value_range" else arg
 
 
 def parse_saved(file: Path) -> Namespace:

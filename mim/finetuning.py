@@ -70,7 +70,7 @@ def train(
     """
     classes = len(measurement.classes)
     frames = Augmented(measurement.subject.crop_pct, recipe.scale, recipe.auto_augment, recipe.erase)
-    frames.configure(encoder.img_size, measurement.loaded.mean, measurement.loaded.std)
+    frames.configure(encoder.img_size, measurement.loaded.mean, measurement.loaded.std, measurement.loaded.pixels)
     data = FinetuneData(
         measurement.train,
         measurement.test,
@@ -120,9 +120,10 @@ def export(module: Finetune, measurement: Measurement, folder: Path, command: st
     )
     model = module.evaluated.cpu().eval()
     vit: VisionTransformer = model.vit if isinstance(model, TokenReducedViT) else model
-    statistics = measurement.loaded
+    loaded = measurement.loaded
     extra = {"fc_norm": module.recipe.pool == "mean"}
-    difference = export_backbone(vit, folder, mean=statistics.mean, std=statistics.std, card=card, model_args=extra)
+    scale = loaded.pixels.exported(loaded.mean, loaded.std)
+    difference = export_backbone(vit, folder, card=card, model_args=extra, **scale)
     if isinstance(model, TokenReducedViT):
         save_reduction(model.reduction, folder)
         static = model.static(_some_images(measurement))

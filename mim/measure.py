@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mim.checkpoint import LoadedEncoder, load_encoder, untrained_encoder
 from mim.data.labelled import Framed, Frames, LabelledImages, Part, fingerprint, framed_batches, open_labelled
+from mim.data.pixels import EIGHT_BIT
 from mim.data.pretrain import BadFiles
 from mim.data.sources import Source
 from mim.encoder import Encoder
@@ -75,8 +76,8 @@ class Measurement:
         loaded = load_encoder(subject.weights, model=subject.model, img_size=subject.img_size, trust=subject.trust)
         encoder = loaded.encoder.to(device)
         frames = Frames(subject.crop_pct)
-        frames.configure(encoder.img_size, loaded.mean, loaded.std)
-        images = open_labelled(subject.data, encoder.in_chans, subject.classes)
+        frames.configure(encoder.img_size, loaded.mean, loaded.std, loaded.pixels)
+        images = open_labelled(subject.data, encoder.in_chans, subject.classes, loaded.pixels)
         train, test, split = _parts(images, subject.val_fraction)
         measurement = cls(subject, loaded, train, test, images.classes, frames, device, split, learning)
         measurement.reduce(encoder)
@@ -167,6 +168,8 @@ class Measurement:
 
         facts: dict[str, Any] = {"images": fingerprint(source), "size": self.frames.size, "crop": crop}
         facts |= {"crop_pct": self.subject.crop_pct, "mean": self.loaded.mean, "std": self.loaded.std}
+        if self.loaded.pixels != EIGHT_BIT:
+            facts["pixels"] = self.loaded.pixels.facts()
         if encoder.reduction is not None:
             facts["reduction"] = encoder.reduction.describe()
         return cached_bank(self.subject.cache, encoder, features, len(source), facts, batches)

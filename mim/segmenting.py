@@ -99,7 +99,7 @@ class Segmentation:
             subject.num_workers,
             seed,
         )
-        data.open(self.loaded.mean, self.loaded.std)
+        data.open(self.loaded.mean, self.loaded.std, self.loaded.pixels)
         return data
 
     def introduce(self) -> None:
@@ -279,7 +279,8 @@ class Segmentation:
             notes=(self.protocol(), f"Classes, in order: {', '.join(self.data.names)}"),
         )
         model = model.cpu()
-        export_backbone(model.encoder.vit, folder, mean=loaded.mean, std=loaded.std, card=card, model_args={})
+        scale = loaded.pixels.exported(loaded.mean, loaded.std)
+        export_backbone(model.encoder.vit, folder, card=card, model_args={}, **scale)
         if model.encoder.reduction is not None:
             save_reduction(model.encoder.reduction, folder)
         save_file({name: value.contiguous() for name, value in model.head.state_dict().items()}, folder / HEAD_FILE)

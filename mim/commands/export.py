@@ -85,7 +85,7 @@ def _from_run(folder: Path, data_licence: str, student: bool) -> _Parts:
     )
     kwargs = dict(config.model.init_args.encoder.kwargs or {})
     vit = method.encoder.vit if student else method.backbone
-    return vit, {"mean": mean, "std": std}, kwargs, card
+    return vit, data.pixels.exported(mean, std), kwargs, card
 
 
 def _from_weights(weights: str, model: str | None, data_licence: str, trust: bool) -> _Parts:
@@ -93,7 +93,7 @@ def _from_weights(weights: str, model: str | None, data_licence: str, trust: boo
     from timm.models.vision_transformer import VisionTransformer
 
     from mim.checkpoint import check_published, init_backbone
-    from mim.interop import ModelCard, check_timm_folder
+    from mim.interop import ModelCard, check_timm_folder, scale_of
 
     if model is None and Path(weights).is_file():
         raise UserError(
@@ -114,4 +114,5 @@ def _from_weights(weights: str, model: str | None, data_licence: str, trust: boo
     print(init_backbone(vit, weights, trust=trust, option="--weights"))
     cfg = cast(dict[str, Any], vit.pretrained_cfg)
     card = ModelCard(method="unknown", data="unknown", data_licence=data_licence, notes=(f"converted from {weights}",))
-    return vit, {"mean": cfg["mean"], "std": cfg["std"]}, {}, card
+    facts = scale_of(folder)
+    return vit, {"mean": cfg["mean"], "std": cfg["std"], "pixels": facts}, {}, card

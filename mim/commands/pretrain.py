@@ -96,7 +96,9 @@ class Pretraining:
         initialised = None
         if checkpoint is None and self.config.init:  # before there is a folder: what does not fit leaves none
             initialised = init_backbone(self.method.encoder.vit, self.config.init, trust=self.config.trust)
-        checked = self.data.check()
+        checked = self.data.check(first=self.rank == 0)
+        for name, value in self.data.settings().items():
+            self.config.data[name] = value
         self.folder = self._folder(args)
         evaluation, checkpoints = self._attend(trainer)
         if self.rank == 0:
@@ -260,6 +262,7 @@ class Pretraining:
             f"  device  {device}, {trainer.precision}, {data.num_workers} workers, {torch.get_num_threads()} threads",
             f"  resume  python tools/pretrain.py --resume {self.folder.path}",
         ]
+        lines[3:3] = [f"  values  {self.data.describe_values()}"] if not self.data.plain else []
         lines += [f"  damaged {error}" for error in damaged[:5]]
         if data.first_step:
             lines.append(f"  from    step {data.first_step:,} of {plan.max_steps:,}")
@@ -326,7 +329,11 @@ class Pretraining:
         )
         kwargs = dict(vars(encoder_settings).get("kwargs") or {})
         return export_backbone(
-            self.method.backbone, backbone, mean=self.data.mean, std=self.data.std, card=card, model_args=kwargs
+            self.method.backbone,
+            backbone,
+            card=card,
+            model_args=kwargs,
+            **self.data.pixels.exported(self.data.mean, self.data.std),
         )
 
     def _untrained(self, seed: int) -> Encoder:
@@ -396,7 +403,8 @@ class Pretraining:
 def _resumed_arguments(run: RunFolder, args: Sequence[str]) -> list[str]:
     """The saved settings with this call's options on top; refuses what would change the function computed."""
     saved = f"--config={run.config}"
-    merged = [saved, *(arg for arg in args if not arg.startswith(("--config=", "--out=")))]
+    settled = ("--config=", "--out=", "--data.value_range=auto")  # the last was settled by the first start
+    merged = [saved, *(arg for arg in args if not arg.startswith(settled))]
     try:
         allowed = (*FREE_TO_CHANGE, *filter(None, parse(merged).allow_change.split(",")))
     except UserError:

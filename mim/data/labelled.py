@@ -7,17 +7,16 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
+from torch.utils.data import Dataset
 
 from mim.data.builtin import PhotoSource
 from mim.data.images import ImageError
 from mim.data.loading import WatchedLoader
+from mim.data.pixels import EIGHT_BIT, Pixels
 from mim.data.pretrain import Bad
 from mim.data.shapes import ShapeSource
 from mim.data.sources import HELD_OUT, FolderSource, ListSource, Source, open_source
-from mim.data.views import SingleView
+from mim.data.views import SingleView, stacked
 from mim.errors import UserError
 from mim.randomness import derive_seed
 
@@ -66,11 +65,13 @@ class Part:
         return self.source.describe(self.indices[index])
 
     def read(self, index: int) -> Tensor:
-        """``(C, H, W)`` uint8; raises ``ImageError``."""
+        """``(C, H, W)`` of the data set's type; raises ``ImageError``."""
         return self.source.read(self.indices[index])
 
 
-def open_labelled(data: str, channels: int = 3, classes: Literal["same", "common"] = "same") -> LabelledImages:
+def open_labelled(
+    data: str, channels: int = 3, classes: Literal["same", "common"] = "same", pixels: Pixels = EIGHT_BIT
+) -> LabelledImages:
     """Opens class folders, a labelled list, labelled tar shards, or a built-in set.
 
     Args:
@@ -78,6 +79,7 @@ def open_labelled(data: str, channels: int = 3, classes: Literal["same", "common
             folders, a labelled ``.csv`` or tar shards, which have no test part; ``builtin`` or ``shapes``.
         channels: of the images.
         classes: ``same`` refuses parts whose classes differ, ``common`` scores those that both have.
+        pixels: what the files hold, as the encoder has learnt it.
 
     Raises:
         UserError: if there is nothing to read, labels are missing, or classes differ.
@@ -89,6 +91,8 @@ def open_labelled(data: str, channels: int = 3, classes: Literal["same", "common
         shapes = ShapeSource("train")
         return LabelledImages(shapes, ShapeSource("val"), shapes.classes, "shapes")
     train, test = open_source(data, channels, same_classes=False)
+    for source in filter(None, (train, test)):
+        source.pixels = pixels
     part = next((name for name in HELD_OUT if (Path(data) / name).is_dir()), "val") if test else ""
     for source, where in ((train, "train/" if test else data), (test, f"{part}/")):
         if source is not None and not source.labels:
@@ -129,13 +133,8 @@ class Frames(SingleView):
         super().__init__(scale=scale, flip=flip)
 
     def center(self, image: Tensor) -> Tensor:
-        """The middle of ``(C, H, W)`` uint8 at view size."""
-        height, width = self.size
-        scale = max(height / image.shape[-2], width / image.shape[-1]) / self.crop_pct
-        full = [max(height, round(image.shape[-2] * scale)), max(width, round(image.shape[-1] * scale))]
-        resized = F.resize(image, full, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-        middle: Tensor = F.center_crop(resized, [height, width])
-        return middle
+        """The middle of ``(C, H, W)`` at view size, of its type."""
+        return self._middle(image, self.crop_pct)
 
 
 class Framed(Dataset[tuple[Tensor, int, Bad | None]]):
@@ -158,7 +157,7 @@ class Framed(Dataset[tuple[Tensor, int, Bad | None]]):
         return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[Tensor, int, Bad | None]:
-        """``(C, H, W)`` uint8, label, and why it could not be read."""
+        """``(C, H, W)`` of the data set's type, label, and why it could not be read."""
         index = self.indices[position]
         try:
             image = self.source.read(index)
@@ -199,8 +198,8 @@ def framed_batches(
 
 def collate_framed(samples: list[tuple[Tensor, int, Bad | None]]) -> tuple[Tensor, Tensor, list[Bad]]:
     """Stacks images and labels, joins what could not be read."""
-    pixels, labels = default_collate([(pixels, label) for pixels, label, _ in samples])
-    return pixels, labels, [bad for *_, bad in samples if bad]
+    labels = torch.tensor([label for _, label, _ in samples])
+    return stacked([pixels for pixels, *_ in samples]), labels, [bad for *_, bad in samples if bad]
 
 
 def _only(source: Source, classes: Sequence[str]) -> Part:

@@ -26,6 +26,7 @@ from torch import Tensor
 from mim.data.builtin import MosaicSource
 from mim.data.images import ImageError, read_colours, read_image, read_numbers
 from mim.data.loading import reading
+from mim.data.pixels import EIGHT_BIT, Pixels
 from mim.data.shapes import ShapeSource
 from mim.data.sources import HELD_OUT, FolderSource
 from mim.errors import UserError
@@ -52,7 +53,7 @@ class PairSource(Protocol):
         ...
 
     def read_pair(self, index: int) -> tuple[Tensor, Tensor]:
-        """Image ``(C, H, W)`` uint8 and mask ``(H, W)`` of whole numbers, as the file holds them."""
+        """Image ``(C, H, W)`` and mask ``(H, W)`` of whole numbers, as the file holds them."""
         ...
 
 
@@ -63,12 +64,17 @@ class PairedFiles:
         pairs: image and mask of each index.
         channels: of the images.
         colours: of the classes, if masks show them in colours.
+        pixels: what the image files hold.
     """
 
     def __init__(
-        self, pairs: Sequence[tuple[Path, Path]], channels: int = 3, colours: Sequence[Colour] | None = None
+        self,
+        pairs: Sequence[tuple[Path, Path]],
+        channels: int = 3,
+        colours: Sequence[Colour] | None = None,
+        pixels: Pixels = EIGHT_BIT,
     ) -> None:
-        self.pairs, self.channels, self.colours = pairs, channels, colours
+        self.pairs, self.channels, self.colours, self.pixels = pairs, channels, colours, pixels
 
     def __len__(self) -> int:
         """Number of images."""
@@ -83,7 +89,7 @@ class PairedFiles:
         image_path, mask_path = self.pairs[index]
         try:
             with reading(str(image_path)):
-                image = read_image(image_path, self.channels)
+                image = read_image(image_path, self.channels, pixels=self.pixels)
             with reading(str(mask_path)):
                 numbers = read_numbers(mask_path) if self.colours is None else self._by_colour(mask_path)
         except ImageError as error:
@@ -131,7 +137,13 @@ class MaskedImages(NamedTuple):
     split: str
 
 
-def open_masks(data: str, channels: int = 3, split: str | None = None, classes: Path | None = None) -> MaskedImages:
+def open_masks(
+    data: str,
+    channels: int = 3,
+    split: str | None = None,
+    classes: Path | None = None,
+    pixels: Pixels = EIGHT_BIT,
+) -> MaskedImages:
     """What ``--data`` names.
 
     Args:
@@ -139,6 +151,7 @@ def open_masks(data: str, channels: int = 3, split: str | None = None, classes: 
         channels: of the images.
         split: part that is scored; the first held-out part of the layout if not given.
         classes: file that names the classes, see :func:`read_classes`.
+        pixels: what the image files hold.
 
     Returns:
         The images, names by number in the mask (empty if unknown), and whether 0 is ADE20K's "other".
@@ -163,7 +176,7 @@ def open_masks(data: str, channels: int = 3, split: str | None = None, classes: 
     else:
         parts, held = ("train", split or _held_out(root)), False
         pairs = [_pairs(root / part / "images", root / part / "masks") for part in parts]
-    train, test = (PairedFiles(part, channels, colours) for part in pairs)
+    train, test = (PairedFiles(part, channels, colours, pixels) for part in pairs)
     return MaskedImages(train, test, names, held, parts[1])
 
 

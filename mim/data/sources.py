@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mim.data.images import SUFFIXES, ImageError, read_image
 from mim.data.loading import reading
+from mim.data.pixels import EIGHT_BIT, Pixels
 from mim.data.shards import Member, expand_shards, read_label, read_part, tar_members
 from mim.errors import UserError, printable
 
@@ -47,7 +48,7 @@ class Source(Protocol):
         ...
 
     def read(self, index: int) -> Tensor:
-        """``(C, H, W)`` uint8; raises ``ImageError``."""
+        """``(C, H, W)`` of the data set's type; raises ``ImageError``."""
         ...
 
 
@@ -55,12 +56,14 @@ class FileSource(ABC):
     """A ``Source`` of image files, readable or not.
 
     Attributes:
+        pixels: what the files hold; 8 bit until somebody says otherwise.
         ignored: files that were passed over, counted by type.
         damaged: files that the index already knows to be unreadable; they are not counted in ``len``.
     """
 
     def __init__(self, name: str, paths: Iterable[str], class_names: Sequence[str] | None, channels: int) -> None:
         self.name, self.channels = name, channels
+        self.pixels: Pixels = EIGHT_BIT
         self._paths = _Strings(paths)
         self.classes = sorted(set(class_names or ()), key=_numbers_by_value)
         index = {label: position for position, label in enumerate(self.classes)}
@@ -77,10 +80,10 @@ class FileSource(ABC):
         return printable(self._paths[index])
 
     def read(self, index: int) -> Tensor:
-        """``(C, H, W)`` uint8; raises ``ImageError``."""
+        """``(C, H, W)`` of the type that ``pixels`` names; raises ``ImageError``."""
         name = self.describe(index)
         with reading(name):
-            return read_image(self.encoded(index), self.channels, name)
+            return read_image(self.encoded(index), self.channels, name, self.pixels)
 
     @abstractmethod
     def encoded(self, index: int) -> Path | bytes:

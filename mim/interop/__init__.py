@@ -2,7 +2,7 @@
 
 from mim.interop.fit import adapt, likely_model
 from mim.interop.layouts import named_tensors, to_timm
-from mim.interop.reading import check_timm_folder, load_weights, refuse_compressed, weights_in
+from mim.interop.reading import check_timm_folder, load_weights, refuse_compressed, scale_of, weights_in
 from mim.interop.timm_folder import ModelCard, export_backbone
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "load_weights",
     "named_tensors",
     "refuse_compressed",
+    "scale_of",
     "to_timm",
     "weights_in",
 ]
