@@ -73,6 +73,7 @@ def read_tiff(data: bytes, channels: int | None) -> Stored:
         ):
             kind = getattr(first.photometric, "name", first.photometric)
             raise ValueError(f"a TIFF of axes {first.axes}, {kind}, {first.dtype}, which is not read")
+        check_size(first.imagewidth, first.imagelength)
         pages = _channel_pages(file, first, channels)
         if any(page.shape != first.shape or page.dtype != first.dtype for page in pages):
             raise ValueError("pages of different shapes")
@@ -82,7 +83,6 @@ def read_tiff(data: bytes, channels: int | None) -> Stored:
         parts = [np.asarray(page.asarray(maxworkers=1)) for page in pages]
         parts = [np.moveaxis(part, 0, -1) if first.axes == "SYX" else part for part in parts]
         values = parts[0] if parts[0].ndim == 3 else np.stack(parts, axis=-1)  # (H, W, C)
-        check_size(values.shape[1], values.shape[0])
         if first.photometric == 0 and values.dtype.kind == "u":  # white is 0
             values = values.dtype.type((1 << first.bitspersample) - 1) - values
         extra = [int(sample) for sample in first.extrasamples or ()]
