@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mim.encoder import Encoder
 from mim.errors import UserError
-from mim.patches import gather_tokens, patch_statistics, patchify, pixel_targets
+from mim.patches import gather_tokens, measured_values, patch_statistics, patchify, pixel_targets
 from mim.ranges import Positive
 
 
@@ -19,22 +19,46 @@ class Target(nn.Module):
         """Values per patch for images that ``encoder`` takes; raises ValueError if there are none for such images."""
         raise NotImplementedError
 
-    def forward(self, images: Tensor, grid: tuple[int, int], indices: Tensor) -> Tensor:
+    def forward(self, images: Tensor, grid: tuple[int, int], indices: Tensor, weights: Tensor | None = None) -> Tensor:
         """The targets of chosen patches.
 
         Args:
             images: ``(B, C, H, W)``, normalised.
             grid: ``(h, w)`` patches per side.
             indices: ``(B, M)`` patches wanted per image.
+            weights: see :meth:`weights`.
 
         Returns:
             ``(B, M, dim)`` without a gradient.
         """
         raise NotImplementedError
 
-    def error(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """How far off every patch is: two ``(B, M, dim)`` to ``(B, M)`` float32."""
+    def error(self, prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+        """How far off every patch is: two ``(B, M, dim)`` to ``(B, M)`` float32; 0 where nothing was measured."""
         raise NotImplementedError
+
+    def weights(self, valid: Tensor | None, images: Tensor, grid: tuple[int, int], indices: Tensor) -> Tensor | None:
+        """Which values of patches were measured, where images have nodata.
+
+        Args:
+            valid: ``(B, 1, H, W)`` bool; None if all of every image was measured, as is the result then.
+            images: ``(B, C, H, W)``.
+            grid: ``(h, w)`` patches per side.
+            indices: ``(B, M)`` patches wanted per image.
+
+        Returns:
+            ``(B, M, p*p*C)`` of 0 and 1; only 0 for a patch that is mostly nodata and therefore no target.
+        """
+        if valid is None:
+            return None
+        return measured_values(valid, _patch_size(images, grid), images.shape[1], indices)
+
+    def mean_error(self, error: Tensor, weights: Tensor | None) -> Tensor:
+        """Mean of ``(B, M)`` over the patches that are targets."""
+        if weights is None:
+            return error.mean()
+        counted = weights.amax(dim=-1)  # (B, M)
+        return (error * counted).sum() / counted.sum().clamp(min=1)
 
     def to_pixels(self, prediction: Tensor, images: Tensor, grid: tuple[int, int], indices: Tensor) -> Tensor | None:
         """Predictions ``(B, M, dim)`` as patches of pixels ``(B, M, p*p*C)`` for display; None if they show nothing."""
@@ -57,13 +81,18 @@ class PixelTarget(Target):
         height, width = encoder.patch_size
         return height * width * encoder.in_chans
 
-    def forward(self, images: Tensor, grid: tuple[int, int], indices: Tensor) -> Tensor:
+    def forward(self, images: Tensor, grid: tuple[int, int], indices: Tensor, weights: Tensor | None = None) -> Tensor:
         """``(B, M, p*p*C)``; see :meth:`Target.forward`."""
-        return (pixel_targets if self.standardise else patchify)(images, _patch_size(images, grid), indices)
+        if not self.standardise:
+            return patchify(images, _patch_size(images, grid), indices)
+        return pixel_targets(images, _patch_size(images, grid), indices, weights)
 
-    def error(self, prediction: Tensor, target: Tensor) -> Tensor:
+    def error(self, prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """Mean of squared differences, ``(B, M)``."""
-        return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=-1)
+        error = F.mse_loss(prediction.float(), target.float(), reduction="none")
+        if weights is None:
+            return error.mean(dim=-1)
+        return (error * weights).sum(dim=-1) / weights.sum(dim=-1).clamp(min=1)
 
     def to_pixels(self, prediction: Tensor, images: Tensor, grid: tuple[int, int], indices: Tensor) -> Tensor:
         """Pixels ``(B, M, p*p*C)``.
@@ -124,7 +153,7 @@ class FeatureTarget(Target):
         return self.encoder.dim
 
     @torch.no_grad()
-    def forward(self, images: Tensor, grid: tuple[int, int], indices: Tensor) -> Tensor:
+    def forward(self, images: Tensor, grid: tuple[int, int], indices: Tensor, weights: Tensor | None = None) -> Tensor:
         """``(B, M, D)`` of length 1; see :meth:`Target.forward`."""
         images = images * self.scale + self.shift
         size = [patches * side for patches, side in zip(grid, self.encoder.patch_size, strict=True)]
@@ -133,9 +162,10 @@ class FeatureTarget(Target):
         tokens = self.encoder(images)[:, self.encoder.num_prefix :]  # (B, N, D)
         return F.normalize(gather_tokens(tokens, indices).float(), dim=-1)
 
-    def error(self, prediction: Tensor, target: Tensor) -> Tensor:
+    def error(self, prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """Squared distance between directions, ``(B, M)``."""
-        return (F.normalize(prediction.float(), dim=-1) - target).square().sum(dim=-1)
+        error = (F.normalize(prediction.float(), dim=-1) - target).square().sum(dim=-1)
+        return error if weights is None else error * weights.amax(dim=-1)
 
 
 def _patch_size(images: Tensor, grid: tuple[int, int]) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from mim.encoder import Encoder
 from mim.layers.decoder import Decoder
 from mim.layers.initialisation import initialise
 from mim.masking import Masking
-from mim.methods.base import Batch, Method, OptimConfig
+from mim.methods.base import Batch, Method, OptimConfig, single_view
 from mim.patches import replace_patches, visible_indices
 from mim.randomness import RowGenerator
 from mim.ranges import Count
@@ -71,11 +71,16 @@ class MAE(Method):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean squared error of hidden patches."""
-        (images,), _ = batch
+        images, valid = single_view(batch)
         generator = self.row_generator(len(images), batch_idx)
         mask = self.draw(images, generator)  # (B, N)
         prediction, hidden = self.reconstruct(images, mask)
-        loss = F.mse_loss(prediction, self.target(images, self.encoder.grid, hidden))
+        weights = self.target.weights(valid, images, self.encoder.grid, hidden)
+        target = self.target(images, self.encoder.grid, hidden, weights)
+        if weights is None:
+            loss = F.mse_loss(prediction, target)
+        else:
+            loss = self.target.mean_error(self.target.error(prediction, target, weights), weights)
         self.log("train/loss", loss)
         return loss
 
