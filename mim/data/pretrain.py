@@ -454,7 +454,9 @@ def collate(samples: list[Sample]) -> tuple[Any, ...]:
     return (views, labels, keys, bad) if all(part.all() for part in valid) else (views, labels, keys, bad, valid)
 
 
-def refuse_channels(data: str, errors: Sequence[ImageError], channels: int, count: int) -> None:
+def refuse_channels(
+    data: str, errors: Sequence[ImageError], channels: int, count: int, option: str = "--in_chans"
+) -> None:
     """Raises a :class:`UserError` if that is what is wrong with all of ``count`` images, not with some."""
     found = [error.channels for error in errors if error.channels is not None]
     if len(found) < count or not found:
@@ -468,7 +470,7 @@ def refuse_channels(data: str, errors: Sequence[ImageError], channels: int, coun
     some = ",".join(str(band) for band in range(min(channels, number), 0, -1))
     raise UserError(
         f"--data {data}: the images have {kinds}, the model takes {channels}",
-        hint=f"--in_chans {number}" + (f"   or   --bands {some}   to choose {channels}" if number > channels else ""),
+        hint=f"{option} {number}" + (f"   or   --bands {some}   to choose {channels}" if number > channels else ""),
     )
 
 
