@@ -107,7 +107,10 @@ def load_encoder(
             raise UserError(f"--weights {folder}: only an exported run takes images of any size", hint=hint)
         note = f"newest checkpoint of {folder}, which has not finished"
         return LoadedEncoder(encoder, *data.statistics(encoder.in_chans), note, data.pixels)
-    encoder = Encoder(model or _model_of(weights, trust), img_size, dynamic_img_size=dynamic_img_size)
+    channels = _channels_of(weights, trust)
+    encoder = Encoder(
+        model or _model_of(weights, trust), img_size, in_chans=channels, dynamic_img_size=dynamic_img_size
+    )
     note = init_backbone(encoder.vit, weights, trust=trust, option="--weights")
     cfg = cast(dict[str, Any], encoder.vit.pretrained_cfg)
     note = note.removeprefix("init: ")
@@ -129,7 +132,8 @@ def untrained_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if run is None:
-            return Encoder(model or _model_of(weights, trust), img_size, dynamic_img_size=dynamic_img_size).eval()
+            name, channels = model or _model_of(weights, trust), _channels_of(weights, trust)
+            return Encoder(name, img_size, in_chans=channels, dynamic_img_size=dynamic_img_size).eval()
         config = parse_saved(run / "config.yaml")
         if img_size is not None:
             config.model.init_args.encoder.img_size = img_size
@@ -137,6 +141,16 @@ def untrained_encoder(
             config.model.init_args.encoder.dynamic_img_size = True
         method: Method = instantiate(config).model
         return method.evaluated.eval()
+
+
+def _channels_of(weights: str, trust: bool) -> int:
+    """Image channels that weights were trained on; timm would squeeze them into 3 unless told."""
+    path = Path(weights.removeprefix("local-dir:"))
+    if not path.exists():
+        return 3
+    file = _weights_in(path, "--weights")[0] if path.is_dir() else path.resolve()
+    stem = to_timm(load_weights(file, trust=trust, option="--weights"))[1].get("patch_embed.proj.weight")
+    return stem.shape[1] if stem is not None and stem.ndim == 4 else 3
 
 
 def _pixels_of(folder: Path) -> Pixels:

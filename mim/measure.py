@@ -15,7 +15,7 @@ from torch import Tensor
 from mim.checkpoint import LoadedEncoder, load_encoder, untrained_encoder
 from mim.data.labelled import Framed, Frames, LabelledImages, Part, fingerprint, framed_batches, open_labelled
 from mim.data.pixels import EIGHT_BIT
-from mim.data.pretrain import BadFiles
+from mim.data.pretrain import BadFiles, check_numbers
 from mim.data.sources import Source
 from mim.encoder import Encoder
 from mim.errors import UserError
@@ -78,6 +78,7 @@ class Measurement:
         frames = Frames(subject.crop_pct)
         frames.configure(encoder.img_size, loaded.mean, loaded.std, loaded.pixels)
         images = open_labelled(subject.data, encoder.in_chans, subject.classes, loaded.pixels)
+        note = check_numbers(subject.data, images.train, encoder.in_chans, loaded.pixels)
         train, test, split = _parts(images, subject.val_fraction)
         measurement = cls(subject, loaded, train, test, images.classes, frames, device, split, learning)
         measurement.reduce(encoder)
@@ -85,6 +86,8 @@ class Measurement:
             print(
                 f"  weights {loaded.note}\n  data    {subject.data}: {len(images.classes)} classes, {split}", flush=True
             )
+            if note:
+                print(f"  note    {note}", flush=True)
             if encoder.reduction is not None:
                 print(f"  tokens  {encoder.reduction.describe()}", flush=True)
         return measurement

@@ -455,7 +455,7 @@ def collate(samples: list[Sample]) -> tuple[Any, ...]:
 
 
 def refuse_channels(
-    data: str, errors: Sequence[ImageError], channels: int, count: int, option: str = "--in_chans"
+    data: str, errors: Sequence[ImageError], channels: int, count: int, option: str | None = "--in_chans"
 ) -> None:
     """Raises a :class:`UserError` if that is what is wrong with all of ``count`` images, not with some."""
     found = [error.channels for error in errors if error.channels is not None]
@@ -470,7 +470,9 @@ def refuse_channels(
     some = ",".join(str(band) for band in range(min(channels, number), 0, -1))
     raise UserError(
         f"--data {data}: the images have {kinds}, the model takes {channels}",
-        hint=f"{option} {number}" + (f"   or   --bands {some}   to choose {channels}" if number > channels else ""),
+        hint=f"{option} {number}" + (f"   or   --bands {some}   to choose {channels}" if number > channels else "")
+        if option
+        else "weights that were trained on such images",
     )
 
 
@@ -491,6 +493,30 @@ def _given(
     if ends is None:
         return Pixels(type=pixel_type or "any", **known), False  # type: ignore[arg-type]  # by their names
     return Pixels(*ends, type=pixel_type or "any", **known), pixel_type is not None  # type: ignore[arg-type]
+
+
+def check_numbers(data: str, source: Source, channels: int, pixels: Pixels, sample: int = 8) -> str | None:
+    """Looks at some images that a trained encoder is to see.
+
+    Returns:
+        What to tell if the encoder knows 8 bit and the files hold more; None if they fit.
+
+    Raises:
+        UserError: if all have another number of channels.
+    """
+    indices = sorted({i * len(source) // sample for i in range(sample)})
+    errors = []
+    for index in indices:
+        try:
+            source.read(index)
+        except ImageError as error:
+            errors.append(error)
+    refuse_channels(data, errors, channels, len(indices), option=None)
+    kinds = {_kind_as_stored(source, index, channels) for index in indices if pixels.eight_bit} - {None, "uint8"}
+    if not kinds:
+        return None
+    names = ", ".join(sorted(filter(None, kinds)))
+    return f"files hold {names}; the weights know 8 bit, so each file is scaled to it by itself"
 
 
 def _kind_as_stored(source: Source, index: int, channels: int) -> str | None:
