@@ -198,6 +198,7 @@ def loader_rates(config: Namespace, contender: Contender, steps: int) -> dict[st
     data: PretrainData = instantiate(config).data
     device, encoder = contender.method.device, contender.method.encoder
     data.open(encoder.img_size, encoder.in_chans, config.seed)
+    data.check()
     warm_up = 1 + 2 * data.num_workers  # what workers prepare ahead says nothing about their speed
 
     def batches() -> Iterator[Batch]:

@@ -1,5 +1,6 @@
 """What a decoder has to predict for hidden patches: their pixels, or what another network makes of them."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -59,6 +60,13 @@ class Target(nn.Module):
             return error.mean()
         counted = weights.amax(dim=-1)  # (B, M)
         return (error * counted).sum() / counted.sum().clamp(min=1)
+
+    def check(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Refuses a run that normalises images with another mean and deviation than the target expects.
+
+        Raises:
+            UserError: that names the options to change.
+        """
 
     def to_pixels(self, prediction: Tensor, images: Tensor, grid: tuple[int, int], indices: Tensor) -> Tensor | None:
         """Predictions ``(B, M, dim)`` as patches of pixels ``(B, M, p*p*C)`` for display; None if they show nothing."""
@@ -132,6 +140,7 @@ class FeatureTarget(Target):
             self.encoder = Encoder(model, dynamic_img_size=True, pretrained=True).eval().requires_grad_(False)
         except UserError as error:  # which speaks of the encoder that is trained
             raise error.about("--model.init_args.target.init_args.model", instead_of="--model") from None
+        self.expected = [list(mean), list(std)]
         expected = cast(dict[str, Any], self.encoder.vit.pretrained_cfg)
         given_mean, given_std, own_mean, own_std = (
             torch.tensor(values).view(-1, 1, 1) for values in (mean, std, expected["mean"], expected["std"])
@@ -139,6 +148,20 @@ class FeatureTarget(Target):
         # From the run's normalisation to the frozen ViT's in one product and one sum.
         self.register_buffer("scale", given_std / own_std, persistent=False)
         self.register_buffer("shift", (given_mean - own_mean) / own_std, persistent=False)
+
+    def check(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """See :meth:`Target.check`."""
+        if all(
+            torch.allclose(torch.tensor(a), torch.tensor(b)) for a, b in zip(self.expected, (mean, std), strict=True)
+        ):
+            return
+        texts = ["[" + ",".join(f"{number:.6g}" for number in numbers) + "]" for numbers in (mean, std)]
+        option = "--model.init_args.target.init_args"
+        raise UserError(
+            "the frozen target network expects images that are normalised in another way than this run's",
+            why=f"the run's mean is {texts[0]}, its deviation {texts[1]}",
+            hint=f"{option}.mean {texts[0]} {option}.std {texts[1]}",
+        )
 
     def train(self, mode: bool = True) -> "FeatureTarget":
         """Leaves the frozen network in evaluation mode."""

@@ -31,6 +31,7 @@ from mim.processes import INTERRUPTED, process_rank
 from mim.report import write_report
 from mim.run import UNWRITABLE, RunFolder, git_commit, quieten, versions
 from mim.sharding import ShardedStrategy
+from mim.targets import Target
 
 FREE_TO_CHANGE = ("trainer.", "data.num_workers", "data.max_bad", "log_every", "save_every", "eval_every", "pictures")
 """Settings that a resumed run may change without asking: they do not change what is computed."""
@@ -99,6 +100,9 @@ class Pretraining:
         checked = self.data.check(first=self.rank == 0)
         for name, value in self.data.settings().items():
             self.config.data[name] = value
+        if self.resumed is None and self.rank == 0:  # what runs already has been looked at
+            for target in filter(lambda part: isinstance(part, Target), self.method.modules()):
+                target.check(self.data.mean, self.data.std)
         self.folder = self._folder(args)
         evaluation, checkpoints = self._attend(trainer)
         if self.rank == 0:

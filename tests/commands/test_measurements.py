@@ -79,7 +79,7 @@ def test_a_domain_goes_from_files_to_an_evaluated_export(name, tmp_path, monkeyp
     assert [config["pixels"]["low"][0], config["pixels"]["high"][0]] == settings["value_range"]
     loaded, (_, own, _) = load_encoder(str(run)), load_method(run)
     assert (loaded.pixels, loaded.mean) == (own.pixels, settings["mean"])
-    assert main("knn", ["--weights", str(run), "--data", str(data), "--num_workers", "0", "--k", "3"]) == 0
+    assert main("knn", ["--weights", str(run), "--data", str(data), "--num_workers", "0"]) == 0
     assert "top-1" in capsys.readouterr().out
     assert main("visualize", ["--weights", str(run), "--data", str(data), "--images", "2"]) == 0
     model = timm.create_model(f"local-dir:{run / 'export' / 'backbone'}", pretrained=True)
