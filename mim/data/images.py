@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from mim.data.arrays import (
     NPY_MAGIC,
@@ -139,26 +138,37 @@ def read_colours(path: Path) -> NDArray[np.uint8]:
         raise image_error(name_of(path), error) from None
 
 
+def stored_type(source: Path | bytes, image: Tensor, channels: int, pixels: Pixels = AS_STORED) -> str:
+    """Type of the numbers in a file that gave ``image``: ``uint16`` also where nodata has made it float32."""
+    if not image.is_floating_point() or not bool(image[0].isnan().any()):
+        return str(image.dtype).removeprefix("torch.")
+    data = source if isinstance(source, bytes) else read_file(source)
+    return str(as_stored(_values(data, channels, pixels)[0][:1, :1]).dtype)
+
+
 def _read(data: bytes, channels: int, pixels: Pixels) -> Tensor:
-    if _is_array(data, channels, pixels):
-        stored = _read_array(data, None if pixels.bands else channels)
-    else:
-        picture = _read_picture(data, channels, pixels)
-        if isinstance(picture, Tensor):
-            return picture
-        stored = picture
-    values = with_channels(stored, channels, pixels.bands)
-    if pixels.type == "uint8":
+    values, nodata = _values(data, channels, pixels)
+    if pixels.type == "uint8" and values.dtype != np.uint8:
         return _tensor(full_scale(values))
-    kind = as_stored(values[:1, :1]).dtype
-    if pixels.type not in ("any", kind.name):
-        raise ValueError(
-            f"holds {values.dtype}, the other files {pixels.type}; --value_range LOW,HIGH takes both as they are"
-        )
-    known = as_stored(values, [number for number in (pixels.nodata, stored.nodata) if number is not None])
+    kind = as_stored(values[:1, :1]).dtype.name
+    if pixels.type not in ("any", kind):
+        raise ValueError(f"holds {kind}, the other files {pixels.type}; --value_range LOW,HIGH takes both as they are")
+    if kind == "uint8" and not nodata:
+        return _tensor(values)
+    known = as_stored(values, nodata)
     if known.dtype.kind == "f" and (share := float(np.isnan(known[..., 0]).mean())) > MAX_NODATA:
         raise ValueError(f"{share:.0%} of its pixels are nodata, more than the limit of {MAX_NODATA:.0%}")
     return _tensor(known)
+
+
+def _values(data: bytes, channels: int, pixels: Pixels) -> tuple[NDArray[Any], list[float]]:
+    """``(H, W, C)`` numbers as the file holds them, and those among them that stand for nodata."""
+    if _is_array(data, channels, pixels):
+        stored = _read_array(data, None if pixels.bands else channels)
+    else:
+        stored = _read_picture(data, channels, pixels)
+    values = with_channels(stored, channels, pixels.bands)
+    return values, [number for number in (pixels.nodata, stored.nodata) if number is not None]
 
 
 def _is_array(data: bytes, channels: int, pixels: Pixels) -> bool:
@@ -172,13 +182,12 @@ def _read_array(data: bytes, channels: int | None) -> Stored:
     return read_npy(data, channels) if data.startswith(NPY_MAGIC) else read_tiff(data, channels)
 
 
-def _read_picture(data: bytes, channels: int, pixels: Pixels) -> Tensor | Stored:
-    """8-bit pixels ``(C, H, W)`` of a picture, or the numbers of a deeper one."""
+def _read_picture(data: bytes, channels: int, pixels: Pixels) -> Stored:
+    """8-bit pixels of a picture, or the numbers of a deeper one."""
     if pixels.bands:  # of red, green and blue
-        picture = _read_picture(data, 3, Pixels(type=pixels.type))
-        return Stored(picture.permute(1, 2, 0).numpy()) if isinstance(picture, Tensor) else picture
+        return _read_picture(data, 3, Pixels(type=pixels.type))
     if channels in (1, 3) and (fast := _read_jpeg(data, channels)) is not None:
-        return fast
+        return Stored(fast)
     with open_picture(data) as image:
         if channels not in (1, 3):
             raise ChannelsError(1 if image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;") else 3, channels)
@@ -186,12 +195,12 @@ def _read_picture(data: bytes, channels: int, pixels: Pixels) -> Tensor | Stored
             return wide._replace(values=turned(wide.values, orientation(image)))
         image.load()
         refuse_missing_rows(image, data)
-        decoded: Tensor = pil_to_tensor(upright(eight_bit(image, channels), orientation(image)))
-        return decoded
+        decoded = np.array(upright(eight_bit(image, channels), orientation(image)))
+        return Stored(decoded[..., None] if decoded.ndim == 2 else decoded)
 
 
-def _read_jpeg(data: bytes, channels: int) -> Tensor | None:
-    """``(C, H, W)`` uint8 of a JPEG in grey or colour, bit for bit what Pillow gives; None for all other files.
+def _read_jpeg(data: bytes, channels: int) -> NDArray[np.uint8] | None:
+    """``(H, W, C)`` uint8 of a JPEG in grey or colour, bit for bit what Pillow gives; None for all other files.
 
     Raises:
         ValueError: if the decoder warns. Of 1,200 files with one flipped bit it warned of 242; in half of these more
@@ -219,7 +228,7 @@ def _read_jpeg(data: bytes, channels: int) -> Tensor | None:
         values = np.repeat(values, 3, axis=2)
     elif values.shape[2] == 3 and channels == 1:
         values = np.asarray(Image.fromarray(values).convert("L"))[..., None]
-    return _tensor(values)
+    return values
 
 
 def _tensor(values: NDArray[Any]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from mim.data.builtin import PhotoSource
-from mim.data.images import ImageError, read_image
+from mim.data.images import ImageError, read_image, stored_type
 from mim.data.loading import EndlessLoader, NothingReadableError, WatchedLoader
 from mim.data.measuring import Measured, measure, option, spread
 from mim.data.pixels import EIGHT_BIT, Pixels, PixelType, parse_bands, parse_range
@@ -289,9 +289,12 @@ class PretrainData(L.LightningDataModule):
     def _look(self, index: int) -> "Look | ImageError":
         try:
             image = self.source.read(index)
+            kind = str(image.dtype).removeprefix("torch.")
+            if isinstance(self.source, FileSource):
+                kind = stored_type(self.source.encoded(index), image, self.channels, self.pixels)
         except ImageError as error:
             return error
-        return Look(str(image.dtype).removeprefix("torch."), image.shape[2], image.shape[1])
+        return Look(kind, image.shape[2], image.shape[1])
 
 
 class Look(NamedTuple):

@@ -20,7 +20,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from mim.data.files import read_file
-from mim.data.images import Header, ImageError, read_header, read_image
+from mim.data.images import Header, ImageError, read_header, read_image, stored_type
 from mim.data.measuring import option, percentiles, short, statistics, value_range
 from mim.data.pixels import AS_STORED, EIGHT_BIT, Pixels
 from mim.data.pretrain import refuse_channels
@@ -130,7 +130,7 @@ def _look(source: FileSource, index: int, draw: bool) -> Look:
     # Every k-th pixel is enough for statistics, and floats of a large picture would not fit beside other threads'.
     step = max(1, min(image.shape[1:]) // 128)
     values = image[:, ::step, ::step].flatten(1).float().numpy()  # (C, pixels)
-    kind = str(image.dtype).removeprefix("torch.")
+    kind = stored_type(content, image, source.channels, source.pixels)
     thumbnail = _thumbnail(image) if draw else None
     levels = len(np.unique(values[~np.isnan(values)]))
     return Look(index, header, kind, values, levels, thumbnail, hashlib.blake2b(content, digest_size=16).digest())

@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,6 +171,19 @@ def test_what_stands_for_nodata_changes_nothing(tmp_path, number):
     assert (written["nan"][2][~valid.expand(-1, 2, -1, -1)] == 0).all()
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int16])
+@pytest.mark.parametrize("some", [1, 6])
+def test_whole_numbers_keep_their_type_beside_files_with_nodata(tmp_path, kind, some):
+    images = camera(6, top=200, kind=kind)
+    for image in images[:some]:
+        image[:8] = 3
+    data = opened(folder_of(tmp_path / "a", images), nodata=3)
+    assert (data.pixels.type, len(data.bad_files.reasons)) == (np.dtype(kind).name, 0)
+    assert data.source.read(0)[:, :8].isnan().all()
+    assert data.source.read(5).is_floating_point() == (some == 6)
+    assert data.pixels.low == pytest.approx((0.0 if kind != np.int16 else 148.0,), abs=1)
+
+
 def test_pixels_beside_nodata_that_count_are_made_of_measured_ones_alone():
     image = torch.ones(1, 40, 40)
     image[:, :, :13] = torch.nan
@@ -193,6 +207,21 @@ def test_colours_of_measurements_are_neither_clipped_nor_turned_over():
     for view in views(batch, RowGenerator.for_rows(0, 0, 64)):
         assert view.min() > 0.5
         assert view.max() > 1.5
+
+
+def test_all_processes_use_the_numbers_of_the_first(tmp_path):
+    path = folder_of(tmp_path / "a", camera())
+    first, other = opened(path), PretrainData(path, num_workers=0)
+    other.open((16, 16), 1, seed=0)
+    other.check(first=False)
+    assert other.measured is None
+    told = (first.pixels.facts(), first.mean, first.std)
+    other.trainer = SimpleNamespace(world_size=2, strategy=SimpleNamespace(broadcast=lambda own: told))
+    other.setup("fit")
+    assert (other.pixels, other.mean, other.std) == (first.pixels, first.mean, first.std)
+    assert other.source.pixels == first.pixels
+    image = first.source.read(0)[None]
+    assert torch.equal(other.views.normalize(image), first.views.normalize(image))
 
 
 # Types ---------------------------------------------------------------------------------------------------------------
