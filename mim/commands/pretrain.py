@@ -101,8 +101,9 @@ class Pretraining:
         for name, value in self.data.settings().items():
             self.config.data[name] = value
         if self.resumed is None and self.rank == 0:  # what runs already has been looked at
-            for target in filter(lambda part: isinstance(part, Target), self.method.modules()):
-                target.check(self.data.mean, self.data.std)
+            for part in self.method.modules():
+                if isinstance(part, Target):
+                    part.check(self.data.mean, self.data.std)
         self.folder = self._folder(args)
         evaluation, checkpoints = self._attend(trainer)
         if self.rank == 0:

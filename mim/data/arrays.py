@@ -293,7 +293,8 @@ def _jpeg2000_bits(data: bytes) -> int:
 
 def _pnm_top(image: Image.Image) -> int:
     """The number that stands for white, 255 if Pillow does not say."""
-    arguments = image.tile[0].args if image.tile else ()
+    tiles: Any = getattr(image, "tile", ())
+    arguments = tiles[0].args if tiles else ()
     if isinstance(arguments, tuple) and len(arguments) > 1 and isinstance(arguments[1], int):
         return arguments[1]
     return 65535 if image.mode.startswith("I") else 255
@@ -304,4 +305,5 @@ def _pnm_values(data: bytes, image: Image.Image, top: int) -> NDArray[Any]:
     if data[:2] not in (b"P5", b"P6"):
         raise ValueError(f"a plain PNM up to {top}; write it as PGM, PPM or TIFF")
     shape = (image.height, image.width, 3 if data[:2] == b"P6" else 1)
-    return np.frombuffer(data, ">u2", prod(shape), image.tile[0].offset).reshape(shape)
+    tiles: Any = getattr(image, "tile", ())
+    return np.frombuffer(data, ">u2", prod(shape), tiles[0].offset).reshape(shape)

@@ -91,10 +91,10 @@ def open_labelled(
         shapes = ShapeSource("train")
         return LabelledImages(shapes, ShapeSource("val"), shapes.classes, "shapes")
     train, test = open_source(data, channels, same_classes=False)
-    for source in filter(None, (train, test)):
-        source.pixels = pixels
-    part = next((name for name in HELD_OUT if (Path(data) / name).is_dir()), "val") if test else ""
-    for source, where in ((train, "train/" if test else data), (test, f"{part}/")):
+    for part in filter(None, (train, test)):
+        part.pixels = pixels
+    held = next((name for name in HELD_OUT if (Path(data) / name).is_dir()), "val") if test else ""
+    for source, where in ((train, "train/" if test else data), (test, f"{held}/")):
         if source is not None and not source.labels:
             raise UserError(
                 f"--data {data}: {where} has no labels",
@@ -107,7 +107,7 @@ def open_labelled(
         return LabelledImages(train, test, train.classes, train.name)
     shared = [name for name in train.classes if name in set(test.classes)]
     if classes == "same" or len(shared) < 2:
-        raise _different_classes(data, part, train.classes, test.classes, shared)
+        raise _different_classes(data, held, train.classes, test.classes, shared)
     return LabelledImages(_only(train, shared), _only(test, shared), shared, train.name)
 
 

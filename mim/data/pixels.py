@@ -81,8 +81,8 @@ class Pixels:
         )
         check_range(low, high)
         nodata, bands = facts.get("nodata"), tuple(int(band) for band in facts.get("bands", ()))
-        known = {"clip": bool(facts.get("clip")), "nodata": None if nodata is None else float(nodata)}
-        return cls(low, high, facts.get("type", "uint8"), bands=bands, **known)
+        missing = None if nodata is None else float(nodata)
+        return cls(low, high, facts.get("type", "uint8"), bool(facts.get("clip")), bands, missing)
 
     def exported(self, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
         """Mean, deviation and scale for a timm folder.
@@ -150,11 +150,9 @@ def parse_bands(given: object) -> tuple[int, ...]:
     """Channel numbers from ``4,3,2`` or a list."""
     if not given and given != 0:
         return ()
+    numbers: Any = given.strip("[]() ").split(",") if isinstance(given, str) else given
     try:
-        texts = (
-            given.strip("[]() ").split(",") if isinstance(given, str) else given if isinstance(given, list) else [given]
-        )
-        bands = tuple(int(text) for text in texts)  # type: ignore[call-overload]  # what is no number raises
+        bands = tuple(int(number) for number in (numbers if isinstance(numbers, list) else [numbers]))
         if not all(1 <= band <= 4096 for band in bands):
             raise ValueError(bands)
     except (ValueError, TypeError) as error:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, final
+from typing import Any, Literal, NamedTuple, cast, final
 
 import lightning as L
 import torch
@@ -187,7 +187,7 @@ class PretrainData(L.LightningDataModule):
         """Settles the type, and lets the first process measure what is not known without."""
         (kind, count), total = kinds.most_common(1)[0], kinds.total()
         kind = "any" if not self._found and len(kinds) > 1 else kind
-        pixels = replace(self.pixels, type=self.pixels.type if self.pixels.type != "any" else kind)
+        pixels = replace(self.pixels, type=cast(PixelType, kind) if self.pixels.type == "any" else self.pixels.type)
         if kind != "any" and count < total:
             self._warn_of_types(kinds, kind)
         given = (self.pixels.low, self.pixels.high) == ((0.0,), (255.0,))

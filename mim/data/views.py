@@ -42,6 +42,8 @@ class Views(nn.Module):
 
     mean: Tensor
     std: Tensor
+    low: Tensor
+    span: Tensor
 
     def __init__(self) -> None:
         super().__init__()
