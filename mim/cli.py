@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mim import __version__
-from mim.errors import MACHINE_ERRORS, UserError
-from mim.processes import leave_group, leaving_on_signals, let_the_first_end, process_rank
+from mim.distributed.processes import INTERRUPTED, leave_group, leaving_on_signals, let_the_first_end, process_rank
+from mim.errors import MACHINE_ERRORS, StoppedError, UserError
 
 if TYPE_CHECKING:  # even this parser takes a moment to import: help and typing mistakes come first
     from jsonargparse import ArgumentParser
@@ -55,7 +55,7 @@ PRETRAIN: dict[str, Option] = {
     "config": Option("config", "FILE", "settings in YAML; several merge left to right, options win"),
     "img_size": Option(f"{_ENCODER}.img_size", "N", "pixels per side that the model sees"),
     "patch_size": Option(f"{_ENCODER}.patch_size", "N", "pixels per side of a patch"),
-    "in_chans": Option(f"{_ENCODER}.in_chans", "N", "channels of the images   [3]"),
+    "in_chans": Option(f"{_ENCODER}.in_chans", "N", "channels of the images   [the model's, 3]"),
     "value_range": Option(
         "data.value_range", "LO,HI", "numbers in the files that become 0 and 1   [auto: measured once]"
     ),
@@ -76,7 +76,7 @@ PRETRAIN: dict[str, Option] = {
     "save_every": Option("save_every", "N", "epochs between checkpoints   [20 over the run]"),
     "eval_every": Option("eval_every", "N", "epochs between probes and pictures   [10 over the run]"),
     "pictures": Option("pictures", "N", "images in a picture strip   [8]"),
-    "pool": Option("pool", "P", "what probes measure: mean of the patch tokens, or cls   [mean]"),
+    "pool": Option("pool", "P", "what stands for an image: mean of the patch tokens, or cls   [mean]"),
     "probe_images": Option("probe_images", "N", "most images that a probe learns from   [5000]"),
     "log_every": Option("log_every", "N", "steps between lines of metrics.csv   [10]"),
     "overwrite": Option("overwrite", "", "replace the run that --out holds"),
@@ -100,6 +100,9 @@ COMMANDS = {
     "check_data": "look at a data set before training on it",
     "make_shapes": "write the generated shapes as folders of images and masks",
     "benchmark": "measure speed and memory of a training step and of the loader",
+    "benchmark_reduction": "measure what token reductions save at inference",
+    "pareto": "draw accuracy over speed of token reductions that need no training",
+    "pareto_finetuned": "draw accuracy over speed of what was fine-tuned with token reductions",
     "info": "list methods, models, configs, or what a run holds",
 }
 
@@ -138,13 +141,16 @@ def _answered(command: str, args: list[str], debug: bool) -> int:
         if process_rank() == 0 or error.alone:
             print(error, file=sys.stderr, flush=True)
         return error.status
+    except StoppedError:
+        print("stopped by a signal, saved; go on with  --resume true", flush=True)
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MACHINE_ERRORS as error:
-        from mim.failures import explained
+        from mim.run.failures import as_machine_error
 
-        if (failure := explained(error)) is None or debug:
+        if (failure := as_machine_error(error)) is None or debug:
             raise
         print(failure, file=sys.stderr, flush=True)
         return failure.status
@@ -248,8 +254,8 @@ def _call(run: Callable[..., None], command: str, args: list[str]) -> None:
     """Runs a command whose options are the arguments of one function."""
     from jsonargparse import ArgumentError
 
-    from mim.config_file import check_config_files
-    from mim.refusals import refusal
+    from mim.options.config_file import check_config_files
+    from mim.options.refusals import refusal
 
     check_config_files(args)
     parser = function_parser(run, command)
@@ -306,5 +312,5 @@ def _pretrain_help() -> str:
 
 
 def _commands_help() -> str:
-    rows = [f"  {name:<14}{text}" for name, text in COMMANDS.items()]
+    rows = [f"  {name:<20}{text}" for name, text in COMMANDS.items()]
     return "\n".join([f"mim {__version__}: python -m mim COMMAND [--help]   or   python tools/COMMAND.py", "", *rows])

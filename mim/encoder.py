@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from mim.errors import UserError
 from mim.layers.positions import sincos_positions, stretch_positions
+from mim.options.ranges import Count, ShareBelowOne
 from mim.patches import gather_tokens, patch_grid, patchify, visible_indices
-from mim.ranges import Count, ShareBelowOne
 from mim.reduction.base import TokenReduction
 from mim.reduction.schedule import KeepRate
 from mim.reduction.tokens import Tokens
@@ -35,10 +35,11 @@ class Encoder(nn.Module):
         model: timm name of a plain ViT, or ``local-dir:FOLDER`` for an exported one.
         img_size: image side in pixels, or ``[height, width]``; the model's own if not given.
         patch_size: patch side in pixels; the model's own if not given.
-        in_chans: image channels.
+        in_chans: image channels; the model's own if not given.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
         positions: ``learned``, or the fixed ``sincos`` table of MAE.
-        dynamic_img_size: accept images of any size that divides into patches; positions are resampled.
+        dynamic_img_size: accept images of any size that divides into patches; positions are resampled. None leaves it
+            to the model.
         resampling: how positions get to another size: ``antialiased`` is timm's way, ``stretched`` that of DINO and
             iBOT, see :func:`mim.layers.positions.stretch_positions`.
         grad_checkpointing: recompute blocks in the backward pass: less memory, about a third more time.
@@ -52,10 +53,10 @@ class Encoder(nn.Module):
         model: str,
         img_size: Count | tuple[Count, Count] | None = None,
         patch_size: Count | None = None,
-        in_chans: Count = 3,
+        in_chans: Count | None = None,
         drop_path_rate: ShareBelowOne = 0.0,
         positions: Literal["learned", "sincos"] = "learned",
-        dynamic_img_size: bool = False,
+        dynamic_img_size: bool | None = False,
         resampling: Literal["antialiased", "stretched"] = "antialiased",
         grad_checkpointing: bool = False,
         pretrained: bool = False,
@@ -65,9 +66,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.pretrained, self.resampling = pretrained, resampling
         settings = {"patch_size": patch_size, "in_chans": in_chans, "num_classes": 0, **(kwargs or {})}
+        settings |= {"drop_path_rate": drop_path_rate, "dynamic_img_size": dynamic_img_size}
         settings = {name: value for name, value in settings.items() if value is not None}
         size = _checked_size(model, img_size, settings.get("patch_size"))
-        settings |= {"drop_path_rate": drop_path_rate, "dynamic_img_size": dynamic_img_size}
         try:
             vit = timm.create_model(model, pretrained=pretrained, img_size=size, **settings)
         except OSError as problem:  # no network, offline mode, a folder without weights
@@ -123,6 +124,11 @@ class Encoder(nn.Module):
     def num_prefix(self) -> int:
         """Prefix tokens ``P``: class token, then registers or distillation token."""
         return int(self.vit.num_prefix_tokens)
+
+    @property
+    def pool(self) -> Literal["cls", "mean"]:
+        """What timm's model pools by; where it pools in another way than these two, the mean of the patch tokens."""
+        return "cls" if self.vit.global_pool in ("token", "") and self.vit.has_class_token else "mean"
 
     def forward(
         self,

@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 MACHINE_ERRORS = (RuntimeError, MemoryError, EOFError, ConnectionResetError, ConnectionRefusedError)
-"""What memory that ran out and processes that died can end in; :func:`mim.failures.explained` tells them from bugs."""
+"""What exhausted memory and dead processes end in; :func:`mim.run.failures.as_machine_error` tells them from bugs."""
 
 
 class UserError(Exception):
@@ -45,6 +45,10 @@ class MachineError(UserError):
     """Memory, a disk or another process failed: the same command may well end better."""
 
     status: ClassVar[int] = 4
+
+
+class StoppedError(Exception):
+    """A signal came; the step that was running is saved, and the same command can go on with ``--resume``."""
 
 
 def printable(path: str) -> str:

@@ -62,6 +62,15 @@ class RowGenerator:
         rows = torch.arange(first, first + count, device=device)
         return cls(_mix(rows + (seed & 0x7FFFFFFFFFFFFFFF)), seed)
 
+    @property
+    def device(self) -> torch.device:
+        """Where numbers are drawn."""
+        return self.keys.device
+
+    def __len__(self) -> int:
+        """Rows of the batch."""
+        return len(self.keys)
+
     def views(self, count: int) -> "RowGenerator":
         """A fresh generator for ``count`` views of every row, view after view: ``count * B`` rows."""
         return RowGenerator(torch.cat([_mix(self.keys ^ (view + 1)) for view in range(count)]), self.seed)

@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
-from mim.checkpoint import export_backbone
 from mim.encoder import Encoder
 from mim.interop import ModelCard
+from mim.run.weights import export_backbone
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mim.encoder import Encoder
-from mim.pictures import save_strip, strip
+from mim.pictures.strips import save_strip, strip
 
 SUMMARY = {
     "method": "mae",

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mim.cli import COMMANDS, function_parser
-from mim.config import parse
 from mim.encoder import Encoder
 from mim.methods import Method
+from mim.run.config import parse
 
 ROOT = Path(__file__).parents[1] / "configs"
 EVALUATIONS = sorted((ROOT / "evaluation").glob("*.yaml"))
@@ -26,12 +26,12 @@ def test_there_are_recipes():
     assert CONFIGS
 
 
-def test_its_method_is_one_of_ours(path):
+def test_a_recipe_names_one_of_our_methods(path):
     module, _, name = parse([f"--config={path}"]).model.class_path.rpartition(".")
     assert issubclass(getattr(importlib.import_module(module), name), Method)
 
 
-def test_its_images_divide_into_patches(path, monkeypatch):
+def test_the_images_of_a_recipe_divide_into_patches(path, monkeypatch):
     config = parse([f"--config={path}"])
     generator = torch.Generator()  # which timm's moving average makes on the device of its weights
     monkeypatch.setattr("torch.Generator", lambda device: generator)
@@ -41,11 +41,11 @@ def test_its_images_divide_into_patches(path, monkeypatch):
         assert side == patch * count
 
 
-def test_its_first_line_says_what_it_is(path):
+def test_the_first_line_of_a_recipe_says_what_it_is(path):
     assert path.read_text().startswith("# ")
 
 
-def test_it_shows_the_command_that_runs_it(path):
+def test_a_recipe_shows_the_command_that_runs_it(path):
     assert "python tools/pretrain.py" in path.read_text()
 
 

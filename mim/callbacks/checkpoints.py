@@ -7,10 +7,10 @@ from types import FrameType
 import torch.distributed
 from lightning import Callback, LightningModule, Trainer
 
-from mim.checkpoint_io import checkpoint_name, nonfinite, sweep
-from mim.data.pretrain import Bad, BadFiles
+from mim.data.bad_files import Bad, BadFiles
+from mim.distributed.processes import STOP_SIGNALS
 from mim.methods import Method, NonFiniteError
-from mim.processes import STOP_SIGNALS
+from mim.run.checkpoint_files import checkpoint_name, nonfinite, sweep
 
 
 class Signals(Callback):

@@ -10,17 +10,17 @@ from torch import Tensor
 from mim.callbacks.run_log import RunLog
 from mim.data.pretrain import PretrainData
 from mim.data.sources import Source
+from mim.distributed.sharding import gathered
 from mim.encoder import Encoder
 from mim.errors import UserError
-from mim.evaluation.features import Pool, extract
+from mim.evaluation.features import POOLED, Pool, extract
 from mim.evaluation.health import feature_std, health_message, rankme
 from mim.evaluation.probe import probe, probe_seeds
 from mim.evaluation.splits import stratified_split
 from mim.methods import Method
-from mim.pictures import save_strip, strip
+from mim.pictures.strips import save_strip, strip
 from mim.randomness import keyed_generator
 from mim.report import write_report
-from mim.sharding import gathered
 
 
 class Evaluation(Callback):
@@ -91,8 +91,9 @@ class Evaluation(Callback):
             }
             for kind in ("knn", "linear")
         }
+        result["pool"] = self.pool
         result["protocol"] = (
-            f"frozen encoder, {'class token' if self.pool == 'cls' else 'mean of patch tokens'}, centre crop, "
+            f"frozen encoder, {POOLED[self.pool]}, centre crop, "
             f"learnt from {len(self.bank):,} images, scored on {held_out}; 20-NN and logistic regression."
         )
         return result

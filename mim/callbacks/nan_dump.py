@@ -6,9 +6,9 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from mim.data.pretrain import PretrainData
+from mim.distributed.sharding import whole
 from mim.methods import Method, NonFiniteError
-from mim.run import RunFolder
-from mim.sharding import whole
+from mim.run.folder import RunFolder
 
 
 class NaNDump(Callback):

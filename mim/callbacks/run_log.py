@@ -13,7 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
 from mim.methods import Method
-from mim.run import RunFolder, terminal
+from mim.run.folder import RunFolder, terminal
 
 
 class MetricsTable:

@@ -1,1 +1,1 @@
-"""commands."""
+"""The programs: one module per command, one function each."""

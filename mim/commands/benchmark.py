@@ -1,7 +1,5 @@
 """Measure what a training step costs: ``python tools/benchmark.py --config FILE --against plain``."""
 
-import json as jsonlib
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,15 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mim.cli import CONFIGS, translate
 from mim.errors import UserError
-from mim.outputs import check_file
-from mim.ranges import Count, Processes, Threads
-from mim.subject import Subject
+from mim.options.outputs import check_file
+from mim.options.ranges import Count, Processes, Threads
 
 if TYPE_CHECKING:
-    import torch
     from jsonargparse import Namespace
 
-    from mim.benchmark import Contender, Timing
+    from mim.benchmark.training import Contender, Timing
 
 PHASES = ("forward", "backward", "optimizer", "step")
 
@@ -37,14 +33,8 @@ def run(
     data: str | None = None,
     num_workers: Processes | None = None,
     json: Path | None = None,
-    reduction: str | None = None,
-    shares: str = "0.75,0.5",
-    weights: str | None = None,
-    masks: str | None = None,
-    finetuned: Path | None = None,
-    out: str | None = None,
 ) -> None:
-    """Measure speed and memory of a training step and of the loader, or of token reductions at inference.
+    """Measure speed and memory of a training step and of the loader.
 
     Args:
         config: the recipe to measure.
@@ -58,57 +48,36 @@ def run(
         threads: processor threads; all unless given.
         rounds: turns of each recipe, after two that are not counted.
         data: images as for pretraining; measures the loader alone, and loader and step together.
-        num_workers: loader processes; one per core unless given.
+        num_workers: loader processes of --data; one per core unless given.
         json: write every number to this file.
-        reduction: token reductions to measure at inference instead of a training step: names with commas, or 'all'.
-        shares: of the model's multiply-adds that each reduction is set to, with commas.
-        weights: trained weights; draws accuracy over speed for every reduction that needs no training, 20-NN on --data.
-        masks: images with masks, as builtin; draws the mIoU of a k-NN head, too.
-        finetuned: a run, or a folder of results, in which an encoder was fine-tuned with and without reductions; draws
-            what they have reached over the speed of what they exported.
-        out: folder for accuracy over speed; inside the run that the weights belong to unless given.
     """
-    parts = _shares(shares)
+    if num_workers is not None and data is None:
+        raise UserError("--num_workers: there is no loader to measure without images", hint="--data PATH")
     if json:
         check_file("--json", json)
-    for variable, level in (("KINETO_LOG_LEVEL", "99"), ("TORCH_CPP_LOG_LEVEL", "ERROR")):
-        os.environ.setdefault(variable, level)  # the profiler, asked for memory, talks about much else
     import torch
 
-    from mim.benchmark import Contender, MatrixPeak, build, compare, compile_blocks, loader_rates, ratios
+    from mim.benchmark.results import prepare, write_json
+    from mim.benchmark.training import Contender, MatrixPeak, build, compare, compile_blocks, loader_rates, ratios
+    from mim.distributed.devices import best_precision
 
-    if threads:
-        torch.set_num_threads(threads)
-    place = _device(device)
-    bf16 = place.type == "cuda" and torch.cuda.is_bf16_supported()
-    precision = ("bf16-mixed" if bf16 else "32-true") if precision == "auto" else precision
-    if finetuned is not None:
-        _finetuned(finetuned, out, place, batch_size, rounds)
-        return
-    if weights is not None:
-        subject = Subject(weights, data or "builtin", model, img_size, num_workers=num_workers, device=device, out=out)
-        _pareto(subject, masks, reduction or "all", parts, batch_size, rounds)
-        return
-    if reduction:
-        model = model or "vit_base_patch16_224"
-        rows = _reductions(model, img_size, reduction, parts, batch_size, place, precision, rounds)
-        _write(json, {"model": model, "batch_size": batch_size, "threads": torch.get_num_threads(), "rows": rows})
-        return
+    place = prepare(device, threads)
+    kind = best_precision(place.type == "cuda") if precision == "auto" else precision
     overrides = {"batch_size": batch_size, "model": model, "img_size": img_size, "data": data}
     overrides |= {"num_workers": num_workers}
     recipe = _parse(config, overrides)
-    contenders = [Contender(_name(config), *build(recipe, place), precision)]
+    contenders = [Contender(_name(config), *build(recipe, place), kind)]
     if against == "plain":
-        contenders.append(Contender.plain(*build(recipe, place), precision))
+        contenders.append(Contender.plain(*build(recipe, place), kind))
     elif against:
-        contenders.append(Contender(_name(Path(against)), *build(_parse(Path(against), overrides), place), precision))
+        contenders.append(Contender(_name(Path(against)), *build(_parse(Path(against), overrides), place), kind))
     if compile:
         for contender in contenders:
             if contender.name != "plain":
                 compile_blocks(contender.method)
 
     encoder = contenders[0].method.encoder
-    peak = MatrixPeak(place, precision, batch_size * encoder.grid[0] * encoder.grid[1], encoder.dim)
+    peak = MatrixPeak(place, kind, batch_size * encoder.grid[0] * encoder.grid[1], encoder.dim)
     peak.measure()
     timings = compare(contenders, rounds, peak.measure)
     results: dict[str, Any] = {
@@ -116,7 +85,7 @@ def run(
             "device": torch.cuda.get_device_name() if place.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "precision": precision,
+            "precision": kind,
             "compile": compile,
             "batch_size": batch_size,
             "img_size": encoder.img_size,
@@ -130,98 +99,7 @@ def run(
     if data:
         results["loader"] = loader_rates(recipe, contenders[0], rounds)
     _print(results)
-    _write(json, results)
-
-
-def _write(path: Path | None, results: Mapping[str, Any]) -> None:
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(jsonlib.dumps(results, indent=2) + "\n")
-        print(f"  json     {path}")
-
-
-def _reductions(
-    model: str,
-    img_size: int | None,
-    names: str,
-    shares: list[float],
-    batch_size: int,
-    place: "torch.device",
-    precision: str,
-    rounds: int,
-) -> list[dict[str, Any]]:
-    """Measures token reductions on noise and prints a row for each."""
-    import timm
-    import torch
-
-    from mim.benchmark_reduction import contenders, measure, table
-    from mim.reduction.recipes import RECIPES
-
-    wanted = [name for name, recipe in RECIPES.items() if recipe.shortens] if names == "all" else names.split(",")
-    torch.manual_seed(0)
-    sized: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
-    vit: Any = timm.create_model(model, **sized)
-    size = vit.patch_embed.img_size
-    images = torch.randn(batch_size, vit.patch_embed.proj.in_channels, *size, device=place)
-    try:
-        models = contenders(vit, wanted, shares, images, precision)
-    except TypeError as error:
-        raise UserError(f"--model {model}: {error}", hint="--model vit_base_patch16_224") from error
-    rows = measure(models, rounds)
-    where = f"{place.type}, {torch.get_num_threads()} threads, {precision}"
-    print(f"{model}, batch {batch_size} at {size[0]}x{size[1]}, {where}; {rounds} rounds\n")
-    print(table(rows))
-    print("\n  GMAC     multiply-adds per image by formula; counted: by torch while the model runs")
-    print("  speed    over the whole model in the same round: median; fastest steps; processor time")
-    print("  of MACs  speed over what the saved multiply-adds promise")
-    return rows
-
-
-def _pareto(subject: Subject, masks: str | None, names: str, shares: list[float], batch_size: int, rounds: int) -> None:
-    """Scores and times every reduction that needs no training, and writes the page."""
-    from mim.pareto import protocol, sweep
-    from mim.pareto_page import write
-    from mim.reduction.recipes import RECIPES, recipe
-    from mim.run import evaluation_folder
-
-    free = [name for name, known in RECIPES.items() if not known.trained]
-    wanted = free if names == "all" else names.split(",")
-    for name in wanted:
-        if recipe(name).trained:
-            hint = f"--reduction {','.join(free)}"
-            raise UserError(f"--reduction {name}: its scores are random until they are trained", hint=hint)
-    points = sweep(subject, masks, wanted, shares, batch_size, rounds)
-    words = protocol(points, subject, masks, batch_size, rounds)
-    facts = {"weights": subject.weights, "data": subject.data, "masks": masks}
-    write(points, evaluation_folder(subject.weights, subject.out, "pareto"), words, facts)
-
-
-def _finetuned(home: Path, out: str | None, place: "torch.device", batch_size: int, rounds: int) -> None:
-    """Times what fine-tunings have exported, and writes the page."""
-    from mim.pareto_finetuned import collect
-    from mim.pareto_page import write
-    from mim.run import evaluation_folder
-
-    points, words = collect(home, place, batch_size, rounds)
-    write(points, evaluation_folder(str(home), out, "pareto-finetuned"), words, {"finetuned": str(home)})
-
-
-def _shares(text: str) -> list[float]:
-    try:
-        shares = [float(share) for share in text.split(",")]
-    except ValueError:
-        raise UserError(f"--shares {text}: these are not numbers", hint="--shares 0.75,0.5") from None
-    if not all(0 < share <= 1 for share in shares):
-        raise UserError(f"--shares {text}: each is above 0, up to 1", hint="--shares 0.75,0.5")
-    return shares
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here", hint="--device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    write_json(json, results)
 
 
 def _name(config: Path) -> str:
@@ -229,7 +107,7 @@ def _name(config: Path) -> str:
 
 
 def _parse(config: Path, overrides: Mapping[str, object]) -> "Namespace":
-    from mim.config import parse
+    from mim.run.config import parse
 
     if not config.is_file():
         raise UserError(f"{config} is not a file", hint="python tools/info.py configs")

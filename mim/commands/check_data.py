@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from mim.outputs import check_file, check_picture
-from mim.ranges import Count
+from mim.options.outputs import check_file, check_picture
+from mim.options.ranges import Count
 
 
 def run(

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from mim.errors import UserError
-from mim.outputs import check_folder
-from mim.ranges import Count, Positive
+from mim.options.outputs import check_folder
+from mim.options.ranges import Count, Positive
 
 
 def run(
@@ -36,7 +36,7 @@ def run(
     for method in wanted:
         folders += [_train(method, data, epochs, seed, out) for seed in range(seeds)]
     # torch is imported when there is something to read: --help must not wait for it.
-    from mim.compare import collect, strips, tables, write_page
+    from mim.run.comparison import collect, strips, tables, write_page
 
     entries = collect(folders)
     text, markdown, rows = tables(entries)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from mim.errors import UserError
-from mim.outputs import check_file, check_folder
+from mim.options.outputs import check_file, check_folder
 
 if TYPE_CHECKING:  # torch is imported when there is something to export: --help must not wait for it
     from timm.models.vision_transformer import VisionTransformer
@@ -42,29 +42,30 @@ def run(
         raise UserError("export --weights needs a place to write to", hint=f"--out checkpoints/NAME{_SUFFIX[to]}")
     if out:
         (check_folder if to == "timm" else check_file)("--out", Path(out))
-    from mim.checkpoint import export_backbone
     from mim.interop.graph import write_graph
+    from mim.run.weights import export_backbone
 
     target = Path(out) if out else Path(cast(Path, run), "export", f"backbone{_SUFFIX[to]}")
     if run:
-        vit, normalisation, model_args, card = _from_run(Path(run), data_licence, student)
+        vit, facts, card = _from_run(Path(run), data_licence, student)
     else:
-        vit, normalisation, model_args, card = _from_weights(cast(str, weights), model, data_licence, trust)
+        vit, facts, card = _from_weights(cast(str, weights), model, data_licence, trust)
     if to == "timm":
-        difference = export_backbone(vit, target, **normalisation, model_args=model_args, card=card)
+        difference = export_backbone(vit, target, **facts, card=card)
         checked = f"checked: timm gives the same features, max difference {difference:g}"
     else:
         checked = f"checked: max difference {write_graph(vit, target, to):.1g}"
     print(f"wrote {target}   ({checked})")
 
 
-_Parts = tuple["VisionTransformer", dict[str, Any], dict[str, Any], "ModelCard"]
+_Parts = tuple["VisionTransformer", dict[str, Any], "ModelCard"]
+"""A model, what else :func:`mim.interop.export_backbone` wants to know of it, and its card."""
 
 
 def _from_run(folder: Path, data_licence: str, student: bool) -> _Parts:
-    from mim.checkpoint import load_method
     from mim.interop import ModelCard
-    from mim.run import RunFolder
+    from mim.run.folder import RunFolder
+    from mim.run.weights import load_method
 
     try:
         run = RunFolder.find(str(folder))
@@ -85,34 +86,18 @@ def _from_run(folder: Path, data_licence: str, student: bool) -> _Parts:
     )
     kwargs = dict(config.model.init_args.encoder.kwargs or {})
     vit = method.encoder.vit if student else method.backbone
-    return vit, data.pixels.exported(mean, std), kwargs, card
+    return vit, {**data.pixels.exported(mean, std), "model_args": kwargs, "pool": config.pool}, card
 
 
 def _from_weights(weights: str, model: str | None, data_licence: str, trust: bool) -> _Parts:
-    import timm
-    from timm.models.vision_transformer import VisionTransformer
-
-    from mim.checkpoint import check_published, init_backbone
-    from mim.interop import ModelCard, check_timm_folder, scale_of
+    from mim.interop import ModelCard
+    from mim.run.weights import load_encoder
 
     if model is None and Path(weights).is_file():
         raise UserError(
             f"--weights {weights} does not say which model it belongs to", hint=f"--weights {weights} --model vit_..."
         )
-    folder = Path(weights.removeprefix("local-dir:"))
-    name = model or (f"local-dir:{folder}" if folder.is_dir() else weights)
-    if (folder / "config.json").is_file():
-        check_timm_folder(folder, "--weights")
-    elif not folder.exists():
-        check_published(weights, "--weights")
-    try:
-        vit = timm.create_model(name, num_classes=0)
-    except (OSError, RuntimeError, ValueError) as problem:  # no such model, no config.json, a damaged one
-        raise UserError(f"{name} is no model that timm can build", why=str(problem).partition("\n")[0]) from problem
-    if not isinstance(vit, VisionTransformer):
-        raise UserError(f"{name} is not a plain ViT", hint="--model vit_small_patch16_224")
-    print(init_backbone(vit, weights, trust=trust, option="--weights"))
-    cfg = cast(dict[str, Any], vit.pretrained_cfg)
+    loaded = load_encoder(weights, model=model, trust=trust)
+    print(f"weights {loaded.note}")
     card = ModelCard(method="unknown", data="unknown", data_licence=data_licence, notes=(f"converted from {weights}",))
-    facts = scale_of(folder)
-    return vit, {"mean": cfg["mean"], "std": cfg["std"], "pixels": facts}, {}, card
+    return loaded.encoder.vit, {**loaded.pixels.exported(loaded.mean, loaded.std), "pool": loaded.pool}, card

@@ -43,7 +43,7 @@ def _run(name: str | None) -> None:
     summary = Path(name or "", "summary.json")
     if name is None or not summary.is_file():
         raise UserError(f"{name}: no run there", hint="python tools/info.py run runs/001-mae-builtin")
-    from mim.run import RunFolder
+    from mim.run.folder import RunFolder
 
     for key, value in RunFolder(summary.parent).read_summary().items():
         print(f"{key:<20}{value}")

@@ -2,36 +2,39 @@
 
 from typing import Literal
 
-from mim.ranges import Count, Positive, Whole
-from mim.subject import Subject
+from mim.options.classification import ClassificationOptions
+from mim.options.evaluation import Scores
+from mim.options.ranges import Count, Positive, Whole
 
 
 def run(
-    subject: Subject,
+    options: ClassificationOptions,
     k: tuple[Count, ...] = (10, 20, 100, 200),
     temperature: Positive = 0.07,
     layers: Count = 1,
-    pool: Literal["cls", "mean", "both"] = "cls",
+    pool: Literal["cls", "mean", "both"] | None = None,
     seeds: Whole = 3,
-) -> None:
+) -> Scores:
     """k-NN accuracy of frozen features, beside untrained encoders.
 
     Args:
-        subject: weights and images.
+        options: weights and images.
         k: numbers of neighbours that vote, as [10,20].
         temperature: of the votes.
         layers: last blocks whose features are put end to end.
-        pool: class token, mean of the patch tokens, or both.
+        pool: class token, mean of the patch tokens, or both; what the run or the model pools by unless given.
         seeds: untrained encoders to compare with.
     """
     # torch is imported when there is something to measure: --help must not wait for it.
     from mim.evaluation.bank import Bank
     from mim.evaluation.features import Features
     from mim.evaluation.knn import knn_accuracies
-    from mim.measure import TRAINED, UNTRAINED, Measurement, Scores, finish_section, share_out
+    from mim.transfer.classification import Classification
+    from mim.transfer.measurement import PRETRAINED, UNTRAINED, finish_section, share_out
 
-    measurement, features = Measurement.open(subject), Features(layers, pool)
-    encoders = [(TRAINED, measurement.loaded.encoder)]
+    measurement = Classification(options)
+    features = Features(layers, pool or measurement.loaded.pool)
+    encoders = [(PRETRAINED, measurement.loaded.encoder)]
     encoders += [(UNTRAINED, measurement.untrained(seed)) for seed in range(seeds)]
     banks = [measurement.banks(encoder, features) for _, encoder in encoders]
 
@@ -45,9 +48,10 @@ def run(
         for neighbours, tops in answer.items():
             for top, value in tops.items():
                 scores.setdefault(f"{neighbours}-NN top-{top}", {}).setdefault(who, []).append(value)
-    if measurement.first:
+    if measurement.is_main_process:
         votes = f"votes exp(cosine / {temperature:g})"
         protocol = f"frozen encoder, {features.describe()}, {measurement.protocol()}; {votes}."
         folder = measurement.folder("knn")
-        measurement.write(folder, "k-NN classification", protocol, scores)
+        measurement.write(folder, "k-NN classification", protocol, scores, features.pool)
         finish_section(folder)
+    return scores

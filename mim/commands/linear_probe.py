@@ -3,27 +3,29 @@
 from typing import Literal
 
 from mim.errors import UserError
-from mim.ranges import Count, Whole
-from mim.subject import HeadRecipe, Subject
+from mim.options.classification import ClassificationOptions, ProbeRecipe
+from mim.options.evaluation import Scores
+from mim.options.ranges import Count, Whole
 
 _NAMES = {"linear": "Linear probe", "attentive": "Attentive probe", "multi_query": "Attentive probe, several queries"}
 
 
 def run(
-    subject: Subject,
-    recipe: HeadRecipe,
+    options: ClassificationOptions,
+    recipe: ProbeRecipe,
     layers: Count = 1,
-    pool: Literal["cls", "mean", "both"] = "cls",
+    pool: Literal["cls", "mean", "both"] | None = None,
     crops: Whole = 0,
     seeds: Count = 3,
-) -> None:
+) -> Scores:
     """Accuracy of a linear or attentive classifier over frozen features, beside untrained encoders.
 
     Args:
-        subject: weights and images.
+        options: weights and images.
         recipe: the classifier and its training.
         layers: last blocks whose features are put end to end, for a linear head.
-        pool: class token, mean of the patch tokens, or both, for a linear head.
+        pool: class token, mean of the patch tokens, or both, for a linear head; what the run or the model pools by
+            unless given.
         crops: random crops of every image to learn from, each kept on disk; an epoch takes the next one. As many as
             epochs is the papers' protocol, 0 takes the middle of the image in every epoch, which is far cheaper.
         seeds: repetitions, each with other initial weights, order, held-out part, and another untrained encoder.
@@ -31,14 +33,18 @@ def run(
     if recipe.batch_size < 2:
         raise UserError("--batch_size 1: the head normalises over a batch", hint="--batch_size 256")
     # torch is imported when there is something to measure: --help must not wait for it.
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
     from mim.evaluation.bank import Bank
     from mim.evaluation.features import Features
-    from mim.evaluation.heads import Outcome, confusion, probe_head
-    from mim.measure import TRAINED, UNTRAINED, Measurement, Scores, finish_section, share_out
+    from mim.evaluation.rate_selection import Outcome, probe_head
     from mim.report.confusion import save_confusion
+    from mim.transfer.classification import Classification
+    from mim.transfer.measurement import PRETRAINED, UNTRAINED, finish_section, share_out
 
-    measurement = Measurement.open(subject)
-    features = Features(layers, pool) if recipe.head == "linear" else Features(pool="tokens")
+    measurement = Classification(options)
+    linear = recipe.head == "linear"
+    features = Features(layers, pool or measurement.loaded.pool) if linear else Features(pool="tokens")
     width = measurement.loaded.encoder.dim
     if recipe.head == "multi_query" and width % recipe.queries:
         fitting = max(number for number in range(1, recipe.queries) if width % number == 0)
@@ -51,31 +57,31 @@ def run(
     trainings = []
     for seed in range(seeds):
         untrained = measurement.banks(measurement.untrained(seed), features, crops)
-        trainings += [(TRAINED, seed, *trained), (UNTRAINED, seed, *untrained)]
+        trainings += [(PRETRAINED, seed, *trained), (UNTRAINED, seed, *untrained)]
 
     def train(job: tuple[str, int, list[Bank], Bank]) -> Outcome:
         _, seed, banks, queries = job
         return probe_head(banks, queries, recipe, classes, seed, measurement.device)
 
     outcomes = share_out(trainings, train)
-    if not measurement.first:
-        return
     scores: Scores = {"top-1": {}, "top-5": {}}
-    rates: dict[str, list[float]] = {TRAINED: [], UNTRAINED: []}
+    rates: dict[str, list[float]] = {PRETRAINED: [], UNTRAINED: []}
     for (who, *_), outcome in zip(trainings, outcomes, strict=True):
         scores["top-1"].setdefault(who, []).append(outcome.top1)
         scores["top-5"].setdefault(who, []).append(outcome.top5)
         rates[who].append(outcome.lr)
-    matrix = confusion(outcomes[0].answers, trained[1].labels, classes)
-    protocol = f"frozen encoder, {features.describe()}, {measurement.protocol()}; {_protocol(recipe, crops)}"
-    details = {f"learning rate, {who}": ", ".join(f"{lr:g}" for lr in used) for who, used in rates.items()}
-    folder = measurement.folder(recipe.head)
-    measurement.write(folder, _NAMES[recipe.head], protocol, scores, details)
-    save_confusion(matrix.numpy(), measurement.classes, folder / "confusion.png")
-    finish_section(folder)
+    if measurement.is_main_process:
+        protocol = f"frozen encoder, {features.describe()}, {measurement.protocol()}; {_protocol(recipe, crops)}"
+        details = {f"learning rate, {who}": ", ".join(f"{lr:g}" for lr in used) for who, used in rates.items()}
+        folder = measurement.folder(recipe.head)
+        measurement.write(folder, _NAMES[recipe.head], protocol, scores, features.pool, details)
+        matrix = multiclass_confusion_matrix(outcomes[0].answers, trained[1].labels, num_classes=classes)
+        save_confusion(matrix.numpy(), measurement.classes, folder / "confusion.png")
+        finish_section(folder)
+    return scores
 
 
-def _protocol(recipe: HeadRecipe, crops: int) -> str:
+def _protocol(recipe: ProbeRecipe, crops: int) -> str:
     """How the classifier was trained and chosen, in words."""
     optimizer = recipe.optimizer.upper() if recipe.head == "linear" else "AdamW"
     norm = "batch norm without affine, " if recipe.norm == "batch" or recipe.head != "linear" else ""

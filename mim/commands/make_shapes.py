@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 from PIL import Image
 
 from mim.errors import UserError
-from mim.outputs import check_folder
-from mim.ranges import Count, Whole
+from mim.options.outputs import check_folder
+from mim.options.ranges import Count, Whole
 
 if TYPE_CHECKING:  # torch is imported when there is something to draw: --help must not wait for it
     from torch import Tensor

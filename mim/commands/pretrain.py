@@ -7,30 +7,32 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
 from lightning import Trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 from timm.models.vision_transformer import Block
 
 from mim import __version__
 from mim.callbacks import Checkpoints, Evaluation, NaNDump, RunLog, Signals
 from mim.callbacks.run_log import duration
-from mim.checkpoint import ModelCard, export_backbone, init_backbone, load_method
-from mim.checkpoint_io import AtomicCheckpointIO, check_room, checkpoint_step, newest_good
-from mim.config import changes, instantiate, parse, parse_saved, run_options, save_config
 from mim.data.pretrain import PretrainData
+from mim.distributed.devices import best_precision
+from mim.distributed.processes import INTERRUPTED, process_rank
+from mim.distributed.sharding import ShardedStrategy
 from mim.encoder import Encoder
 from mim.errors import MACHINE_ERRORS, DivergedError, MachineError, UserError
-from mim.failures import explained
 from mim.methods import Method, NonFiniteError, Plan
-from mim.processes import INTERRUPTED, process_rank
 from mim.report import write_report
-from mim.run import UNWRITABLE, RunFolder, git_commit, quieten, versions
-from mim.sharding import ShardedStrategy
+from mim.run.checkpoint_files import AtomicCheckpointIO, check_room, checkpoint_step, newest_good
+from mim.run.config import changes, instantiate, parse, parse_saved, run_options, save_config
+from mim.run.failures import as_machine_error
+from mim.run.folder import UNWRITABLE, RunFolder, git_commit, quieten, versions
+from mim.run.trainer import build_trainer
+from mim.run.weights import ModelCard, export_backbone, init_backbone, load_method
 from mim.targets import Target
 
 FREE_TO_CHANGE = ("trainer.", "data.num_workers", "data.max_bad", "log_every", "save_every", "eval_every", "pictures")
@@ -64,12 +66,10 @@ class Pretraining:
         objects = self._instantiate(self.options.seed)
         self.method: Method = objects.model
         self.data: PretrainData = objects.data
-        encoder, patches = self.method.evaluated, math.prod(self.method.encoder.grid)
-        if self.method.masking.visible_count(patches) in (0, patches):
-            raise UserError(
-                f"{self.method.masking} hides all or none of {patches} patches, so nothing can be learnt",
-                hint="--mask_ratio 0.75   or smaller patches",
-            )
+        self.method.check()
+        encoder = self.method.evaluated
+        if self.options.pool == "cls" and not encoder.vit.has_class_token:
+            raise UserError("--pool cls: this model has no class token", hint="--pool mean")
         self.data.open(encoder.img_size, encoder.in_chans, self.options.seed)
         self.data.views.check(encoder.patch_size)
         batch_size, images = self.data.batch_size, len(self.data.source)
@@ -196,29 +196,12 @@ class Pretraining:
         plan, settings = self.plan, dict(vars(self.config.trainer))
         if settings.get("strategy") == "fsdp":  # Lightning's own of that name is the first version
             settings["strategy"] = ShardedStrategy()
-        settings["precision"] = settings.get("precision") or _best_precision(settings.get("accelerator", "auto"))
-        try:
-            trainer = Trainer(
-                **settings,
-                max_steps=plan.max_steps,
-                max_epochs=-1,
-                logger=False,
-                plugins=[AtomicCheckpointIO(self.method)],
-                log_every_n_steps=1 << 62,  # the log decides, not Lightning
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                use_distributed_sampler=False,
-            )
-        except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
-            given = [
-                f"--trainer.{name} {value}"
-                for name, value in vars(self.config.trainer).items()
-                if name in ("accelerator", "devices", "num_nodes", "precision", "strategy")
-                and value not in ("auto", None, 1)
-            ]
-            hint = "--devices 1, --trainer.accelerator cpu"
-            raise UserError(f"{' '.join(given)} cannot be used here", why=str(error), hint=hint) from error
+        settings["precision"] = settings.get("precision") or best_precision(
+            settings.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+        )
+        trainer = build_trainer(
+            settings, "--trainer.{}", max_steps=plan.max_steps, plugins=[AtomicCheckpointIO(self.method)]
+        )
         parts = trainer.world_size * trainer.accumulate_grad_batches
         if plan.batch_size % parts:
             near = max(1, round(plan.batch_size / parts)) * parts
@@ -259,7 +242,7 @@ class Pretraining:
             f"          checked {count:,}: {len(data.bad_files.reasons)} unreadable, smallest {width}x{height}",
             f"  model   {backbone / 1e6:.1f} M parameters, {trainable / 1e6:.1f} M trained with its heads; "
             f"{size} px / {patch} = {grid[0]}x{grid[1]} = {patches} patches",
-            f"  mask    {method.masking}{_hidden(method)} of {patches} patches",
+            f"  mask    {method.mask_words()}",
             f"  optim   blr {method.optim.blr:.2e} x {plan.batch_size} / 256 -> lr {method.peak_lr:.2e}, "
             f"warm-up {method.warmup_steps:,} steps, AdamW, weight decay {method.optim.weight_decay}",
             f"  batch   {plan.batch_size} = {trainer.world_size} device x {per_device} x {accumulate} accumulate; "
@@ -284,6 +267,7 @@ class Pretraining:
             batch_size=plan.batch_size,
             lr=method.peak_lr,
             seed=plan.seed,
+            pool=self.options.pool,
             parameters=backbone,
             device=device,
             changed=changes(args),
@@ -311,8 +295,8 @@ class Pretraining:
         difference = self.export(folder.backbone)
         untrained = [self._untrained(seed) for seed in range(3)] if evaluation.labelled else []
         probe = evaluation.final(self.method.evaluated, untrained)
-        for kind in ("knn", "linear"):
-            facts[kind] = table.last(f"val/{kind}_top1")
+        for kind in ("knn", "linear"):  # one number wherever it is shown: the final probe's, over all of its seeds
+            facts[kind] = fmean(probe[kind]["trained"]) if kind in probe else None
         folder.write_summary(
             status="done", rankme=table.last("val/rankme"), probe=probe, export=str(folder.backbone), **facts
         )
@@ -338,6 +322,7 @@ class Pretraining:
             backbone,
             card=card,
             model_args=kwargs,
+            pool=self.options.pool,
             **self.data.pixels.exported(self.data.mean, self.data.std),
         )
 
@@ -369,7 +354,7 @@ class Pretraining:
         dump = self.folder.nan_dump(error.step)
         kept = f"are in {dump}" if dump.exists() else f"could not be written to {dump}"
         return DivergedError(
-            f"{error}; the optimizer did not take it",
+            f"{error}; the optimizer skipped the step",
             why=f"batch ({', '.join(error.names[:3])}, ...), seed and weights {kept}; "
             f"last good checkpoint: {last or 'none yet'}",
             hint=("" if trainer.precision == "32-true" else "--precision 32-true   or   ")
@@ -377,7 +362,7 @@ class Pretraining:
         )
 
     def _lost_process(self, trainer: Trainer) -> MachineError | None:
-        """Names a process that this one started and that is gone: the backend tells of a closed connection alone."""
+        """Names a rank that this process started and that died: the backend itself reports a closed connection only."""
         for rank, process in enumerate(getattr(trainer.strategy.launcher, "procs", []), start=1):
             with suppress(subprocess.TimeoutExpired):
                 status = process.wait(timeout=2)  # it may still be writing its own error
@@ -385,8 +370,8 @@ class Pretraining:
                     continue
                 how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
                 return MachineError(
-                    f"process {rank} of {trainer.world_size} died ({how}), so the others ended, too",
-                    why="its own message, if it had the time for one, is above; out of memory is what kills silently",
+                    f"process {rank} of {trainer.world_size} died ({how}), so all others were stopped",
+                    why="look above for its own error; if there is none, it was probably killed for lack of memory",
                     hint=f"python tools/pretrain.py --resume {self.folder.path}",
                 )
         return None
@@ -395,7 +380,7 @@ class Pretraining:
         """Memory or a loader process, if it was one of them."""
         per_device = self.plan.batch_size // trainer.world_size // trainer.accumulate_grad_batches
         accumulate = trainer.accumulate_grad_batches * 4
-        return explained(
+        return as_machine_error(
             error,
             at=f" at batch {per_device} per device",
             memory_hint=f"--accumulate {accumulate}   (same global batch and learning rate), --precision bf16-mixed, "
@@ -431,20 +416,3 @@ def _resumed_arguments(run: RunFolder, args: Sequence[str]) -> list[str]:
     if "epochs" in changed:
         print(f"note: epochs {changed['epochs'][0]} -> {changed['epochs'][1]}: schedules are stretched", flush=True)
     return merged
-
-
-def _hidden(method: Method) -> str:
-    """How many patches the policy hides: always the same number, or counted on masks that it draws."""
-    patches = math.prod(method.encoder.grid)
-    if (visible := method.masking.visible_count(patches)) is not None:
-        return f" hides {patches - visible}"
-    if method.masking.guided:
-        return ""
-    counts = method.masking(64, method.encoder.grid).sum(1)
-    low, high = int(counts.min()), int(counts.max())
-    return f" hides {low}" + (f" to {high}" if high > low else "")
-
-
-def _best_precision(accelerator: str) -> str:
-    cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return "bf16-mixed" if cuda and torch.cuda.is_bf16_supported() else "32-true"

@@ -4,16 +4,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from mim.errors import UserError
-from mim.outputs import check_picture
-from mim.ranges import Count
+from mim.options.outputs import check_picture
+from mim.options.ranges import Count
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from mim.checkpoint import LoadedEncoder
     from mim.masking import Masking
     from mim.reduction import Tokens
+    from mim.run.weights import LoadedEncoder
 
 
 def run(
@@ -57,10 +57,10 @@ def run(
     elif reduction:
         picture = _reductions(reduction, loaded, batch, columns)
     else:
-        from mim.pictures import strip
+        from mim.pictures.strips import strip
 
         picture = strip(batch, {}, loaded.encoder, loaded.mean, loaded.std, not loaded.pixels.pictures)
-    from mim.pictures import save_strip
+    from mim.pictures.strips import save_strip
 
     out.parent.mkdir(parents=True, exist_ok=True)
     save_strip(picture, out)
@@ -68,14 +68,14 @@ def run(
 
 
 def _load(weights: str | None, model: str | None, img_size: int | None, trust: bool) -> "LoadedEncoder":
-    from mim.checkpoint import LoadedEncoder, load_encoder, untrained_encoder
+    from mim.run.weights import LoadedEncoder, load_encoder, untrained_encoder
 
     if weights is not None:
         return load_encoder(weights, model=model, img_size=img_size, trust=trust)
     assert model is not None
     encoder = untrained_encoder(model, seed=0, model=model, img_size=img_size)
     cfg = cast(dict[str, Any], encoder.vit.pretrained_cfg)
-    return LoadedEncoder(encoder, list(cfg["mean"]), list(cfg["std"]), f"{model}, untrained")
+    return LoadedEncoder(encoder, list(cfg["mean"]), list(cfg["std"]), f"{model}, untrained", encoder.pool)
 
 
 def _images(data: str, loaded: "LoadedEncoder", count: int) -> "Tensor":
@@ -96,8 +96,8 @@ def _images(data: str, loaded: "LoadedEncoder", count: int) -> "Tensor":
 
 
 def _reductions(names: str, loaded: "LoadedEncoder", batch: "Tensor", columns: int) -> "Image.Image":
-    from mim.reduction_io import build_reduction
-    from mim.token_pictures import reduction_strip, states_of
+    from mim.pictures.tokens import reduction_strip, states_of
+    from mim.reduction.files import build_reduction
 
     encoder, chosen = loaded.encoder, [name.strip() for name in names.split(",")]
     states: dict[str, Tokens] = {}
@@ -111,7 +111,7 @@ def _reductions(names: str, loaded: "LoadedEncoder", batch: "Tensor", columns: i
 
 
 def _policies(names: str, loaded: "LoadedEncoder", batch: "Tensor") -> "Image.Image":
-    from mim.pictures import masking_strip
+    from mim.pictures.strips import masking_strip
 
     known = _known_policies()
     can_guide = bool(loaded.encoder.vit.has_class_token)
@@ -133,8 +133,8 @@ def _known_policies() -> "dict[str, Masking]":
 
     return {
         "random": RandomMasking(0.75),
-        "block": BlockMasking(low=0.5, high=0.5, whole=0.0),
-        "high": AttentionMasking("high", low=0.5, high=0.5, whole=0.0),
-        "hint": AttentionMasking("hint", low=0.5, high=0.5, whole=0.0),
-        "low": AttentionMasking("low", low=0.5, high=0.5, whole=0.0),
+        "block": BlockMasking(low=0.5, high=0.5, unmasked_share=0.0),
+        "high": AttentionMasking("high", low=0.5, high=0.5, unmasked_share=0.0),
+        "hint": AttentionMasking("hint", low=0.5, high=0.5, unmasked_share=0.0),
+        "low": AttentionMasking("low", low=0.5, high=0.5, unmasked_share=0.0),
     }

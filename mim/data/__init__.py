@@ -1,1 +1,1 @@
-"""data."""
+"""Images and labels: sources, readers, order, crops and views."""

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mim.errors import UserError
 from mim.randomness import keyed_generator
 
 Photo = Literal[
@@ -121,6 +122,21 @@ class MosaicSource:
         windows = torch.stack([_window(_TEXTURES[i], self.split, self.size, generator) for i in textures.tolist()])
         image = windows.gather(0, cells.expand(1, 3, -1, -1))[0]
         return image, textures[cells].to(torch.uint8)
+
+
+def check_colour(data: str, channels: int) -> None:
+    """Refuses the images that come with the package, which have three channels, for a model that takes others.
+
+    Args:
+        data: ``builtin`` or ``shapes``.
+        channels: of the model.
+    """
+    if channels != 3:
+        kind = f"{channels} channel{'s' * (channels > 1)}"
+        raise UserError(
+            f"--data {data}: these images are RGB, the model takes {kind}",
+            hint=f"--data a folder of images with {kind}",
+        )
 
 
 def _window(photo: Photo, split: Split, size: int, generator: torch.Generator) -> Tensor:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from mim.data.augment import Augmented
+from mim.data.bad_files import BadFiles
+from mim.data.crops import Crops, collate
 from mim.data.labelled import Framed, collate_framed
 from mim.data.loading import EndlessLoader, WatchedLoader
-from mim.data.pretrain import BadFiles, Crops, collate
 from mim.data.sampler import Shard, StepSampler
 from mim.data.sources import Source
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mim.data.builtin import PhotoSource
+from mim.data.bad_files import Bad
+from mim.data.builtin import PhotoSource, check_colour
 from mim.data.images import ImageError
 from mim.data.loading import WatchedLoader
 from mim.data.pixels import EIGHT_BIT, Pixels
-from mim.data.pretrain import Bad
 from mim.data.shapes import ShapeSource
 from mim.data.sources import HELD_OUT, FolderSource, ListSource, Source, open_source
 from mim.data.views import SingleView, stacked
@@ -84,6 +84,8 @@ def open_labelled(
     Raises:
         UserError: if there is nothing to read, labels are missing, or classes differ.
     """
+    if data in ("builtin", "shapes"):
+        check_colour(data, channels)
     if data == "builtin":
         photos = PhotoSource("train")
         return LabelledImages(photos, PhotoSource("test"), photos.classes, "builtin")

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mim.data.builtin import MosaicSource
+from mim.data.builtin import MosaicSource, check_colour
 from mim.data.images import ImageError, read_colours, read_image, read_numbers
 from mim.data.loading import reading
 from mim.data.pixels import EIGHT_BIT, Pixels
@@ -160,6 +160,7 @@ def open_masks(
         UserError: if nothing is found, or images lack masks.
     """
     if data in ("builtin", "shapes"):
+        check_colour(data, channels)
         return _built_in(data, split)
     root = Path(data).expanduser()
     if not root.is_dir():

@@ -1,36 +1,29 @@
 """Images for pretraining: what to read, in which order, cut into which views. Labels serve the online probes only."""
 
 import os
-import shlex
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, final
 
 import lightning as L
-import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
 
-from mim.data.builtin import PhotoSource
+from mim.data.bad_files import BadFiles, BadFileWarning
+from mim.data.builtin import PhotoSource, check_colour
+from mim.data.crops import Centers, Crops, collate, collate_readable
 from mim.data.images import ImageError, read_image, stored_type
-from mim.data.loading import EndlessLoader, NothingReadableError, WatchedLoader
+from mim.data.loading import EndlessLoader, WatchedLoader
 from mim.data.measuring import Measured, measure, option, spread
 from mim.data.pixels import EIGHT_BIT, Pixels, PixelType, parse_bands, parse_range
-from mim.data.sampler import Key, Shard, StepSampler
+from mim.data.sampler import Shard, StepSampler
 from mim.data.shapes import ShapeSource
 from mim.data.sources import FileSource, Source, open_source
-from mim.data.views import IMAGENET_MEAN, IMAGENET_STD, SingleView, Views, stacked
+from mim.data.views import IMAGENET_MEAN, IMAGENET_STD, SingleView, Views
 from mim.errors import UserError
-from mim.randomness import RowGenerator, derive_seed, keyed_generator
-
-Bad = tuple[str, str]
-"""(file, reason) of something that could not be read."""
-Sample = tuple[list[Tensor], int, int, list[Bad]]
-"""Views of the data's type, label (-1 if there is none), key of what is left to draw on the device, bad files."""
+from mim.randomness import RowGenerator
 
 
 @final
@@ -262,7 +255,7 @@ class PretrainData(L.LightningDataModule):
             Centers(source, self.views, indices),
             batch_size=batch_size,
             num_workers=self.num_workers,
-            collate_fn=_collate_readable,
+            collate_fn=collate_readable,
         )
         for images, labels in loader:
             if len(images):
@@ -305,156 +298,12 @@ class Look(NamedTuple):
     height: int
 
 
-class BadFiles:
-    """Unreadable files: each named once, written down, and counted against a limit.
-
-    Args:
-        limit: share of all files above which :meth:`stop_if_too_many` raises.
-        data: where the files are, as the user gave it.
-        go_on: option that lets the command go on where it stopped, for those without a log.
-    """
-
-    def __init__(self, limit: float, data: str, go_on: str = "") -> None:
-        self.limit, self.data, self.go_on = limit, data, go_on
-        self.total = 0
-        self.reasons: dict[str, str] = {}
-        self.news: list[Bad] = []  # what the other processes of a run have not been told yet
-        self._log: Path | None = None
-
-    def write_to(self, log: Path) -> None:
-        """Appends to ``log`` from now on; files that it names already stay known, as after a resume."""
-        known = [line.split("\t", 1) for line in log.read_text().splitlines()] if log.exists() else []
-        found, self.reasons = self.reasons, {line[0]: line[-1] for line in known}
-        self.news = list(self.reasons.items())
-        self._log = log
-        for name, reason in found.items():
-            self._note(name, reason)
-
-    def add(self, *files: Bad) -> None:
-        """Notes unreadable files; the first mention of each is printed."""
-        for name, reason in files:
-            if name not in self.reasons:
-                warnings.warn(f"{name} cannot be read ({reason}) - skipped", BadFileWarning, stacklevel=2)
-                self._note(name, reason)
-
-    def _note(self, name: str, reason: str) -> None:
-        if name in self.reasons:
-            return
-        self.reasons[name] = reason
-        self.news.append((name, reason))
-        if self._log is not None:
-            with self._log.open("a") as file:
-                file.write(f"{name}\t{reason}\n")
-
-    def too_many(self, seen: int | None = None) -> bool:
-        """Whether more than ``limit`` of ``seen`` (by default: all) files are unreadable."""
-        return len(self.reasons) > self.limit * (seen or self.total)
-
-    def stop_if_too_many(self, seen: int | None = None) -> None:
-        """Raises a :class:`UserError` if there are :meth:`too_many`."""
-        seen = seen or self.total
-        if not self.too_many(seen):
-            return
-        share = len(self.reasons) / seen
-        tolerant = f"{self.go_on} --max_bad {min(1.0, max(0.05, 2 * share)):.2g}".strip()
-        hint = f"python tools/check_data.py --data {shlex.quote(self.data)} --fix good.csv   then   --data good.csv"
-        if self._log is not None:
-            hint = f"python tools/pretrain.py --resume {self._log.parent} {tolerant}"
-            tolerant = f"mend the files, empty {self._log} and --resume {self._log.parent}"
-        raise UserError(
-            f"{len(self.reasons)} of {seen:,} images are unreadable ({share:.1%}, limit {self.limit:.1%})",
-            why="first: " + ", ".join(f"{name} ({reason})" for name, reason in list(self.reasons.items())[:3]),
-            hint=f"{hint}   (or {tolerant})",
-        )
-
-
-class BadFileWarning(UserWarning):
-    """A file was skipped."""
-
-
 class MixedTypesWarning(BadFileWarning):
     """Files hold numbers of several types."""
 
 
 class OldScaleWarning(BadFileWarning):
     """A run goes on with the scale of an earlier version."""
-
-
-class Crops(Dataset[Sample]):
-    """Views of an image for a key (epoch, index), the same wherever and whenever they are made.
-
-    Args:
-        source: the images.
-        views: how to cut them.
-        seed: of the crops.
-    """
-
-    def __init__(self, source: Source, views: Views, seed: int) -> None:
-        self.source, self.views, self.seed = source, views, seed
-
-    def __getitem__(self, key: Key) -> Sample:
-        """What is made of a key."""
-        return self.load(key)[1]
-
-    def load(self, key: Key) -> tuple[int, Sample]:
-        """What is made of a key, after the image that it was made of: a substitute's if the key's own is unreadable."""
-        epoch, index = key
-        bad: list[Bad] = []
-        substitutes = keyed_generator(self.seed, "substitute", epoch, index)
-        while True:
-            try:
-                image = self.source.read(index)
-                break
-            except ImageError as error:
-                bad.append((error.path, error.reason))
-                if len(bad) > 100:
-                    raise NothingReadableError(f"100 images in a row cannot be read, last {error}") from error
-                index = int(torch.randint(len(self.source), (1,), generator=substitutes))
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator: key it for this image
-            torch.default_generator.manual_seed(derive_seed(self.seed, "crop", *key))
-            views = self.views.crop(image)
-        label = self.source.labels[index] if self.source.labels else -1
-        return index, (views, label, derive_seed(self.seed, "augment", *key), bad)
-
-
-class Centers(Dataset[tuple[Tensor, int] | None]):
-    """Middles of images for probes and pictures; ``None`` for an unreadable one.
-
-    Args:
-        source: the images.
-        views: gives size and statistics.
-        indices: which images.
-    """
-
-    def __init__(self, source: Source, views: Views, indices: Sequence[int]) -> None:
-        self.source, self.views, self.indices = source, views, indices
-
-    def __len__(self) -> int:
-        """Number of images asked for."""
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> tuple[Tensor, int] | None:
-        """``(C, H, W)`` of the data's type, and label."""
-        index = self.indices[position]
-        try:
-            image = self.source.read(index)
-        except ImageError:
-            return None
-        return self.views.center(image), self.source.labels[index] if self.source.labels else -1
-
-
-def collate(samples: list[Sample]) -> tuple[Any, ...]:
-    """Stacks views, labels and keys, joins the lists of bad files.
-
-    Returns:
-        Views ``V x (B, C, H, W)``, labels, keys, bad files; and only where pixels are nodata
-        ``V x (B, 1, H, W)`` bool, True where they are not.
-    """
-    views = [stacked(own) for own in zip(*(sample[0] for sample in samples), strict=True)]
-    labels, keys = default_collate([sample[1:3] for sample in samples])
-    bad = [bad for *_, bads in samples for bad in bads]
-    valid = [~view[:, :1].isnan() for view in views if view.is_floating_point()]
-    return (views, labels, keys, bad) if all(part.all() for part in valid) else (views, labels, keys, bad, valid)
 
 
 def refuse_channels(
@@ -477,13 +326,6 @@ def refuse_channels(
         if option
         else "weights that were trained on such images",
     )
-
-
-def _collate_readable(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor]:
-    readable = [sample for sample in samples if sample is not None]
-    if not readable:
-        return torch.empty(0), torch.empty(0, dtype=torch.long)
-    return stacked([image for image, _ in readable]), torch.tensor([label for _, label in readable])
 
 
 def _given(
@@ -533,6 +375,8 @@ def _kind_as_stored(source: Source, index: int, channels: int) -> str | None:
 
 
 def _open(path: str, channels: int) -> tuple[Source, Source | None]:
+    if path in ("builtin", "shapes"):
+        check_colour(path, channels)
     if path == "builtin":
         return PhotoSource("train"), PhotoSource("test")
     if path == "shapes":

@@ -24,10 +24,10 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from mim.data.pixels import EIGHT_BIT, Pixels
-from mim.devices import send
+from mim.distributed.devices import send
 from mim.errors import UserError
+from mim.options.ranges import Count, Positive, Share, SomeShare, Whole, check_rising
 from mim.randomness import RowGenerator
-from mim.ranges import Count, Positive, Share, SomeShare, Whole, check_rising
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SOLID = 1e-3  # how far the weight of measured pixels in a resized one may be from 1

@@ -3,7 +3,7 @@
 from mim.evaluation.features import Pool, extract, pooled_features
 from mim.evaluation.health import feature_std, health_message, rankme
 from mim.evaluation.knn import knn_accuracy
-from mim.evaluation.linear import linear_accuracy, logistic_regression, standardise
+from mim.evaluation.logistic import linear_accuracy, logistic_regression, standardise
 from mim.evaluation.probe import probe, probe_seeds
 from mim.evaluation.splits import stratified_split
 

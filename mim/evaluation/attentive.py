@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from mim.evaluation.bank import Bank
 from mim.evaluation.batches import shuffled, steps_per_epoch
+from mim.options.classification import ProbeRecipe
 from mim.randomness import derive_seed
 from mim.schedules import warmup_cosine
-from mim.subject import HeadRecipe
 
 _HEAD_WIDTH = 64
 
@@ -66,7 +66,7 @@ class AttentiveHeads(nn.Module):
 def fit_attentive(
     banks: Sequence[Bank],
     rows: Tensor,
-    recipe: HeadRecipe,
+    recipe: ProbeRecipe,
     classes: int,
     seed: int,
     device: torch.device | str = "cpu",
@@ -98,7 +98,7 @@ def fit_attentive(
     return heads
 
 
-def _head(recipe: HeadRecipe, dim: int, classes: int) -> nn.Module:
+def _head(recipe: ProbeRecipe, dim: int, classes: int) -> nn.Module:
     """Pooling, batch norm without affine parameters, linear map."""
     if recipe.head == "multi_query":
         pooling: nn.Module = MultiQueryPooling(dim, recipe.queries)

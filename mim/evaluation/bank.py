@@ -39,7 +39,13 @@ class Bank(NamedTuple):
 
 
 def cached_bank(
-    cache: Path, encoder: Encoder, features: Features, rows: int, facts: dict[str, Any], batches: Batches
+    cache: Path,
+    encoder: Encoder,
+    features: Features,
+    rows: int,
+    facts: dict[str, Any],
+    batches: Batches,
+    unreadable: Callable[[list[int]], None],
 ) -> Bank:
     """The features of all images; from the disk if the same were computed before.
 
@@ -53,6 +59,7 @@ def cached_bank(
         rows: number of images M.
         facts: whatever else the features are a function of, such as the list of files and how they are cropped.
         batches: reads images.
+        unreadable: is told the rows that are left out, also when the features were computed before.
 
     Raises:
         UserError: if the disk is too small or no image can be read.
@@ -71,7 +78,12 @@ def cached_bank(
         if _rank() == 0:
             _put_in_place(partial, folder, {name: str(value)[:200] for name, value in key.items()})
         _wait()
-    return _open(folder)
+    everything, labels = _open(folder)
+    readable = labels >= 0
+    unreadable((~readable).nonzero()[:, 0].tolist())
+    if not readable.any():
+        raise UserError(f"none of the {len(labels)} images can be read", hint="python tools/check_data.py --data DATA")
+    return Bank(everything, labels) if readable.all() else Bank(everything[readable], labels[readable])
 
 
 def weights_digest(encoder: Encoder) -> str:
@@ -135,13 +147,10 @@ def _put_in_place(partial: Path, folder: Path, facts: dict[str, str]) -> None:
 
 
 def _open(folder: Path) -> Bank:
+    """All rows, also of images that could not be read."""
     # Copy on write: torch wants memory it could write to, the file must never change.
     features = torch.from_numpy(np.lib.format.open_memmap(folder / "features.npy", "c"))
-    labels = torch.from_numpy(np.load(folder / "labels.npy"))
-    readable = (labels >= 0).nonzero()[:, 0]
-    if not len(readable):
-        raise UserError(f"none of the {len(labels)} images can be read", hint="python tools/check_data.py --data DATA")
-    return Bank(features, labels) if len(readable) == len(labels) else Bank(features[readable], labels[readable])
+    return Bank(features, torch.from_numpy(np.load(folder / "labels.npy")))
 
 
 def _rank() -> int:

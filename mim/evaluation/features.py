@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from mim.encoder import Encoder
 
 Pool = Literal["cls", "mean"]
+POOLED = {"cls": "class token", "mean": "mean of patch tokens", "tokens": "all patch tokens"}
+"""What a pool is called where numbers are shown."""
 
 
 def pooled_features(encoder: Encoder, images: Tensor, pool: Pool = "cls") -> Tensor:
@@ -121,8 +123,7 @@ class Features:
     def describe(self) -> str:
         """In words, for the line that states the protocol."""
         blocks = "last block" if self.layers == 1 else f"last {self.layers} blocks"
-        words = {"cls": "class token", "mean": "mean of patch tokens", "tokens": "all patch tokens"}
-        return f"{words.get(self.pool, 'class token and mean of patch tokens')} of the {blocks}"
+        return f"{POOLED.get(self.pool, 'class token and mean of patch tokens')} of the {blocks}"
 
 
 @contextmanager

@@ -4,14 +4,11 @@ Layer-wise decay of the learning rate, stochastic depth, mixup and CutMix, label
 weights are timm's; everything random is a function of seed and step. Reported is the last epoch, never the best one.
 """
 
-from collections.abc import Callable
 from typing import Any, cast
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
-from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.utils import ModelEmaV3
@@ -21,10 +18,11 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from mim.encoder import Encoder
 from mim.errors import UserError
+from mim.evaluation.supervised import SupervisedTraining, set_drop_path
+from mim.options.classification import FinetuneRecipe
 from mim.randomness import derive_seed, keyed_generator, keyed_libraries
 from mim.reduction import TokenReducedViT, TokenReduction, Tokens, distillation_loss
 from mim.schedules import between, cosine, warmup_cosine
-from mim.subject import FinetuneRecipe
 
 
 def classifier(encoder: Encoder, classes: int, recipe: FinetuneRecipe, seed: int) -> VisionTransformer:
@@ -35,25 +33,23 @@ def classifier(encoder: Encoder, classes: int, recipe: FinetuneRecipe, seed: int
     Args:
         encoder: is taken apart.
         classes: number of classes.
-        recipe: pooling and stochastic depth.
+        recipe: pooling, the model's own unless given, and stochastic depth.
         seed: of the classifier's weights, which are almost zero (deviation 2e-5).
     """
-    vit = encoder.vit
-    if recipe.pool == "cls" and not vit.has_class_token:
+    vit, pool = encoder.vit, recipe.pool or encoder.pool
+    if pool == "cls" and not vit.has_class_token:
         raise UserError("--pool cls: this model has no class token", hint="--pool mean")
-    if recipe.pool == "mean" and isinstance(vit.fc_norm, nn.Identity):
+    if pool == "mean" and isinstance(vit.fc_norm, nn.Identity):
         vit.fc_norm, vit.norm = type(vit.norm)(encoder.dim, eps=cast(nn.LayerNorm, vit.norm).eps), nn.Identity()
-    vit.reset_classifier(classes, "avg" if recipe.pool == "mean" else "token")
+    vit.reset_classifier(classes, "avg" if pool == "mean" else "token")
     head = cast(nn.Linear, vit.head)
     nn.init.trunc_normal_(head.weight, std=2e-5, generator=keyed_generator(seed, "classifier"))
     nn.init.zeros_(head.bias)
-    rates = torch.linspace(0, recipe.drop_path, len(vit.blocks)).tolist()
-    for block, rate in zip(cast(Any, vit.blocks), rates, strict=True):
-        block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+    set_drop_path(vit.blocks, recipe.drop_path)
     return vit.requires_grad_(True)
 
 
-class Finetune(L.LightningModule):
+class Finetune(SupervisedTraining):
     """Trains a ViT with labels.
 
     Args:
@@ -193,17 +189,8 @@ class Finetune(L.LightningModule):
         self._set_strength()
         torch.manual_seed(derive_seed(self.seed, "layers", self.global_step, self.trainer.global_rank, batch_idx))
 
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Any,  # noqa: ANN401 - Lightning's signature
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        """Sets the learning rate from the step, steps, then moves the average."""
-        for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.global_step) * group.get("lr_scale", 1.0)
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+    def after_optimizer_step(self) -> None:
+        """Moves the average of the weights."""
         if self.ema is not None:
             self.ema.update(self.model)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from mim.evaluation.knn import knn_accuracy
-from mim.evaluation.linear import linear_accuracy
+from mim.evaluation.logistic import linear_accuracy
 from mim.evaluation.splits import stratified_split
 
 

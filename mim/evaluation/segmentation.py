@@ -1,27 +1,24 @@
 """Semantic segmentation on a frozen or fine-tuned encoder, scored exactly over any number of processes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
-import lightning as L
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from mim.data.masks import IGNORE
 from mim.encoder import Encoder
+from mim.evaluation.supervised import SupervisedTraining, set_drop_path
 from mim.evaluation.windows import Inference, predict
 from mim.randomness import derive_seed
 from mim.reduction import Tokens
 from mim.schedules import between, warmup_poly
-
-IGNORE = -1
-"""Class of pixels that are neither learnt nor scored."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def scores_of(confusion: Tensor) -> SegmentationScores:
     return SegmentationScores(float(iou.nanmean()), float(hits.sum() / counts.sum()), iou.tolist())
 
 
-class SemanticSegmentation(L.LightningModule):
+class SemanticSegmentation(SupervisedTraining):
     """An encoder, taps into its blocks, and a head.
 
     Args:
@@ -101,9 +98,7 @@ class SemanticSegmentation(L.LightningModule):
         for pooling in (encoder.vit.attn_pool, encoder.vit.fc_norm):  # not on the way to the patches
             if pooling is not None:
                 pooling.requires_grad_(False)
-        rates = torch.linspace(0, drop_path, len(encoder.vit.blocks)).tolist()
-        for block, rate in zip(cast(Any, encoder.vit.blocks), rates, strict=True):
-            block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+        set_drop_path(encoder.vit.blocks, drop_path)
         # Values were checked where masks are read; looking again would wait for the device.
         self.confusion = MulticlassConfusionMatrix(classes, ignore_index=IGNORE, validate_args=False)
         self.scores: SegmentationScores | None = None
@@ -189,19 +184,9 @@ class SemanticSegmentation(L.LightningModule):
                 groups += _decay_groups(self.encoder.reduction, self.optim.weight_decay)
         return AdamW(groups, lr=self.optim.lr, betas=(0.9, 0.999))
 
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Any,  # noqa: ANN401 - Lightning's signature
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        """Sets the learning rate from the step, then steps."""
-        optim = self.optim
-        lr = warmup_poly(self.global_step, optim.warmup_steps, optim.steps, optim.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+    def learning_rate(self, step: int) -> float:
+        """Of the head: linear warm-up, then polynomial decay."""
+        return warmup_poly(step, self.optim.warmup_steps, self.optim.steps, self.optim.lr)
 
 
 def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

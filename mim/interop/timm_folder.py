@@ -7,14 +7,16 @@ import shutil
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import timm
 import torch
 from huggingface_hub import ModelCardData
 from safetensors.torch import save
 from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
 
 from mim.errors import UserError
 from mim.interop.layouts import named_tensors
@@ -22,6 +24,10 @@ from mim.interop.reading import CHECKSUMS, sha256
 from mim.randomness import keyed_generator
 
 _WEIGHTS, _CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
+_OWN = (_WEIGHTS, _CONFIG, _CARD, CHECKSUMS, "head.safetensors", "reduction.*", "static-*.yaml")
+"""What an export consists of, with what fine-tuning puts beside it: replaced together."""
+_POOLING = {"cls": "token", "mean": "avg"}  # timm's names
+_POOLED = {"token": "class token", "avg": "mean of the patch tokens", "map": "attention pooling", "": "every token"}
 
 
 _TRANSFORM = "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
@@ -61,6 +67,7 @@ def export_backbone(
     std: Sequence[float],
     card: ModelCard,
     model_args: dict[str, Any] | None = None,
+    pool: Literal["cls", "mean"] | None = None,
     pixels: dict[str, Any] | None = None,
 ) -> float:
     """Write a timm folder, load it back through timm alone, compare, and only then put it in place.
@@ -72,10 +79,12 @@ def export_backbone(
         std: as ``mean``.
         card: provenance.
         model_args: what the user passed to timm beyond image size, patch size and channels.
+        pool: what ``model(images)`` gives: the class token or the mean of the patch tokens, behind the final norm. As
+            ``vit`` does unless given, and always if it has attention pooling, whose weights are then kept.
         pixels: scale of the numbers in the images if it is not 0 to 255, as ``mim.data.pixels`` writes it.
 
     Returns:
-        The largest difference between the features of ``vit`` and of the reloaded model, which is 0.
+        The largest difference between the features of ``vit``, tokens and pooled, and the reloaded model's, which is 0.
 
     Raises:
         UserError: if ``folder`` holds anything but an export.
@@ -84,6 +93,8 @@ def export_backbone(
     _refuse_to_replace(folder)
     # A float copy on the CPU: no side effect on the run, and the same arithmetic on both sides of the comparison.
     trained = deepcopy(vit).cpu().float().eval()
+    if pool is not None and trained.attn_pool is None:
+        trained.global_pool = _POOLING[pool]
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -121,6 +132,8 @@ def _timm_config(
         "class_token": vit.has_class_token,
         "reg_tokens": vit.num_reg_tokens,
         "global_pool": vit.global_pool,
+        # Unless told timm takes the place of the norm from the pooling, and then finds no weights for it.
+        "fc_norm": not isinstance(vit.fc_norm, nn.Identity),
         "dynamic_img_size": vit.dynamic_img_size,
         "num_classes": vit.num_classes,
     }
@@ -168,6 +181,7 @@ def _card_text(config: dict[str, Any], folder: Path, card: ModelCard) -> str:
         "Licence of the data": licence,
         "Epochs": card.epochs,
         "Steps": card.steps,
+        "Pooling": f"`model(images)`: {_POOLED.get(config['global_pool'], config['global_pool'])}",
         "Versions": f"torch {torch.__version__}, timm {timm.__version__}",
         "Command": card.command and f"`{card.command}`",
     }
@@ -208,20 +222,22 @@ def _values(config: dict[str, Any]) -> str | None:
 
 @torch.no_grad()
 def _reload_difference(trained: VisionTransformer, folder: Path) -> float:
-    """Largest absolute difference of the features on a fixed random input, timm's copy against ``trained``."""
+    """Largest absolute difference of tokens and pooled features on a random input, timm's copy against ``trained``."""
     with torch.random.fork_rng(devices=[]):  # timm initialises before it loads
         reloaded = cast(VisionTransformer, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
     size = (reloaded.patch_embed.proj.in_channels, *cast(tuple[int, int], reloaded.patch_embed.img_size))
     images = torch.rand(2, *size, generator=keyed_generator("export"))  # (2, C, H, W)
-    return float((trained.forward_features(images) - reloaded.forward_features(images)).abs().max())
+    tokens, again = (model.forward_features(images) for model in (trained, reloaded))
+    pooled, pooled_again = trained.forward_head(tokens), reloaded.forward_head(again)
+    differences = [(one - other).abs().max() for one, other in ((tokens, again), (pooled, pooled_again))]
+    return float(torch.stack(differences).max())
 
 
 def _refuse_to_replace(folder: Path) -> None:
     if folder.is_file():
         raise UserError(f"{folder} is a file", hint="the name of a new folder")
-    foreign = (
-        {entry.name for entry in folder.iterdir()} - {_WEIGHTS, _CONFIG, _CARD, CHECKSUMS} if folder.exists() else ()
-    )
+    names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+    foreign = {name for name in names if not any(fnmatch(name, own) for own in _OWN)}
     if foreign:
         raise UserError(
             f"{folder} holds other files, so the export does not replace it",

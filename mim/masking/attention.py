@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mim.masking.base import Masking, check_ratios, fresh_rows
+from mim.masking.base import Masking, check_ratios
 from mim.randomness import RowGenerator
 
 
@@ -20,7 +20,7 @@ class AttentionMasking(Masking):
             hides the least attended ones, which is the paper's counter-example.
         low: smallest ratio.
         high: largest ratio; each step draws its own between the two.
-        whole: share of the images in which nothing is hidden.
+        unmasked_share: share of the images in which nothing is hidden.
         show_max: with ``hint``, the share of patches among which some are revealed; how many is a second draw of the
             ratio, times this share.
     """
@@ -32,20 +32,21 @@ class AttentionMasking(Masking):
         mode: Literal["high", "hint", "low"] = "high",
         low: float = 0.1,
         high: float = 0.5,
-        whole: float = 0.5,
+        unmasked_share: float = 0.5,
         show_max: float = 0.1,
     ) -> None:
         super().__init__()
         if mode not in ("high", "hint", "low"):
             raise ValueError(f"mode {mode} is none of high, hint and low")
-        check_ratios(low, high, whole)
+        check_ratios(low, high, unmasked_share)
         if not 0 <= show_max <= 1:
             raise ValueError(f"show_max {show_max} is no share of the patches")
-        self.mode, self.low, self.high, self.whole, self.show_max = mode, low, high, whole, show_max
+        self.mode, self.show_max = mode, show_max
+        self.low, self.high, self.unmasked_share = low, high, unmasked_share
 
     def visible_count(self, patches: int) -> int | None:
         """Known only if every image hides by the same ratio, and no hint falls on what is visible anyway."""
-        if self.whole or self.low != self.high or (self.mode == "hint" and self.show_max > self.low):
+        if self.unmasked_share or self.low != self.high or (self.mode == "hint" and self.show_max > self.low):
             return None
         revealed = int(patches * self.show_max * self.high) if self.mode == "hint" else 0
         return patches - int(patches * self.high) + revealed
@@ -54,28 +55,16 @@ class AttentionMasking(Masking):
         """``int(patches * high)``, truncated in floats as in the reference."""
         return int(patches * self.high)
 
-    def forward(
-        self,
-        batch_size: int,
-        grid: tuple[int, int],
-        *,
-        scores: Tensor | None = None,
-        progress: float = 0.0,
-        generator: RowGenerator | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        """``(B, N)`` bool, True = hidden; see :meth:`Masking.forward`. Scores are needed."""
-        if scores is None:
-            raise ValueError("AttentionMasking needs scores: a method that has a teacher with attention")
-        scores = scores.detach().float().to(device)  # half precision would make ties
-        generator = generator or fresh_rows(batch_size, scores.device)
+    def draw(self, generator: RowGenerator, grid: tuple[int, int], scores: Tensor | None, progress: float) -> Tensor:
+        """``(B, N)`` bool, True = hidden; see :meth:`Masking.draw`."""
+        assert scores is not None  # forward has looked
         patches = grid[0] * grid[1]
         ratio, shown = (self.low + (self.high - self.low) * number for number in generator.common(2))
-        gate = generator.rand().to(scores.device) >= self.whole  # (B,)
+        gate = generator.rand() >= self.unmasked_share  # (B,)
         rank = torch.arange(patches, device=scores.device)
         ranked = (rank < int(patches * ratio)) & gate[:, None]  # (B, N) from the first to be hidden to the last
         if self.mode == "hint":
-            noise = generator.rand(int(patches * self.show_max)).to(scores.device)  # (B, top)
+            noise = generator.rand(int(patches * self.show_max))  # (B, top)
             revealed = noise.argsort(dim=1).argsort(dim=1) < int(patches * self.show_max * shown)
             ranked[:, : noise.shape[1]] &= ~revealed
         order = scores.argsort(dim=1, descending=self.mode != "low", stable=True)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mim.masking.base import Masking, check_ratios, fresh_rows
+from mim.masking.base import Masking, check_ratios
 from mim.randomness import RowGenerator
 
 _ATTEMPTS = 10  # tries to place one more rectangle before an image counts as full
@@ -22,35 +22,25 @@ class BlockMasking(Masking):
     Args:
         low: smallest ratio.
         high: largest ratio; each image draws its own between the two.
-        whole: share of the images in which nothing is hidden.
+        unmasked_share: share of the images in which nothing is hidden.
     """
 
-    def __init__(self, low: float = 0.1, high: float = 0.5, whole: float = 0.5) -> None:
+    def __init__(self, low: float = 0.1, high: float = 0.5, unmasked_share: float = 0.5) -> None:
         super().__init__()
-        check_ratios(low, high, whole)
-        self.low, self.high, self.whole = low, high, whole
+        check_ratios(low, high, unmasked_share)
+        self.low, self.high, self.unmasked_share = low, high, unmasked_share
 
     def most_hidden(self, patches: int) -> int:
         """``int(patches * high)``."""
         return int(patches * self.high)
 
-    def forward(
-        self,
-        batch_size: int,
-        grid: tuple[int, int],
-        *,
-        scores: Tensor | None = None,
-        progress: float = 0.0,
-        generator: RowGenerator | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        """``(B, N)`` bool, True = hidden; see :meth:`Masking.forward`."""
-        generator = generator or fresh_rows(batch_size, device)
-        gate, share = generator.rand(2).to(device).unbind(1)
-        ratio = (self.low + (self.high - self.low) * share) * (gate >= self.whole)
+    def draw(self, generator: RowGenerator, grid: tuple[int, int], scores: Tensor | None, progress: float) -> Tensor:
+        """``(B, N)`` bool, True = hidden; see :meth:`Masking.draw`."""
+        gate, share = generator.rand(2).unbind(1)
+        ratio = (self.low + (self.high - self.low) * share) * (gate >= self.unmasked_share)
         room = ratio * (grid[0] * grid[1])  # (B,) patches that may still be hidden
-        draws = generator.rand(_ROUNDS, 4, _ATTEMPTS).to(device)
-        mask = torch.zeros(batch_size, *grid, dtype=torch.bool, device=room.device)
+        draws = generator.rand(_ROUNDS, 4, _ATTEMPTS)
+        mask = torch.zeros(len(generator), *grid, dtype=torch.bool, device=room.device)
         active = torch.ones_like(gate, dtype=torch.bool)
         for numbers in draws.unbind(1):
             block, added = _first_that_fits(mask, torch.where(active, room, 0), numbers)

@@ -1,9 +1,7 @@
 """Masks that hide more and more of the hardest patches: the policy of HPM (arXiv:2304.05919)."""
 
-import torch
 from torch import Tensor
 
-from mim.masking.base import fresh_rows
 from mim.masking.uniform import RandomMasking, all_but_smallest
 from mim.randomness import RowGenerator
 from mim.schedules import linear
@@ -45,26 +43,12 @@ class HardPatchMasking(RandomMasking):
             progress = min(int(progress * self.stairs + 1e-6) + 1, self.stairs) / self.stairs
         return int((patches - self.visible_count(patches)) * linear(progress, self.start, self.end))
 
-    def forward(
-        self,
-        batch_size: int,
-        grid: tuple[int, int],
-        *,
-        scores: Tensor | None = None,
-        progress: float = 0.0,
-        generator: RowGenerator | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        """``(B, N)`` bool, True = hidden; see :meth:`Masking.forward`. Of equal scores the first in raster order wins.
-
-        Raises:
-            ValueError: if there are no scores although some patches are to be the hardest.
-        """
+    def draw(self, generator: RowGenerator, grid: tuple[int, int], scores: Tensor | None, progress: float) -> Tensor:
+        """``(B, N)`` bool, True = hidden; see :meth:`Masking.draw`. Of equal scores the first in raster order wins."""
         patches = grid[0] * grid[1]
-        noise = (generator or fresh_rows(batch_size, device)).rand(patches).to(device)  # (B, N), below 1
+        noise = generator.rand(patches)  # (B, N), below 1
         if hard := self.hard_count(patches, progress):
-            if scores is None:
-                raise ValueError("HardPatchMasking needs scores to tell which patches are the hardest")
-            hardest = scores.to(noise.device).argsort(dim=1, descending=True, stable=True)[:, :hard]
+            assert scores is not None  # forward has looked
+            hardest = scores.argsort(dim=1, descending=True, stable=True)[:, :hard]
             noise = noise.scatter(1, hardest, 1.0)  # never among the smallest
         return all_but_smallest(noise, self.visible_count(patches))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mim.masking.base import Masking, check_ratios, fresh_rows
+from mim.masking.base import Masking, check_ratios
 from mim.randomness import RowGenerator
 
 
@@ -27,19 +27,10 @@ class RandomMasking(Masking):
             raise ValueError(f"ratio {self.ratio} hides all {patches} patches; lower it or use larger images")
         return visible
 
-    def forward(
-        self,
-        batch_size: int,
-        grid: tuple[int, int],
-        *,
-        scores: Tensor | None = None,
-        progress: float = 0.0,
-        generator: RowGenerator | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        """``(B, N)`` bool, True = hidden; see :meth:`Masking.forward`."""
+    def draw(self, generator: RowGenerator, grid: tuple[int, int], scores: Tensor | None, progress: float) -> Tensor:
+        """``(B, N)`` bool, True = hidden; see :meth:`Masking.draw`."""
         patches = grid[0] * grid[1]
-        noise = (generator or fresh_rows(batch_size, device)).rand(patches).to(device)  # (B, N)
+        noise = generator.rand(patches)  # (B, N)
         return all_but_smallest(noise, self.visible_count(patches))
 
 
@@ -49,34 +40,24 @@ class VaryingRandomMasking(Masking):
     Args:
         low: smallest ratio.
         high: largest ratio; each image draws its own between the two and hides exactly ``int(N * ratio)`` patches.
-        whole: share of the images in which nothing is hidden.
+        unmasked_share: share of the images in which nothing is hidden.
     """
 
-    def __init__(self, low: float = 0.65, high: float = 0.75, whole: float = 0.5) -> None:
+    def __init__(self, low: float = 0.65, high: float = 0.75, unmasked_share: float = 0.5) -> None:
         super().__init__()
-        check_ratios(low, high, whole)
-        self.low, self.high, self.whole = low, high, whole
+        check_ratios(low, high, unmasked_share)
+        self.low, self.high, self.unmasked_share = low, high, unmasked_share
 
     def most_hidden(self, patches: int) -> int:
         """``int(patches * high)``."""
         return int(patches * self.high)
 
-    def forward(
-        self,
-        batch_size: int,
-        grid: tuple[int, int],
-        *,
-        scores: Tensor | None = None,
-        progress: float = 0.0,
-        generator: RowGenerator | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        """``(B, N)`` bool, True = hidden; see :meth:`Masking.forward`."""
+    def draw(self, generator: RowGenerator, grid: tuple[int, int], scores: Tensor | None, progress: float) -> Tensor:
+        """``(B, N)`` bool, True = hidden; see :meth:`Masking.draw`."""
         patches = grid[0] * grid[1]
-        generator = generator or fresh_rows(batch_size, device)
-        gate, share = generator.rand(2).to(device).unbind(1)
-        count = ((self.low + (self.high - self.low) * share) * patches).long() * (gate >= self.whole)  # (B,)
-        ranks = generator.rand(patches).to(device).argsort(dim=1, stable=True).argsort(dim=1)
+        gate, share = generator.rand(2).unbind(1)
+        count = ((self.low + (self.high - self.low) * share) * patches).long() * (gate >= self.unmasked_share)  # (B,)
+        ranks = generator.rand(patches).argsort(dim=1, stable=True).argsort(dim=1)
         return ranks < count[:, None]
 
 

@@ -1,7 +1,9 @@
 """What every pretraining method shares: optimizer, position in the run, keyed randomness, the guard against NaN."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import lightning as L
@@ -9,14 +11,16 @@ import torch
 import torch.distributed
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
+from mim.distributed.sharding import shard, total
 from mim.encoder import Encoder
+from mim.errors import UserError
+from mim.layers.teacher import Teacher
 from mim.masking.base import Masking
 from mim.randomness import RowGenerator, derive_seed
 from mim.schedules import cosine, warmup_cosine
-from mim.sharding import local, shard, total
 
 Batch = tuple[list[Tensor], Tensor] | tuple[list[Tensor], Tensor, list[Tensor]]
 """Views, ``V x (B, C, H_v, W_v)`` with global crops first, and labels ``(B,)``, which most methods ignore.
@@ -82,13 +86,21 @@ class Plan:
         """Passes over the data."""
         return self.max_steps / self.steps_per_epoch
 
+    def epoch(self, step: int) -> int:
+        """Whole passes over the data after ``step`` steps.
+
+        ``steps_per_epoch`` is images / batch size, rounded to a float; the fraction that it stands for is looked for
+        again, so that the last step of a pass is never counted to the pass before.
+        """
+        return int(step / Fraction(self.steps_per_epoch).limit_denominator())
+
     def epochs_at(self, step: int) -> str:
         """Passes over the data after ``step`` steps, as precisely as the length of the run deserves."""
         return f"{step / self.steps_per_epoch:.{0 if self.epochs >= 20 else 1 if self.epochs >= 2 else 2}f}"
 
 
 class NonFiniteError(Exception):
-    """Something of a step was NaN or infinite; the optimizer did not take it.
+    """A loss or gradient was NaN or infinite; the optimizer skipped that step.
 
     Args:
         step: optimizer steps finished before the bad one.
@@ -110,23 +122,25 @@ class Method(L.LightningModule):
 
     Args:
         encoder: the student; what is exported unless the method says otherwise.
-        masking: the policy that hides patches.
+        masking: the policy that hides patches; None for a method that has several, or none.
         optim: learning rate, weight decay and warm-up.
     """
 
     nonfinite_step: Tensor
-    suspect: Tensor
+    skip_step: Tensor
 
-    def __init__(self, encoder: Encoder, masking: Masking, optim: OptimConfig) -> None:
+    masking: Masking | None
+
+    def __init__(self, encoder: Encoder, masking: Masking | None, optim: OptimConfig) -> None:
         super().__init__()
         self.kind = type(self).__name__  # sharding gives the object a class of its own
         self.encoder = encoder
         self.masking = masking
         self.optim = optim
         self.plan = Plan()
-        # First step with a non-finite gradient, -1 if none; on the device, so that looking for it does not wait.
+        # First step with a non-finite gradient, -1 if none; on the device, so that setting it needs no synchronisation.
         self.register_buffer("nonfinite_step", torch.tensor(-1), persistent=False)
-        self.register_buffer("suspect", torch.tensor(False), persistent=False)  # see require_finite
+        self.register_buffer("skip_step", torch.tensor(False), persistent=False)  # see skip_step_unless_finite
 
     @property
     def name(self) -> str:
@@ -189,6 +203,29 @@ class Method(L.LightningModule):
         """What is wrong, and why, judged by the newest numbers that the method logged; None if nothing is."""
         return None
 
+    def check(self) -> None:
+        """Refuses what can never learn, before data are opened; a method with other parts checks those, too.
+
+        Raises:
+            UserError: for a policy that hides all patches of every image, or none.
+        """
+        patches = math.prod(self.encoder.grid)
+        for policy in self._policies():
+            if policy.visible_count(patches) in (0, patches):
+                raise UserError(
+                    f"{policy} hides all or none of {patches} patches, so nothing can be learnt",
+                    hint="--mask_ratio 0.75   or smaller patches",
+                )
+
+    def mask_words(self) -> str:
+        """What is hidden of an image, as a run prints it before it starts."""
+        patches = math.prod(self.encoder.grid)
+        words = [f"{policy}{policy.count_words(self.encoder.grid)} of {patches} patches" for policy in self._policies()]
+        return "; ".join(words) or "nothing is hidden"
+
+    def _policies(self) -> list[Masking]:
+        return [module for module in self.modules() if isinstance(module, Masking)]
+
     def visualize(self, images: Tensor) -> dict[str, Tensor]:
         """Named pictures ``(B, C, H, W)`` of what is done to ``images``, normalised alike, or maps ``(B, h, w)``."""
         return {}
@@ -196,6 +233,12 @@ class Method(L.LightningModule):
     def no_weight_decay(self) -> set[str]:
         """Name patterns, beyond biases and 1-D parameters, that are not decayed (read by timm's optimizer factory)."""
         return set()
+
+    def setup(self, stage: str) -> None:
+        """Teachers start as their students, whatever weights those were given; a checkpoint is restored after this."""
+        for module in self.modules():
+            if isinstance(module, Teacher):
+                module.start()
 
     def configure_model(self) -> None:
         """Spreads the method over the processes if the strategy asks for that."""
@@ -213,21 +256,34 @@ class Method(L.LightningModule):
         first = self.first_row(len(batch[1]), batch_idx)
         torch.manual_seed(derive_seed(self.plan.seed, "layers", self.global_step, first))
 
-    def require_finite(self, values: Tensor) -> None:
+    def skip_step_unless_finite(self, values: Tensor) -> None:
         """For what steers a step but is not part of its loss: the step is skipped unless all ``values`` are finite."""
-        self.suspect.logical_or_(~values.isfinite().all())
+        self.skip_step.logical_or_(~values.isfinite().all())
+
+    @property
+    def step_was_skipped(self) -> Tensor:
+        """Scalar bool on the device: whether the optimizer has refused a step, and so every step after it.
+
+        What follows the weights, such as teachers and centres, must not move then.
+        """
+        return self.nonfinite_step >= 0
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Makes a fused optimizer skip a step that is not finite, and all after it, without waiting for the device."""
+        """Makes a fused optimizer skip a non-finite step and all later ones, without synchronising with the device."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        bad = ~total(torch.nn.utils.get_total_norm(gradients)).isfinite() | self.suspect
+        bad = ~total(torch.nn.utils.get_total_norm(gradients)).isfinite() | self.skip_step
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             flag = bad.float()
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             bad = flag > 0
         first = bad & (self.nonfinite_step < 0)
         self.nonfinite_step.copy_(torch.where(first, self.global_step, self.nonfinite_step))
-        optimizer.found_inf = (self.nonfinite_step >= 0).float()  # type: ignore[attr-defined]  # read by fused AdamW
+        # Only fused optimizers read found_inf; on a CPU raise_if_nonfinite below ends the run before the step.
+        fused = all(group.get("fused") for group in optimizer.param_groups)
+        assert fused or self.device.type == "cpu", (
+            f"only a fused optimizer skips steps that are not finite: {optimizer}"
+        )
+        optimizer.found_inf = self.step_was_skipped.float()  # type: ignore[attr-defined]  # read by fused AdamW
         if self.device.type == "cpu":
             self.raise_if_nonfinite()
 
@@ -247,25 +303,20 @@ class Method(L.LightningModule):
         optimizer: Any,  # noqa: ANN401 - Lightning's signature
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Sets learning rate and weight decay from the step, then steps; teachers and centres follow."""
+        """Sets learning rate and weight decay from the step, steps, then calls :meth:`after_optimizer_step`."""
         step = self.global_step
         lr, weight_decay = self.learning_rate(step), self.weight_decay(step)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
             group["weight_decay"] = weight_decay if group["weight_decay"] else 0.0
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.follow(step)
+        self.after_optimizer_step(step)
 
-    def follow(self, step: int) -> None:
-        """Moves what follows the weights, such as a teacher, after the step that came upon ``step`` finished ones.
+    def after_optimizer_step(self, step: int) -> None:
+        """Called once after each optimizer step; update teachers and centres here.
 
-        Part of the step: what moves later than this would be missing from the checkpoint of the step.
+        Whatever changes later than this is missing from the checkpoint of the step.
+
+        Args:
+            step: optimizer steps finished before this one.
         """
-
-    @torch.no_grad()
-    def average(self, teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-        """Moves ``teacher`` towards ``student``; like the optimizer, it does not take a step that is not finite."""
-        moved = torch.where(self.nonfinite_step < 0, 1 - momentum, 0.0)  # on the device, so that nobody waits for it
-        for own, other in zip(teacher.state_dict().values(), student.state_dict().values(), strict=True):
-            if own.is_floating_point():
-                local(own).lerp_(local(other), moved)

@@ -5,7 +5,7 @@ Learn, beside the reconstruction, which hidden patches will be hard to reconstru
 Deviations:
     The share of hardest patches moves at every step unless ``HardPatchMasking.stairs`` asks for one stair per epoch, as
     in the reference: a run here is one sequence of steps, and the two differ by a stair at most.
-    The teacher averages only what predicts difficulty, since nobody looks at the pixels it would reconstruct.
+    The teacher averages only what predicts difficulty, since its reconstruction would not be used.
     The ranking loss takes logits instead of probabilities plus 1e-6, and every pair once, which gives the same mean.
 """
 
@@ -15,17 +15,17 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from mim.encoder import Encoder
 from mim.layers.decoder import FillMasked, Trunk
 from mim.layers.initialisation import initialise
+from mim.layers.teacher import Teacher
 from mim.masking import HardPatchMasking
 from mim.methods.base import Batch, Method, OptimConfig, single_view
+from mim.options.ranges import Count, Share
 from mim.patches import gather_tokens, replace_patches, visible_indices
 from mim.randomness import RowGenerator
-from mim.ranges import Count, Share
 from mim.schedules import linear
 from mim.targets import Target
 
@@ -91,7 +91,8 @@ class HPM(Method):
             initialise(part)
         if not encoder.pretrained:
             initialise(encoder)
-        self.teacher = ModelEmaV3(self._judge()).requires_grad_(False)
+        judge = {"encoder": self.encoder, "fill": self.fill, "difficulty": self.difficulty}
+        self.teacher = Teacher(nn.ModuleDict(judge))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Error of the hidden patches plus the loss of their predicted difficulty, one to one."""
@@ -99,10 +100,9 @@ class HPM(Method):
         scores = self.scores(images) if self.masking.needs_scores else None  # (B, N)
         mask = self.draw(scores, len(images), self.row_generator(len(images), batch_idx))  # (B, N)
         prediction, difficulty, hidden = self.predict(images, mask)
-        weights = self.target.weights(valid, images, self.encoder.grid, hidden)
-        target = self.target(images, self.encoder.grid, hidden, weights)
-        error = self.target.error(prediction, target, weights)  # (B, M)
-        truth = error.detach()  # nobody learns to make patches easy to rank; the predictor's input is not detached
+        target, weights = self.target.measured(images, self.encoder.grid, hidden, valid)
+        error = self.target.errors(prediction, target, weights)  # (B, M)
+        truth = error.detach()  # patches must not become easy to rank; the predictor's input is not detached
         pairs = hidden_pairs(difficulty, truth)
         reconstruction = self.target.mean_error(error, weights)
         ranking = ranking_loss(*pairs) if self.settings.loss == "relative" else regression_loss(difficulty, truth)
@@ -119,7 +119,7 @@ class HPM(Method):
         judge = self.teacher.module
         nothing = torch.zeros(len(images), self.patches, dtype=torch.bool, device=images.device)
         scores = _averaged(judge["difficulty"](judge["fill"](judge["encoder"](images), nothing)))
-        self.require_finite(scores)  # the loss would not tell: masks are drawn from any scores
+        self.skip_step_unless_finite(scores)  # the loss would not tell: masks are drawn from any scores
         return scores
 
     def draw(self, scores: Tensor | None, batch_size: int, generator: RowGenerator) -> Tensor:
@@ -154,24 +154,13 @@ class HPM(Method):
             values["health/error_over_random"] = error.mean() / torch.lerp(rest, chosen, hard / self.patches)
         return values
 
-    def follow(self, step: int) -> None:
+    def after_optimizer_step(self, step: int) -> None:
         """Moves the teacher towards the student."""
-        self.average(self.teacher.module, self._judge(), self.momentum(step))
+        self.teacher.update(self.momentum(step), unless=self.step_was_skipped)
 
     def momentum(self, step: int) -> float:
         """Share of itself that the teacher keeps in the step after ``step`` finished ones; constant in an epoch."""
-        epoch = int(step / self.plan.steps_per_epoch + 1e-6)  # rounding must not count a step to the epoch before
-        return linear(min(epoch / _RAMP, 1.0), *self.settings.momentum)
-
-    def setup(self, stage: str) -> None:
-        """The teacher starts as the student, whatever weights that was given; a checkpoint is restored after this."""
-        self.teacher.set(self._judge())  # type: ignore[no-untyped-call]
-
-    def train(self, mode: bool = True) -> "HPM":
-        """The teacher stays in evaluation mode."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
+        return linear(min(self.plan.epoch(step) / _RAMP, 1.0), *self.settings.momentum)
 
     @torch.no_grad()
     def visualize(self, images: Tensor) -> dict[str, Tensor]:
@@ -200,10 +189,6 @@ class HPM(Method):
             error = self.target.error(prediction, self.target(images, self.encoder.grid, hidden))
             total, times = total.scatter_add(1, hidden, error), times + mask
         return (total / times.clamp(min=1)).view(-1, *self.encoder.grid)
-
-    def _judge(self) -> nn.ModuleDict:
-        """The student's parts that predict difficulty; made anew, so that their weights are not counted twice."""
-        return nn.ModuleDict({"encoder": self.encoder, "fill": self.fill, "difficulty": self.difficulty})
 
 
 def hidden_pairs(difficulty: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,20 +18,20 @@ from dataclasses import dataclass
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from mim.devices import send
+from mim.distributed.devices import send
+from mim.distributed.sharding import total
 from mim.encoder import Encoder
+from mim.layers.teacher import Teacher
 from mim.masking import Masking
 from mim.methods.base import Batch, Method, OptimConfig
+from mim.options.ranges import Count, NotNegative, Positive, Share, Whole
 from mim.patches import patchify, unpatchify
 from mim.randomness import RowGenerator
-from mim.ranges import Count, NotNegative, Positive, Share, Whole
 from mim.schedules import cosine, linear
-from mim.sharding import total
 
 STUDENT_TEMPERATURE = 0.1
 CHUNK = 2048  # patches whose logits are held at once: 64 MiB in fp32 for 8192 prototypes
@@ -93,6 +93,7 @@ class IBOT(Method):
         optim: learning rate, weight decay and warm-up.
     """
 
+    masking: Masking
     centers: Tensor
 
     def __init__(
@@ -113,7 +114,7 @@ class IBOT(Method):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.dim))
         self.head = Head(encoder.dim, head)
         self.teaching, self.freeze_epochs, self.clip = teacher, freeze_epochs, clip
-        self.teacher = ModelEmaV3(self._averaged()).requires_grad_(False)
+        self.teacher = Teacher(nn.ModuleDict({"encoder": self.encoder, "head": self.head}))
         # Row 0 belongs to class logits, row 1 to patch logits.
         self.register_buffer("centers", torch.zeros(2, head.prototypes))
         self.mean_logits: list[
@@ -233,14 +234,12 @@ class IBOT(Method):
         total, entropy = torch.stack(sums).sum(dim=0)
         return total, entropy.detach()
 
-    def epoch(self) -> int:
-        """Whole passes over the data that are done."""
-        return int(self.global_step / self.plan.steps_per_epoch + 1e-9)
-
     def temperature(self, final: float) -> float:
         """The teacher's temperature in this epoch."""
-        start, epochs = self.teaching.start_temperature, self.teaching.warmup_epochs
-        return linear(self.epoch() / max(1, epochs - 1), start, final) if self.epoch() < epochs else final
+        epoch, epochs = self.plan.epoch(self.global_step), self.teaching.warmup_epochs
+        if epoch >= epochs:
+            return final
+        return linear(epoch / max(1, epochs - 1), self.teaching.start_temperature, final)
 
     def momentum(self, step: int) -> float:
         """Share of the teacher that is kept after the step that follows ``step`` finished ones."""
@@ -255,10 +254,10 @@ class IBOT(Method):
             for parameter in self.head.prototypes.parameters():
                 parameter.grad = None
 
-    def follow(self, step: int) -> None:
+    def after_optimizer_step(self, step: int) -> None:
         """Moves centres and teacher."""
         self.move_centers()
-        self.average(self.teacher.module, self._averaged(), self.momentum(step))
+        self.teacher.update(self.momentum(step), unless=self.step_was_skipped)
 
     @torch.no_grad()
     def move_centers(self) -> None:
@@ -268,23 +267,8 @@ class IBOT(Method):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(mean)
             mean /= torch.distributed.get_world_size()
-        # Like the optimizer, centres do not take a step that is not finite.
-        mean = torch.where(self.nonfinite_step < 0, mean, self.centers)
+        mean = torch.where(self.step_was_skipped, self.centers, mean)
         self.centers.lerp_(mean, 1 - self.teaching.center_momentum)
-
-    def setup(self, stage: str) -> None:
-        """The teacher starts as the student, whatever weights that was given; a checkpoint is restored after this."""
-        self.teacher.set(self._averaged())  # type: ignore[no-untyped-call]  # timm's
-
-    def train(self, mode: bool = True) -> "IBOT":
-        """Changes the student alone: a teacher has no drop path."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
-
-    def _averaged(self) -> nn.ModuleDict:
-        """What the teacher is an average of; never an attribute, or the student would be saved twice."""
-        return nn.ModuleDict({"encoder": self.encoder, "head": self.head})
 
     def health_warning(self, values: dict[str, float]) -> str | None:
         """Names the two ways to collapse (DINO, arXiv:2104.14294, sec. 5.3) once the student follows everywhere."""

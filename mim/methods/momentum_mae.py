@@ -7,14 +7,14 @@ image, and costs as much as encoding it. Its attention means little at first, so
 from typing import Any, ClassVar
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from mim.encoder import Encoder
+from mim.layers.teacher import Teacher
 from mim.masking import AttentionMasking
 from mim.methods.mae import MAE
+from mim.options.ranges import Share
 from mim.randomness import RowGenerator
-from mim.ranges import Share
 from mim.schedules import cosine
 
 
@@ -23,7 +23,7 @@ class MomentumMAE(MAE):
 
     Args:
         encoder: the ViT to train, with a class token.
-        masking: ``AttentionMasking`` that hides by one ratio: ``low`` equal to ``high``, and ``whole: 0``.
+        masking: ``AttentionMasking`` that hides by one ratio: ``low`` equal to ``high``, and ``unmasked_share: 0``.
         momentum: share of the teacher that a step keeps, at the first step; it rises to 1 along half a cosine.
         mae: what else :class:`MAE` takes.
     """
@@ -42,26 +42,17 @@ class MomentumMAE(MAE):
         if not encoder.vit.has_class_token:
             raise ValueError("masks follow the attention of the class token, and this encoder has none")
         self.first_momentum = momentum
-        self.teacher = ModelEmaV3(encoder).requires_grad_(False)
+        self.teacher = Teacher(encoder)
 
     @torch.no_grad()
     def draw(self, images: Tensor, generator: RowGenerator) -> Tensor:
         """Masks ``(B, N)`` by the teacher's attention to the whole image."""
         _, scores = self.teacher.module.forward_with_attention(images)
-        self.require_finite(scores)  # the loss would not tell: masks are drawn from any scores
+        self.skip_step_unless_finite(scores)  # the loss would not tell: masks are drawn from any scores
         mask: Tensor = self.masking(len(images), self.encoder.grid, scores=scores, generator=generator)
         return mask
 
-    def follow(self, step: int) -> None:
+    def after_optimizer_step(self, step: int) -> None:
         """Moves the teacher towards the student."""
-        self.average(self.teacher.module, self.encoder, cosine(step / self.plan.max_steps, self.first_momentum, 1.0))
-
-    def setup(self, stage: str) -> None:
-        """The teacher starts as the student, whatever weights that was given; a checkpoint is restored after this."""
-        self.teacher.set(self.encoder)  # type: ignore[no-untyped-call]  # timm's
-
-    def train(self, mode: bool = True) -> "MomentumMAE":
-        """Changes the student alone."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
+        momentum = cosine(step / self.plan.max_steps, self.first_momentum, 1.0)
+        self.teacher.update(momentum, unless=self.step_was_skipped)

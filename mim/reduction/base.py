@@ -165,15 +165,15 @@ class TokenReduction(nn.Module):
         last = self.rejoin and layer == depth - 1  # what came back stays
         count = tokens.count if last else self.left(tokens.count, layer, depth, tokens.grid)
         if not self.acts(tokens.count, count, layer):
-            return tokens.moved(block(tokens.x, **inputs))
+            return tokens.after_block(block(tokens.x, **inputs))
         if self.place == "after" and not self.reads_attention:
-            return self.reduce(tokens.moved(block(tokens.x, **inputs)), None, count, layer)
+            return self.reduce(tokens.after_block(block(tokens.x, **inputs)), None, count, layer)
         attending = Attending(block, tokens.num_prefix)
-        tokens = tokens.moved(attending.half(tokens.x, **inputs))
+        tokens = tokens.after_block(attending.half(tokens.x, **inputs))
         if self.place == "middle":
             tokens = self.reduce(tokens, attending, count, layer)
-            return tokens.moved(mlp_half(block, tokens.x))
-        return self.reduce(tokens.moved(mlp_half(block, tokens.x)), attending, count, layer)
+            return tokens.after_block(mlp_half(block, tokens.x))
+        return self.reduce(tokens.after_block(mlp_half(block, tokens.x)), attending, count, layer)
 
     def acts(self, before: int, after: int, layer: int) -> bool:
         """Whether a block calls :meth:`reduce`; those that hide tokens act without making them fewer."""

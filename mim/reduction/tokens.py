@@ -124,7 +124,7 @@ class Tokens:
         """Other features of the same tokens."""
         return replace(self, x=x)
 
-    def moved(self, x: Tensor) -> "Tokens":
+    def after_block(self, x: Tensor) -> "Tokens":
         """What a block has made of the tokens; hidden ones stay what they were."""
         if self.alive is None or self.alive.dtype != torch.bool:
             return replace(self, x=x)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mim.evaluation.features import POOLED
 from mim.report.charts import chart, seeds
 from mim.report.markup import Html, count, duration, folded, number, percent, section, table, tag
 from mim.report.record import KNN, LINEAR, LOSS, LR, RANKME, SPREAD, Run, read_json, read_run, to_float
@@ -79,8 +80,9 @@ def headline_numbers(run: Run) -> list[Html]:
         ("loss", run.last("loss", LOSS), number, first_loss and f"{number(first_loss)} at the start")
     ]
     for key, (name, metric) in accuracy.items():
-        untrained = run.untrained(metric)
-        entries.append((name, run.last(key, metric), percent, untrained and f"untrained {percent(untrained)}"))
+        value, untrained, kind = accuracy_of(run, key, metric)
+        words = [kind, *([f"untrained {percent(untrained)}"] if untrained is not None else [])]
+        entries.append((name, value, percent, ", ".join(filter(None, words))))
     entries.append(("RankMe", run.last("rankme", RANKME), number, "effective dimensions"))
     entries.append(("images per second", to_float(run.summary.get("images_per_second")), number, None))
     return [
@@ -88,6 +90,15 @@ def headline_numbers(run: Run) -> list[Html]:
         for name, value, show, note in entries
         if value is not None
     ]
+
+
+def accuracy_of(run: Run, key: str, metric: str) -> tuple[float | None, float | None, str]:
+    """What a probe found, the same of the untrained encoder, and on what: the table's numbers if there is one."""
+    probe = (run.summary.get("probe") or {}).get(key) or {}
+    words = POOLED.get(run.pool or "", "")
+    if probe.get("trained") and probe.get("untrained"):
+        return float(np.mean(probe["trained"])), float(np.mean(probe["untrained"])), words
+    return run.last(key, metric), run.untrained(metric), ", ".join(filter(None, [words, "one split so far"]))
 
 
 def curves(run: Run) -> Html:
@@ -120,7 +131,7 @@ def readable(name: str) -> str:
 
 CHARTS: list[tuple[str, dict[str, str], str, bool]] = [
     ("Loss", {"loss": LOSS}, "", False),
-    ("Accuracy of the frozen features", {"k-NN": KNN, "linear": LINEAR}, "%", True),
+    ("Accuracy of the frozen features on one split", {"k-NN": KNN, "linear": LINEAR}, "%", True),
     ("Learning rate", {"learning rate": LR}, "", True),
     ("RankMe: effective dimensions", {"RankMe": RANKME}, "", True),
     ("Feature spread: 0 collapsed, 1 even", {"spread": SPREAD}, "", True),

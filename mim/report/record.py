@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,12 @@ class Run:
         """A text file of the folder; empty if it is missing."""
         path = self.folder / name
         return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+
+    @property
+    def pool(self) -> str | None:
+        """What probes measure: ``cls`` or ``mean``."""
+        found = re.search("^pool: (cls|mean)$", self.text("config.yaml"), re.MULTILINE)  # older summaries do not say
+        return str(self.summary.get("pool") or (found[1] if found else "")) or None
 
     def first(self, metric: str) -> float | None:
         """The first value of a column of ``metrics.csv``."""

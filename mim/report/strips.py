@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mim.pictures import read_strip
+from mim.pictures.strips import read_strip
 from mim.report.markup import Html, count, picture, section, tag
 from mim.report.record import Run
 

@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader
 
 from mim.callbacks import Checkpoints
 from mim.callbacks.checkpoints import Signals
-from mim.checkpoint_io import AtomicCheckpointIO, checkpoint_step, checkpoints, newest_good, verify
+from mim.distributed.processes import STOP_SIGNALS as SIGNALS
 from mim.encoder import Encoder
 from mim.masking import RandomMasking
 from mim.methods import Method, NonFiniteError, OptimConfig, Plan
-from mim.processes import STOP_SIGNALS as SIGNALS
+from mim.run.checkpoint_files import AtomicCheckpointIO, checkpoint_step, checkpoints, newest_good, verify
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -133,7 +133,7 @@ def test_a_signal_while_others_prepare_ends_the_run_after_its_first_step(tmp_pat
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_while_loaders_are_made_does_so_too(tmp_path, number):
+def test_a_signal_while_loaders_are_made_ends_the_run_after_its_first_step(tmp_path, number):
     class Opened(L.Callback):
         def on_fit_start(self, trainer, pl_module):
             setup = trainer.fit_loop.setup_data
@@ -174,7 +174,7 @@ def test_a_nonfinite_step_is_never_saved(tmp_path):
     assert all(weight.isfinite().all() for weight in weights)
 
 
-def test_nor_is_one_that_nobody_looked_at_yet(tmp_path, monkeypatch):
+def test_a_nonfinite_step_that_was_not_looked_at_yet_is_never_saved(tmp_path, monkeypatch):
     # As on a GPU: the step was skipped, and the mark is read when a checkpoint is due.
     look, calls = Method.raise_if_nonfinite, []
     monkeypatch.setattr(Method, "on_before_optimizer_step", mark_bad(2))

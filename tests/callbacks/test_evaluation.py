@@ -8,7 +8,7 @@ from mim.callbacks import Evaluation, RunLog
 from mim.data.pretrain import PretrainData
 from mim.data.shapes import ShapeSource
 from mim.encoder import Encoder
-from mim.run import RunFolder
+from mim.run.folder import RunFolder
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from mim.callbacks.run_log import MetricsTable, RunLog, duration
 from mim.encoder import Encoder
 from mim.masking import RandomMasking
 from mim.methods import Method, NonFiniteError, OptimConfig, Plan
-from mim.run import RunFolder
+from mim.run.folder import RunFolder
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from mim.benchmark import Contender, MatrixPeak, Timing, compare, ratios
+from mim.benchmark.plain import PLAIN_LOSSES
+from mim.benchmark.training import Contender, MatrixPeak, Timing, compare, ratios
 from mim.cli import CONFIGS, main
 from mim.commands import benchmark
 from mim.encoder import Encoder
@@ -16,7 +17,6 @@ from mim.errors import UserError
 from mim.masking import HardPatchMasking, RandomMasking
 from mim.methods import HPM, MAE, Method, OptimConfig
 from mim.methods.hpm import DifficultyConfig
-from mim.plain import PLAIN_LOSSES
 from mim.targets import PixelTarget
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
@@ -26,7 +26,7 @@ def build(standardise=True, **kwargs):
     torch.manual_seed(0)
     kwargs = {"embed_dim": 16, "depth": 2, "num_heads": 2} | kwargs
     encoder = Encoder("vit_tiny_patch16_224", 32, 8, positions="sincos", kwargs=kwargs)
-    return MAE(encoder, RandomMasking(), 16, 2, 2, standardise)
+    return MAE(encoder, RandomMasking(), PixelTarget(standardise), 16, 2, 2)
 
 
 def build_hpm(standardise=True, **kwargs):
@@ -188,6 +188,25 @@ def test_a_method_without_a_plain_formulation_is_refused(monkeypatch, capsys):
     monkeypatch.delitem(PLAIN_LOSSES, MAE)
     assert main("benchmark", ["--config", str(TINY), "--against", "plain", "--device", "cpu"]) == 2
     assert "MAE has no plain formulation" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "foreign"),
+    [
+        ("benchmark", ["reduction", "shares", "weights", "masks", "finetuned", "out"]),
+        ("benchmark_reduction", ["against", "compile", "data", "num_workers", "weights", "masks", "finetuned", "out"]),
+        ("pareto", ["against", "compile", "precision", "json", "finetuned"]),
+        (
+            "pareto_finetuned",
+            ["reduction", "shares", "weights", "data", "masks", "model", "img_size", "precision", "json"],
+        ),
+    ],
+)
+def test_an_option_of_another_measurement_is_refused_instead_of_ignored(command, foreign, capsys):
+    own = {"pareto": ["--weights=test_vit"], "pareto_finetuned": ["--finetuned=runs"]}.get(command, [])
+    for option in foreign:
+        assert main(command, [*own, f"--{option}=1"]) == 2
+        assert f"there is no setting {option}" in capsys.readouterr().err
 
 
 def test_a_recipe_that_is_not_there_is_refused():

@@ -47,7 +47,7 @@ def test_runs_are_collected(compared, tmp_path, capsys):
 
 
 def test_a_page_that_cannot_be_written_is_refused_before_the_runs_are_read(compared, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mim.compare.collect", None)
+    monkeypatch.setattr("mim.run.comparison.collect", None)
     (tmp_path / "file").touch()
     assert main("compare", ["--runs", str(compared[0] / "tiny-seed-1"), "--out", str(tmp_path / "file")]) == 2
     assert f"--out {tmp_path / 'file'} cannot be written" in capsys.readouterr().err

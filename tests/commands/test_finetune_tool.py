@@ -89,7 +89,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights(weights, photos, stop_af
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
-def test_resuming_something_else_is_refused(weights, photos, capsys):
+def test_resuming_with_other_settings_is_refused(weights, photos, capsys):
     assert finetune(weights, photos, "--from_scratch", "false", "--out", "result") == 0
     assert finetune(weights, photos, "--blr", 0.5, "--out", "result", "--resume", "true") == 2
     assert "blr 0.02 -> 0.5" in capsys.readouterr().err

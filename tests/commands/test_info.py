@@ -14,22 +14,22 @@ from mim.cli import main
         (["--what", "models", "--name", "test_vit*"], "test_vit2"),
     ],
 )
-def test_lists(args, expected, capsys):
+def test_every_list_names_what_there_is(args, expected, capsys):
     assert main("info", args) == 0
     assert expected in capsys.readouterr().out
 
 
-def test_what_a_run_holds(tmp_path, capsys):
+def test_a_run_is_shown_with_what_it_holds(tmp_path, capsys):
     (tmp_path / "summary.json").write_text('{"method": "mae", "loss": 0.5}')
     assert main("info", ["run", str(tmp_path)]) == 0
     assert "mae" in capsys.readouterr().out
 
 
-def test_a_folder_that_is_no_run(tmp_path, capsys):
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     assert main("info", ["run", str(tmp_path)]) == 2
     assert "no run there" in capsys.readouterr().err
 
 
-def test_something_else_is_refused(capsys):
+def test_a_topic_that_info_does_not_know_is_refused(capsys):
     assert main("info", ["metods"]) == 2
     assert "methods" in capsys.readouterr().err

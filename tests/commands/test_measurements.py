@@ -10,8 +10,8 @@ import timm
 import torch
 import yaml
 
-from mim.checkpoint import load_encoder, load_method
 from mim.cli import main
+from mim.run.weights import load_encoder, load_method
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 

@@ -1,4 +1,4 @@
-"""Accuracy over speed: ``tools/benchmark.py --weights``."""
+"""Accuracy over speed: ``tools/pareto.py`` and ``tools/pareto_finetuned.py``."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
 
 def pareto(weights, photos, *args):
     options = ["--weights", weights, "--data", str(photos), "--out", "page", "--rounds", "1", "--batch_size", "2"]
-    return main("benchmark", [*options, "--device", "cpu", "--num_workers", "0", *args])
+    return main("pareto", [*options, "--device", "cpu", "--num_workers", "0", *args])
 
 
 def test_every_rate_is_a_point_beside_the_whole_model(weights, photos, tmp_path, capsys):
@@ -29,7 +29,8 @@ def test_every_rate_is_a_point_beside_the_whole_model(weights, photos, tmp_path,
     assert names == ["none", "tome", "tome", "random", "random"]
     assert all(0 <= facts[what] <= 1 for facts in result["metrics"].values() for what in ("20-NN top-1", "mIoU"))
     assert result["metrics"]["none"]["speedup"] == result["metrics"]["none"]["share"] == 1
-    assert "mean of patch tokens" in result["protocol"]
+    assert "20-NN: class token of the last block" in result["protocol"]  # as the weights pool
+    assert result["pool"] == "cls"
     page = Path("page/pareto.html").read_text()
     assert page.count("<tr>") == 6
     assert "data:image/webp" in page
@@ -67,11 +68,11 @@ def test_fine_tunings_are_points_of_one_page(weights, photos, tmp_path, capsys):
     assert finetuned(weights, photos, "cropr", "--reduction", "cropr:2") == 0
     make_shapes.run(tmp_path / "masks", train=4, val=2, size=32)
     segment = ["--weights", weights, "--data", "masks", "--steps", "2", "--batch_size", "4", "--finetune", "true"]
-    segment += ["--accelerator", "cpu", "--devices", "1", "--pictures", "0"]
+    segment += ["--device", "cpu", "--num_workers", "0", "--devices", "1", "--pictures", "0"]
     assert main("segment", [*segment, "--out", "tuned/segment"]) == 0
     assert main("segment", [*segment, "--out", "tuned/dtop", "--reduction", "dtop:0.6"]) == 0
     page = ["--finetuned", "tuned", "--out", "page", "--rounds", "1", "--batch_size", "2", "--device", "cpu"]
-    assert main("benchmark", page) == 0
+    assert main("pareto_finetuned", page) == 0
     metrics = json.loads(Path("page/metrics.json").read_text())["metrics"]
     names = ["none, top-1", "cropr PerBlock(r=2, inflect=0.0, stop=2), top-1"]
     names += ["none, mIoU", "dtop KeepRate(keep=0.6, at=(1, 3)), mIoU"]
@@ -88,11 +89,11 @@ def test_fine_tunings_are_points_of_one_page(weights, photos, tmp_path, capsys):
 
 def test_only_like_is_compared_with_like(weights, photos, capsys):
     page = ["--finetuned", "tuned", "--out", "page", "--rounds", "1", "--batch_size", "2", "--device", "cpu"]
-    assert main("benchmark", page) == 2
+    assert main("pareto_finetuned", page) == 2
     assert "no fine-tuning lies there" in capsys.readouterr().err
     assert finetuned(weights, photos, "tome", "--reduction", "tome:1") == 0
-    assert main("benchmark", page) == 2
+    assert main("pareto_finetuned", page) == 2
     assert "top-1 is there with reductions only" in capsys.readouterr().err
     assert finetuned(weights, photos, "whole", "--epochs", "2") == 0
-    assert main("benchmark", page) == 2
+    assert main("pareto_finetuned", page) == 2
     assert "epochs is 2.0 in one, 1.0 in the other" in capsys.readouterr().err

@@ -67,7 +67,7 @@ def test_health_is_measured_from_the_untrained_encoder_on(run):
     assert all(row["val/feature_std"] for row in measured)
 
 
-def test_so_are_probes(probed):
+def test_probes_are_measured_from_the_untrained_encoder_on(probed):
     measured = [row for row in rows(probed) if row["val/knn_top1"] and row["val/linear_top1"]]
     assert [int(row["step"]) for row in measured] == [0, 6]
 
@@ -103,7 +103,7 @@ def test_workers_do_not_change_the_weights(run, tmp_path):
     assert differences(run, tmp_path / "run") == []
 
 
-def test_killed_then_stopped_then_resumed_bit_exactly(run, tmp_path):
+def test_a_run_that_was_killed_then_stopped_then_resumed_ends_bit_exactly(run, tmp_path):
     out, args = tmp_path / "run", ["--resume", "auto"]
     strikes = [(signal.SIGKILL, -signal.SIGKILL, 6), (signal.SIGTERM, 75, 2), (signal.SIGINT, 75, 1)]
     for workers, (number, status, steps) in zip((0, 2, 0), strikes, strict=True):

@@ -10,8 +10,8 @@ import timm
 import torch
 from strikes import ROOT, checkpoints, differences, final_state, start, wait_for_steps
 
-from mim.checkpoint import init_backbone
 from mim.cli import main
+from mim.run.weights import init_backbone
 
 # Too few images of each class for probes, which would take longer than the run.
 ATTMASK = ["--config", str(ROOT / "tests" / "tiny-ibot.yaml"), "--probe_images", "40"]

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from mim.cli import main
 from mim.commands import make_shapes
-from mim.measure import section_name
 from mim.reduction import TokenReducedViT
-from mim.reduction_io import load_reduction
+from mim.reduction.files import load_reduction
+from mim.transfer.measurement import section_name
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,20 @@ def masks(tmp_path):
 
 
 def segment(weights, masks, *args):
-    tiny = ["--steps", "3", "--batch_size", "4", "--accelerator", "cpu", "--devices", "1", "--pictures", "1"]
+    tiny = [
+        "--steps",
+        "3",
+        "--batch_size",
+        "4",
+        "--device",
+        "cpu",
+        "--num_workers",
+        "0",
+        "--devices",
+        "1",
+        "--pictures",
+        "1",
+    ]
     return main("segment", ["--weights", weights, "--data", str(masks), *tiny, *map(str, args)])
 
 

@@ -16,7 +16,20 @@ from mim.cli import main
 from mim.commands import make_shapes
 
 ROOT = Path(__file__).parents[2]
-TINY = ["--steps", "3", "--batch_size", "4", "--accelerator", "cpu", "--threads", "1", "--pictures", "2"]
+TINY = [
+    "--steps",
+    "3",
+    "--batch_size",
+    "4",
+    "--device",
+    "cpu",
+    "--num_workers",
+    "0",
+    "--threads",
+    "1",
+    "--pictures",
+    "2",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +117,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights(weights, masks, stop_aft
     assert not list(Path("stopped").rglob("*.ckpt"))
 
 
-def test_resuming_something_else_is_refused(weights, masks, capsys):
+def test_resuming_with_other_settings_is_refused(weights, masks, capsys):
     assert segment(weights, masks, "--out", "result") == 0
     assert segment(weights, masks, "--lr", "0.5", "--out", "result", "--resume", "true") == 2
     assert "lr None -> 0.5" in capsys.readouterr().err
@@ -125,7 +138,7 @@ def test_a_wrong_value_ends_in_three_lines(weights, masks, capsys):
     assert "try:" in text
 
 
-def test_a_wrong_value_found_while_training_ends_the_same_way(weights, masks, capsys, monkeypatch):
+def test_a_wrong_value_found_while_training_ends_in_three_lines(weights, masks, capsys, monkeypatch):
     monkeypatch.setattr("mim.data.segmentation.CHECKED", 0)
     for mask in (masks / "train" / "masks").rglob("*.png"):
         Image.fromarray(np.full((32, 32), 77, dtype=np.uint8)).save(mask)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from mim.cli import main
-from mim.pictures import read_strip
+from mim.pictures.strips import read_strip
+from mim.pictures.tokens import EDGE, draw_tokens, spread_over
 from mim.reduction import LearnedThresholds
-from mim.reduction_io import save_reduction
-from mim.token_pictures import EDGE, draw_tokens, spread_over
+from mim.reduction.files import save_reduction
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import torch
 from mim.data import loading
 from mim.data.loading import WatchedLoader, reading
 from mim.errors import MACHINE_ERRORS
-from mim.failures import explained
+from mim.run.failures import as_machine_error
 
 
 class Files(torch.utils.data.Dataset):
@@ -55,7 +55,7 @@ def failure(happens, workers=2, **settings):
     try:
         list(loader)
     except (*MACHINE_ERRORS, ValueError) as error:
-        found = explained(error, **settings)
+        found = as_machine_error(error, **settings)
         traceback.clear_frames(error.__traceback__)  # in them are loops around the loader, which leaves at once without
         return found
     raise AssertionError("nothing failed")
@@ -68,7 +68,7 @@ def test_a_loader_process_that_dies_is_reported_with_its_file():
     assert found.alone
 
 
-def test_its_death_is_heard_of_at_once_after_a_training_too():
+def test_a_loader_process_that_dies_after_an_earlier_training_is_noticed_at_once():
     """Lightning's trainer puts every signal handler back that it found before it trained, SIGCHLD's of torch, too."""
     list(WatchedLoader(Files(lambda number: None), num_workers=1))
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -77,17 +77,17 @@ def test_its_death_is_heard_of_at_once_after_a_training_too():
     assert time.monotonic() - began < loading.STALL / 2
 
 
-def test_one_that_hangs_ends_the_run_with_its_file(impatient):
+def test_a_loader_process_that_hangs_ends_the_run_with_its_file(impatient):
     found = failure(hangs)
     assert found.error == "a loader process gave nothing for 2 s while it read folder/5.jpg"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_a_file_or_a_bug_raises_is_something_else(workers):
+def test_an_error_of_a_file_or_a_bug_is_not_taken_for_a_dead_loader(workers):
     assert failure(fails, workers) is None
 
 
-def test_nothing_is_in_hands_between_two_files():
+def test_no_file_is_named_for_a_death_between_two_files():
     loader = WatchedLoader(Files(lambda number: None), num_workers=2, batch_size=2)
     assert [row.tolist() for row in loader] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     pids, names = zip(*loader.in_hands(), strict=True)
@@ -111,7 +111,7 @@ def test_a_name_of_any_length_and_alphabet_fits():
 def test_memory_of_the_machine_that_runs_out_is_told_from_a_bug():
     with pytest.raises(RuntimeError) as stop:
         torch.empty(1 << 60)
-    found = explained(stop.value, at=" at batch 16 per device")
+    found = as_machine_error(stop.value, at=" at batch 16 per device")
     assert found.error == "out of memory at batch 16 per device"
     assert "can't allocate memory" in found.why
-    assert explained(RuntimeError("shapes do not fit")) is None
+    assert as_machine_error(RuntimeError("shapes do not fit")) is None

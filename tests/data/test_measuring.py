@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mim.data.crops import collate
 from mim.data.measuring import measure
 from mim.data.pixels import AS_STORED, EIGHT_BIT, Pixels, canonical_range, parse_bands, parse_range
-from mim.data.pretrain import MixedTypesWarning, OldScaleWarning, PretrainData, collate
+from mim.data.pretrain import MixedTypesWarning, OldScaleWarning, PretrainData
 from mim.data.views import IMAGENET_MEAN, MultiCrop, SingleView, resized
 from mim.errors import UserError
 from mim.randomness import RowGenerator
@@ -235,7 +236,7 @@ def test_pictures_among_which_some_have_16_bit_are_all_taken(tmp_path):
     assert torch.equal(data.source.read(5), data.source.read(0))
 
 
-@pytest.mark.filterwarnings("ignore::mim.data.pretrain.BadFileWarning")
+@pytest.mark.filterwarnings("ignore::mim.data.bad_files.BadFileWarning")
 def test_measurements_of_another_type_are_skipped_and_named(tmp_path):
     images = [*camera(9), np.zeros((20, 20, 1), np.float32)]
     data = PretrainData(folder_of(tmp_path / "a", images), num_workers=0, max_bad=0.5)

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from mim.data.bad_files import BadFiles, BadFileWarning
+from mim.data.crops import Centers, Crops, collate
 from mim.data.images import ImageError
-from mim.data.pretrain import BadFiles, BadFileWarning, Centers, Crops, PretrainData, collate
+from mim.data.pretrain import PretrainData
 from mim.data.views import SingleView
 from mim.errors import UserError
-from mim.failures import explained
 from mim.randomness import RowGenerator, derive_seed
+from mim.run.failures import as_machine_error
 
 
 class FakeSource:
@@ -133,7 +135,7 @@ def test_a_substitute_that_is_unreadable_is_replaced_and_named_too():
 def test_a_set_without_any_good_image_does_not_search_for_ever(workers):
     with pytest.raises(RuntimeError) as stop:
         next(iter(DataLoader(crops(count=3, bad=[0, 1, 2]), batch_sampler=[[(0, 0)]], num_workers=workers)))
-    found = explained(stop.value, loader_hint="again")
+    found = as_machine_error(stop.value, loader_hint="again")
     assert found.error.startswith("100 images in a row cannot be read, last ")
     assert len(str(found).splitlines()) == 3
 

@@ -9,12 +9,12 @@ from torch import nn
 from mim.data.augment import Augmented
 from mim.encoder import Encoder
 from mim.evaluation.finetune import Finetune, classifier
+from mim.options.classification import FinetuneRecipe
 from mim.reduction import Cropr, DynamicViT
-from mim.subject import FinetuneRecipe
 
 
 def module(**settings):
-    recipe = FinetuneRecipe(**{"epochs": 10, "batch_size": 8, **settings})
+    recipe = FinetuneRecipe(**{"epochs": 10, "batch_size": 8, "pool": "mean", **settings})
     encoder = Encoder("test_vit", img_size=32, patch_size=8)
     return Finetune(classifier(encoder, 5, recipe, seed=0), recipe, 5, images=80, seed=0)
 
@@ -62,7 +62,7 @@ def test_stochastic_depth_rises_to_the_last_block():
 
 def test_a_model_that_was_loaded_to_be_measured_is_trained_in_training_mode():
     """Lightning leaves modes as they are: in evaluation mode there would be no stochastic depth."""
-    recipe = FinetuneRecipe(ema=0.9)
+    recipe = FinetuneRecipe(pool="mean", ema=0.9)
     vit = classifier(Encoder("test_vit", img_size=32, patch_size=8).eval(), 5, recipe, seed=0)
     trained = Finetune(vit, recipe, 5, images=80, seed=0)
     assert all(part.training for part in trained.model.modules())
@@ -113,7 +113,7 @@ def test_images_that_could_not_be_read_are_not_scored():
 
 
 def reduced(**settings):
-    recipe = FinetuneRecipe(**{"epochs": 10, "batch_size": 8, **settings})
+    recipe = FinetuneRecipe(**{"epochs": 10, "batch_size": 8, "pool": "mean", **settings})
     encoder = Encoder("test_vit", img_size=32, patch_size=8)
     reduction = Cropr(encoder.dim, 6, 5, r=2)
     return Finetune(classifier(encoder, 5, recipe, seed=0), recipe, 5, images=80, seed=0, reduction=reduction)

@@ -23,7 +23,7 @@ def voted(bank, bank_labels, query, k, temperature):
 
 
 @pytest.mark.parametrize("top", [1, 3])
-def test_equals_a_loop_over_queries(top):
+def test_votes_equal_a_loop_over_queries(top):
     bank, bank_labels = features(150)
     queries, labels = features(40)
     answers = [voted(bank.double(), bank_labels, query, 9, 0.07)[:top] for query in queries.double()]
@@ -32,7 +32,7 @@ def test_equals_a_loop_over_queries(top):
     assert knn_accuracy(bank, bank_labels, queries, labels, k=9, top=top) == expected
 
 
-def test_pieces_change_nothing(monkeypatch):
+def test_queries_in_pieces_give_the_same_votes(monkeypatch):
     bank, bank_labels = features(150)
     queries, labels = features(40)
     whole = knn_accuracy(bank, bank_labels, queries, labels)
@@ -56,16 +56,16 @@ def test_length_of_features_does_not_count():
     assert knn_accuracy(scaled, bank_labels, queries, labels) == knn_accuracy(bank, bank_labels, queries, labels)
 
 
-def test_class_without_a_vote_is_no_answer():
+def test_a_class_without_a_vote_is_no_answer():
     bank, bank_labels = torch.eye(6), torch.arange(6)
     query = bank[:1].expand(6, 6)  # its one neighbour votes for 0
     assert knn_accuracy(bank, bank_labels, query, torch.arange(6), k=1, top=5) == 1 / 6
 
 
-def test_bank_smaller_than_k_is_used_whole():
+def test_a_bank_smaller_than_k_votes_as_a_whole():
     assert knn_accuracy(torch.eye(3), torch.arange(3), torch.eye(3), torch.arange(3), k=20) == 1
 
 
-def test_empty_bank_is_refused():
+def test_an_empty_bank_is_refused():
     with pytest.raises(ValueError, match="0 in the bank"):
         knn_accuracy(torch.empty(0, 3), torch.empty(0, dtype=torch.int64), torch.eye(3), torch.arange(3))

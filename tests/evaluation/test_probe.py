@@ -8,7 +8,7 @@ def features(rows, classes=4, spread=1.2):
     return torch.eye(classes, 8)[labels] * 2 + torch.randn(rows, 8) * spread, labels
 
 
-def test_probe_names_both_accuracies():
+def test_a_probe_gives_both_accuracies():
     split = (*features(100), *features(60))
     assert probe(*split) == {"knn_top1": knn_accuracy(*split), "linear_top1": linear_accuracy(*split)}
 

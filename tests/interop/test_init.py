@@ -9,9 +9,9 @@ import pytest
 import timm
 import torch
 
-from mim.checkpoint import init_backbone
 from mim.errors import UserError
 from mim.interop import ModelCard, export_backbone, load_weights
+from mim.run.weights import init_backbone
 
 
 def tiny(img_size=32, **kwargs):
@@ -108,12 +108,42 @@ def test_weights_of_another_model_are_refused_and_that_model_is_named(tmp_path):
 
 def test_below_nine_tenths_is_refused(tmp_path):
     state = tiny().state_dict()
-    enough = dict(list(state.items())[:72])  # 92 % of 78
-    torch.save(enough, tmp_path / "x.pth")
+    others = {f"other.{number}": torch.ones(1) for number in range(9)}
+    torch.save(state | dict(list(others.items())[:8]), tmp_path / "x.pth")  # 78 of 86 are 91 %
     init_backbone(tiny(), str(tmp_path / "x.pth"))
-    torch.save(dict(list(enough.items())[:70]), tmp_path / "x.pth")  # 89.7 %
+    torch.save(state | others, tmp_path / "x.pth")  # 78 of 87 are 89.7 %
     with pytest.raises(UserError, match="does not fit"):
         init_backbone(tiny(), str(tmp_path / "x.pth"))
+
+
+@pytest.mark.parametrize(
+    ("source", "lost", "name", "shapes"),
+    [
+        ({"in_chans": 4}, [], "patch_embed.proj.weight", "64x4x8x8 there, 64x3x8x8 here"),
+        ({"reg_tokens": 2}, [], "reg_token", "1x2x64 there, missing here"),
+        ({}, ["cls_token"], "cls_token", "missing there, 1x1x64 here"),
+        ({}, ["pos_embed"], "pos_embed", "missing there, 1x17x64 here"),
+        ({}, ["blocks.5.mlp.fc2.bias"], "blocks.5.mlp.fc2.bias", "missing there, 64 here"),
+        ({}, ["patch_embed.proj.bias"], "patch_embed.proj.bias", "missing there, 64 here"),
+    ],
+)
+def test_an_essential_tensor_without_its_match_is_an_error_that_names_both_shapes(tmp_path, source, lost, name, shapes):
+    state = {key: value for key, value in tiny(**source).state_dict().items() if key not in lost}
+    torch.save(state, tmp_path / "x.pth")
+    vit = tiny()
+    before = {key: value.clone() for key, value in vit.state_dict().items()}
+    with pytest.raises(UserError, match="does not fit test_vit") as refused:
+        init_backbone(vit, str(tmp_path / "x.pth"))
+    if name != "reg_token":  # with two more positions, it is those that are named first
+        assert f"e.g. {name} is {shapes}" in str(refused.value)
+    assert all(torch.equal(before[key], value) for key, value in vit.state_dict().items())
+
+
+def test_another_number_of_channels_is_refused_with_the_option_that_helps(tmp_path):
+    torch.save(tiny(in_chans=4).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(UserError) as refused:
+        init_backbone(tiny(), str(tmp_path / "x.pth"))
+    assert str(refused.value).splitlines()[-1] == "try:   --in_chans 4"
 
 
 def test_integers_are_no_weights(tmp_path):
@@ -173,7 +203,7 @@ def test_a_name_that_cannot_be_fetched_is_one_error(name, tmp_path, monkeypatch)
 
 def test_weights_that_timm_fetches_are_resized_too(monkeypatch):
     source, vit = tiny(64), tiny(32)
-    monkeypatch.setattr("mim.checkpoint.timm.create_model", lambda *args, **kwargs: source)
+    monkeypatch.setattr("mim.run.weights.timm.create_model", lambda *args, **kwargs: source)
     assert "(timm layout), pos_embed resized 8x8 -> 4x4" in init_backbone(vit, "test_vit.r160_in1k")
     assert torch.equal(vit.norm.weight, source.norm.weight)
 

@@ -229,3 +229,31 @@ def test_the_config_is_plain_json(exported):
     assert config["architecture"] == "test_vit"
     assert config["model_args"]["img_size"] == [32, 32]
     assert Path(exported[0]).name not in json.dumps(config)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"reg_tokens": 2}, {"global_pool": "avg"}])
+def test_a_pool_is_exported_and_the_norm_keeps_its_place(tmp_path, kwargs):
+    vit, images = tiny(**kwargs).eval(), torch.rand(2, 3, 32, 32)
+    assert export_backbone(vit, tmp_path / "x", mean=[0.4] * 3, std=[0.2] * 3, card=CARD, pool="mean") == 0
+    again, tokens = reload(tmp_path / "x"), vit.forward_features(images)
+    assert again.state_dict().keys() == vit.state_dict().keys()
+    assert torch.equal(again(images), vit.fc_norm(tokens[:, vit.num_prefix_tokens :].mean(dim=1)))
+    assert json.loads((tmp_path / "x" / "config.json").read_text())["model_args"]["global_pool"] == "avg"
+    assert vit.global_pool == kwargs.get("global_pool", "token")
+
+
+def test_an_export_that_says_nothing_of_the_norm_gives_the_same_features(tmp_path):
+    vit, images = tiny().eval(), torch.rand(2, 3, 32, 32)
+    export(vit, tmp_path / "x")
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    del config["model_args"]["fc_norm"]
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config))
+    assert torch.equal(reload(tmp_path / "x").forward_features(images), vit.forward_features(images))
+
+
+def test_what_fine_tuning_leaves_beside_an_export_is_replaced_with_it(tmp_path):
+    export(tiny(), tmp_path / "x")
+    for name in ("head.safetensors", "reduction.yaml", "reduction.safetensors", "static-ltp-0.1.yaml"):
+        (tmp_path / "x" / name).touch()
+    export(tiny(), tmp_path / "x")
+    assert {path.name for path in (tmp_path / "x").iterdir()} == FILES

@@ -43,14 +43,14 @@ def test_masks_equal_a_slow_loop(grid):
     ("ratio", "mean", "full"), [(0.1, 17.6, 0.29), (0.3, 57.3, 0.59), (0.5, 97.5, 0.70)], ids=["0.1", "0.3", "0.5"]
 )
 def test_counts_are_distributed_as_in_the_reference(ratio, mean, full):
-    counts = BlockMasking(ratio, ratio, whole=0)(3000, (14, 14)).sum(1).float()
+    counts = BlockMasking(ratio, ratio, unmasked_share=0)(3000, (14, 14)).sum(1).float()
     target = math.floor(ratio * 196 + 1e-9)
     assert counts.max() <= target
     assert counts.mean().item() == pytest.approx(mean, abs=0.15)
     assert (counts == target).float().mean().item() == pytest.approx(full, abs=0.04)
 
 
-def test_the_default_leaves_half_of_the_images_whole():
+def test_the_default_leaves_half_of_the_images_unmasked():
     share = BlockMasking()(4000, (14, 14)).float().mean(1)
     assert (share == 0).float().mean().item() == pytest.approx(0.5, abs=0.03)
     assert share[share > 0].mean().item() == pytest.approx(0.293, abs=0.01)

@@ -107,13 +107,10 @@ def test_nothing_is_read_back_from_the_device():
     assert mask.device.type == "meta"
 
 
-def test_missing_scores_are_refused_as_soon_as_they_matter():
-    masking = HardPatchMasking()
-    assert masking(2, GRID).shape == (2, 196)
-    with pytest.raises(ValueError, match="needs scores"):
-        masking(2, GRID, progress=0.5)
-    assert masking.needs_scores
+def test_a_policy_that_leaves_all_to_chance_needs_no_scores():
+    assert HardPatchMasking().needs_scores
     assert not HardPatchMasking(end=0.0).needs_scores
+    assert HardPatchMasking(end=0.0)(2, GRID, progress=0.5).sum(1).tolist() == [147, 147]
 
 
 @pytest.mark.parametrize("arguments", [{"ratio": 1.0}, {"start": -0.1}, {"end": 1.5}, {"stairs": 0}])

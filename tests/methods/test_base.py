@@ -12,6 +12,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from mim.encoder import Encoder
+from mim.errors import UserError
+from mim.layers.teacher import Teacher
 from mim.masking import RandomMasking
 from mim.methods import Method, NonFiniteError, OptimConfig, Plan
 
@@ -126,6 +128,35 @@ def test_a_scale_of_a_group_multiplies_its_learning_rate(monkeypatch):
     assert [group["lr"] for group in optimizer.param_groups] == [method.peak_lr * 0.5, method.peak_lr]
 
 
+# Masks ---------------------------------------------------------------------------------------------------------------
+
+
+class TwoPolicies(Mean):
+    """A method with policies of other names than ``masking``."""
+
+    def __init__(self, *policies):
+        kwargs = {"embed_dim": 16, "depth": 1, "num_heads": 2}
+        super().__init__(Encoder("test_vit", 32, 8, kwargs=kwargs), None, OptimConfig())
+        self.policies = torch.nn.ModuleList(policies)
+
+
+def test_every_policy_of_a_method_is_described():
+    words = TwoPolicies(RandomMasking(0.75), RandomMasking(0.5)).mask_words()
+    assert words == ("RandomMasking(ratio=0.75) hides 12 of 16 patches; RandomMasking(ratio=0.5) hides 8 of 16 patches")
+
+
+def test_a_method_without_a_policy_hides_nothing_and_may():
+    method = TwoPolicies()
+    assert method.mask_words() == "nothing is hidden"
+    method.check()
+
+
+@pytest.mark.parametrize("policies", [[RandomMasking(0.0)], [RandomMasking(0.5), RandomMasking(0.0)]])
+def test_a_policy_that_hides_nothing_is_refused_wherever_a_method_keeps_it(policies):
+    with pytest.raises(UserError, match="hides all or none of 16 patches"):
+        TwoPolicies(*policies).check()
+
+
 # Rows ----------------------------------------------------------------------------------------------------------------
 
 
@@ -168,12 +199,43 @@ def test_what_draws_globally_is_a_function_of_the_step(monkeypatch):
     assert draws[0] == draws[2] != draws[1]
 
 
+# Teachers ------------------------------------------------------------------------------------------------------------
+
+
+class Taught(Mean):
+    """A method that has a teacher and writes nothing to start it."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.teacher = Teacher(self.encoder)
+        self.started_as = {}
+
+    def on_fit_start(self):
+        self.started_as = copy.deepcopy(self.teacher.module.state_dict())
+
+
+def test_weights_given_to_the_student_are_the_teachers_first_ones_although_no_method_says_so():
+    method = Taught(Encoder("test_vit", 16, 8), RandomMasking(), OptimConfig())
+    torch.nn.init.normal_(method.encoder.vit.cls_token)  # as --init fills it
+    given = copy.deepcopy(method.encoder.state_dict())
+    fit(method, 1)
+    assert_equal_states(method.started_as, given)
+
+
 # Length --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("max_steps", "text"), [(400, "20"), (100, "5.0"), (10, "0.50")])
 def test_passes_are_written_as_precisely_as_the_run_is_long(max_steps, text):
     assert Plan(max_steps=max_steps, steps_per_epoch=10).epochs_at(max_steps // 2) == text
+
+
+@pytest.mark.parametrize(("images", "batch_size"), [(1281167, 4096), (1024, 10), (7, 64), (3, 7), (10**6 + 3, 3)])
+def test_an_epoch_ends_with_the_step_in_which_the_last_image_is_seen(images, batch_size):
+    plan = Plan(steps_per_epoch=images / batch_size, batch_size=batch_size)
+    for epoch in (0, 1, 2, 3, 299, 800):
+        for step in {max(0, epoch * images // batch_size + shift) for shift in (-1, 0, 1)}:
+            assert plan.epoch(step) == step * batch_size // images
 
 
 def test_progress_is_the_share_of_steps_done(monkeypatch):
@@ -250,6 +312,21 @@ def test_a_bad_micro_batch_spoils_the_step_that_it_belongs_to():
     method.encoder.vit.norm.weight.register_hook(lambda gradient: gradient * next(factors))
     with pytest.raises(NonFiniteError, match="at step 2"):
         fit(method, 3, accumulate_grad_batches=2)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_only_a_fused_optimizer_is_allowed_where_nobody_waits_for_the_gradient(fused, monkeypatch):
+    """On a GPU the optimizer alone refuses a step that is not finite, and only a fused one knows how."""
+    method = build()
+    optimizer = torch.optim.AdamW(method.parameters(), fused=fused)
+    method.encoder(IMAGES).mean().backward()
+    monkeypatch.setattr(Method, "device", torch.device("cuda"))
+    if fused:
+        method.on_before_optimizer_step(optimizer)
+        assert optimizer.found_inf == 0
+    else:
+        with pytest.raises(AssertionError, match="only a fused optimizer skips"):
+            method.on_before_optimizer_step(optimizer)
 
 
 def test_finite_steps_are_taken():

@@ -189,7 +189,7 @@ def test_the_loss_equals_a_slow_loop(standardise, encoder):
 
 def test_without_ranking_the_loss_is_that_of_mae_with_the_same_mask_and_weights(images):
     method = build(start=0.0)
-    mae = MAE(Encoder("test_vit", 32, 8), RandomMasking(), 16, 1, 2, standardise=False)
+    mae = MAE(Encoder("test_vit", 32, 8), RandomMasking(), PixelTarget(), 16, 1, 2)
     silence(mae)
     mae.encoder, mae.decoder.fill, mae.decoder.trunk = method.encoder, method.fill, method.reconstruction
     step(method, images)
@@ -425,12 +425,13 @@ def test_the_teacher_moves_once_per_optimizer_step(accumulate):
     del method.log, method.log_dict
     method.plan = Plan(max_steps=4, steps_per_epoch=2, batch_size=25600)
     expected, students = copy.deepcopy(method.teacher.module.state_dict()), []
+    student = nn.ModuleDict({name: getattr(method, name) for name in ("encoder", "fill", "difficulty")})
     names = [name for name in expected if expected[name].is_floating_point()]
 
     class Watch(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if (batch_idx + 1) % accumulate == 0:
-                students.append(copy.deepcopy(method._judge().state_dict()))
+                students.append(copy.deepcopy(student.state_dict()))
 
     fit(method, 4, callbacks=[Watch()], accumulate_grad_batches=accumulate)
     assert len(students) == 4
@@ -520,7 +521,7 @@ def settings(masking):
     }
 
 
-def test_a_config_file_builds_it():
+def test_a_config_file_builds_hpm():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Method, "model")
     masking = {"class_path": "HardPatchMasking", "init_args": {"ratio": 0.5, "end": 1.0, "stairs": 7}}

@@ -11,6 +11,7 @@ from mim.encoder import Encoder
 from mim.masking import BlockMasking, RandomMasking
 from mim.methods import MAE, Method
 from mim.patches import patchify, pixel_targets, unpatchify
+from mim.targets import PixelTarget, Target
 
 KWARGS = {"embed_dim": 16, "depth": 2, "num_heads": 2}
 
@@ -18,7 +19,7 @@ KWARGS = {"embed_dim": 16, "depth": 2, "num_heads": 2}
 def build(ratio=0.75, standardise=True, **encoder):
     arguments = {"img_size": 32, "patch_size": 8, "positions": "sincos", "kwargs": KWARGS} | encoder
     student = Encoder("vit_tiny_patch16_224", **arguments)
-    method = MAE(student, RandomMasking(ratio), 16, 1, 2, standardise)
+    method = MAE(student, RandomMasking(ratio), PixelTarget(standardise), 16, 1, 2)
     method.log = lambda *_, **__: None
     return method
 
@@ -182,7 +183,7 @@ def test_pretrained_weights_are_kept(monkeypatch):
     encoder = Encoder("vit_tiny_patch16_224", 32, 8, kwargs=KWARGS)
     encoder.pretrained = True
     before = copy.deepcopy(encoder.state_dict())
-    MAE(encoder, RandomMasking(), 16, 1, 2)
+    MAE(encoder, RandomMasking(), decoder_width=16, decoder_depth=1, decoder_heads=2)
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
 
 
@@ -223,7 +224,36 @@ def test_a_policy_that_mae_cannot_serve_is_refused(masking):
         MAE(Encoder("test_vit", 32), masking)
 
 
-def test_a_config_file_builds_it():
+class Brightness(Target):
+    """One value per patch, which is no picture."""
+
+    def dim(self, encoder):
+        return 1
+
+    def forward(self, images, grid, indices):
+        return patchify(images, 8).mean(2).gather(1, indices)[..., None]
+
+    def error(self, prediction, target):
+        return (prediction - target).abs()[..., 0]
+
+
+def test_any_target_can_be_predicted_and_one_without_pixels_is_not_shown(images):
+    encoder = Encoder("vit_tiny_patch16_224", 32, 8, positions="sincos", kwargs=KWARGS)
+    method = MAE(encoder, RandomMasking(), Brightness(), 16, 1, 2)
+    method.log = lambda *_: None
+    mask = mask_of(method, images)
+    prediction, hidden = method.reconstruct(images, mask)
+    expected = (prediction[..., 0] - patchify(images, 8).mean(2).gather(1, hidden)).abs().mean()
+    torch.testing.assert_close(step(method, images), expected)
+    assert list(method.visualize(images)) == ["hidden"]
+
+
+def test_without_a_target_pixels_are_predicted_standardised_as_in_the_released_models():
+    encoder = Encoder("vit_tiny_patch16_224", 32, 8, positions="sincos", kwargs=KWARGS)
+    assert MAE(encoder, RandomMasking(), decoder_width=16, decoder_heads=2).target.standardise
+
+
+def test_a_config_file_builds_mae():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Method, "model")
     encoder = {"model": "test_vit", "img_size": [32, 64], "patch_size": 8, "positions": "sincos"}

@@ -52,7 +52,7 @@ def test_the_loss_does_not_see_what_stands_where_nothing_was_measured(standardis
         decoder_width=32,
         decoder_depth=1,
         decoder_heads=2,
-        standardise=standardise,
+        target=PixelTarget(standardise),
     )
     method.log = lambda *_: None
     method.reconstruct = lambda images, mask: (torch.ones(2, 4, 192), torch.arange(4).expand(2, -1))

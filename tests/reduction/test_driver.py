@@ -15,7 +15,7 @@ ALL_PAIRS = [(model, reduction) for model in MODELS for reduction in IDLE if fit
 
 
 @pytest.mark.parametrize(("model", "reduction"), ALL_PAIRS)
-def test_with_nothing_to_reduce_it_is_timm_to_the_bit(models, images, model, reduction):
+def test_a_model_with_nothing_to_reduce_is_timm_to_the_bit(models, images, model, reduction):
     vit = models[model]
     wrapper = TokenReducedViT(vit, IDLE[reduction]())
     for training in (True, False):
@@ -178,7 +178,7 @@ def test_checkpointing_changes_no_gradient(reduction):
 
 @pytest.mark.parametrize("reduction", EVERY)
 @pytest.mark.parametrize("model", ["plain", "DINOv3"])
-def test_half_precision_runs(models, images, model, reduction):
+def test_a_reduced_model_runs_in_half_precision(models, images, model, reduction):
     wrapper = TokenReducedViT(models[model], EVERY[reduction]()).eval()
     with torch.autocast("cpu", torch.bfloat16):
         assert wrapper(images).isfinite().all()
@@ -209,7 +209,7 @@ def test_the_model_is_left_as_it_was(images):
 
 @pytest.mark.parametrize("size", [(40, 64), (24, 40)])
 @pytest.mark.parametrize("model", ["plain", "DINOv3"])
-def test_other_image_sizes(size, model):
+def test_a_reduced_model_takes_other_image_sizes(size, model):
     vit = build(model, dynamic_img_size=True)
     for make in REDUCTIONS.values():
         assert TokenReducedViT(vit, make(KeepRate(0.6))).forward_dense(torch.randn(1, 3, *size)).shape == (

@@ -6,12 +6,12 @@ from small_models import EVERY, build
 
 from mim.errors import UserError
 from mim.reduction import KeepRate, PerBlock, TokenReducedViT, ToMe, TopKPruning
+from mim.reduction.files import build_reduction, load_reduction, save_reduction
 from mim.reduction.scores import RandomScore
-from mim.reduction_io import build_reduction, load_reduction, save_reduction
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_what_is_saved_is_built_again(models, images, tmp_path, name):
+def test_a_saved_reduction_is_built_again(models, images, tmp_path, name):
     torch.manual_seed(4)
     reduction = EVERY[name]().eval()
     save_reduction(reduction, tmp_path)
@@ -30,7 +30,7 @@ def test_schedules_keep_all_their_numbers(models, tmp_path, schedule):
     assert (repr(loaded.schedule), repr(loaded.score), loaded.rejoin) == (repr(schedule), "RandomScore(seed=5)", True)
 
 
-def test_a_trained_one_is_refused_by_another_model(tmp_path):
+def test_a_trained_reduction_is_refused_by_another_model(tmp_path):
     save_reduction(EVERY["Cropr"](), tmp_path)
     with pytest.raises(UserError, match="for models of dim 16; this one has 32"):
         load_reduction(tmp_path, build("plain", embed_dim=32))

@@ -18,7 +18,7 @@ def wrapper(request):
 
 
 @pytest.mark.slow
-def test_it_compiles_to_one_graph(wrapper, images):
+def test_every_reduction_compiles_to_one_graph(wrapper, images):
     compiled = torch.compile(wrapper, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(images), wrapper(images))
     torch.testing.assert_close(compiled(images[:2]), wrapper(images[:2]))
@@ -33,7 +33,7 @@ def test_generated_code_gives_the_same_numbers(images):
     torch.testing.assert_close(compiled(images), wrapper(images), rtol=1e-4, atol=1e-4)
 
 
-def test_one_reduction_compiles_to_one_graph(images):
+def test_tome_compiles_to_one_graph_in_the_fast_suite(images):
     torch._dynamo.reset()
     wrapper = TokenReducedViT(build("plain"), REDUCTIONS["ToMe"](KeepRate(0.6))).eval().requires_grad_(False)
     compiled = torch.compile(wrapper, fullgraph=True, backend="eager")
@@ -41,7 +41,7 @@ def test_one_reduction_compiles_to_one_graph(images):
 
 
 @pytest.mark.slow
-def test_it_exports_for_any_batch_size(wrapper, images):
+def test_a_reduced_model_exports_for_any_batch_size(wrapper, images):
     graph = torch.export.export(wrapper, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for batch in (images, torch.randn(5, 3, 40, 40)):
         torch.testing.assert_close(graph.module()(batch), wrapper(batch))

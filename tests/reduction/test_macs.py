@@ -37,7 +37,7 @@ def test_a_reduced_model_costs_what_a_counter_counts(images, model, reduction):
     assert count_macs(vit, wrapper.reduction).total == pytest.approx(counted(wrapper, images), rel=2e-3)
 
 
-def test_published_numbers(base):
+def test_whole_and_reduced_models_cost_what_the_papers_say(base):
     """GMAC of ViT-B/16: whole, ToMe with r = 8, 13, 16, and EViT with keep rate 0.7 without its fused token."""
     assert count_macs(base).total / 1e9 == pytest.approx(17.56, abs=0.01)
     for r, expected in ((8, 13.1), (13, 10.4), (16, 8.8)):

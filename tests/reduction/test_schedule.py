@@ -25,7 +25,7 @@ def test_blocks_can_be_named():
     assert run(KeepRate(0.5, at=[1]), 9, 3) == [9, 5, 5]
 
 
-def test_a_number_per_block():
+def test_a_schedule_may_hold_a_number_per_block():
     assert run(PerBlock(8), 196, 24)[-1] == 196 - 24 * 8
     assert run(PerBlock(8, stop=2), 20, 4) == [12, 4, 4, 4]
     assert run(PerBlock(50), 60, 3) == [10, 1, 1]
@@ -36,7 +36,7 @@ def test_numbers_may_rise_or_fall_over_the_depth():
     assert run(PerBlock(4, inflect=-1), 30, 5) == [22, 16, 12, 10, 10]
 
 
-def test_any_list_of_counts():
+def test_a_schedule_may_be_any_list_of_counts():
     assert run(Counts([9, 5, 7]), 9, 3) == [9, 5, 5]
     with pytest.raises(ValueError, match="names 3 blocks, the model has 4"):
         Counts([9, 5, 7]).left(9, 0, 4)

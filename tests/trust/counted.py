@@ -4,7 +4,7 @@ import os
 import sys
 
 from mim.cli import main
-from mim.data.pretrain import Crops
+from mim.data.crops import Crops
 
 load = Crops.__getitem__
 

@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from strikes import SETTINGS, family, start
+from recipes import SETTINGS
+from strikes import family, start
 
 EPOCHS = 31
 

@@ -2,7 +2,7 @@
 
     python tests/trust/strikes.py --trials 50 --kills 3 --seed 0
 
-Each trial takes the next of the four methods, with 0 or 2 workers, with or without accumulation, strikes a tiny run
+Each trial takes the next recipe, with 0 or 2 workers, with or without accumulation, strikes a tiny run
 ``--kills`` times, resumes it each time and compares what it ends with, byte for byte, with a run that nobody disturbed.
 Every second trial aims: it waits for a checkpoint that is being written. A line for each trial, a summary at the end,
 status 1 if any of them failed.
@@ -25,16 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from recipes import ROOT, SAVE_EVERY, SETTINGS
 
-ROOT = Path(__file__).parents[2]
-SETTINGS = {
-    "mae": ["--config", "tests/tiny.yaml"],
-    "ibot": ["--config", "tests/tiny-ibot.yaml", "--model.init_args.masking", "BlockMasking"],
-    "attmask": ["--config", "tests/tiny-ibot.yaml"],
-    "hpm": ["--config", "tests/tiny_hpm.yaml"],
-}
-"""The four methods at a size of seconds; a checkpoint every four steps."""
-SAVE_EVERY = 4
 SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "SIGUSR1": signal.SIGUSR1}
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from hostile import bad, legal
 from PIL import Image
-from strikes import ROOT, SETTINGS, checkpoints, family, finish, start, step_of
+from recipes import ROOT, SETTINGS
+from strikes import checkpoints, family, finish, start, step_of
 
 from mim.cli import main
 

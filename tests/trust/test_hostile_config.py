@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from mim.cli import main
-from mim.config import instantiate, parse, run_options
 from mim.errors import UserError
+from mim.run.config import instantiate, parse, run_options
 
 TINY = (Path(__file__).parents[1] / "tiny.yaml").read_text()
 

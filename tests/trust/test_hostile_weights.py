@@ -9,10 +9,10 @@ import hostile_weights
 import pytest
 import torch
 
-from mim.checkpoint_io import AtomicCheckpointIO, checkpoint_name, sidecar
 from mim.cli import main
-from mim.config import instantiate, parse, save_config
 from mim.errors import UserError
+from mim.run.checkpoint_files import AtomicCheckpointIO, checkpoint_name, sidecar
+from mim.run.config import instantiate, parse, save_config
 
 TINY = str(Path(__file__).parents[1] / "tiny.yaml")
 CASES = list(hostile_weights.cases())

@@ -18,7 +18,8 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from strikes import ROOT, SETTINGS, checkpoints, family, finish, orphans, start, wait_for_steps
+from recipes import ROOT, SETTINGS
+from strikes import checkpoints, family, finish, orphans, start, wait_for_steps
 
 pytestmark = pytest.mark.slow
 CPU = ["--trainer.accelerator", "cpu"]

@@ -139,8 +139,13 @@ OTHERS = {
     "make_shapes: an output without room": ("make_shapes", ["--out", "/proc/x"], "--out"),
     "make_shapes: images below none": ("make_shapes", ["--out", "new", "--train", "-1"], "--train"),
     "make_shapes: images of no size": ("make_shapes", ["--out", "new", "--size", "0"], "--size"),
-    "benchmark: shares that are none": ("benchmark", [*REDUCED, "--shares", "2,-1"], "--shares"),
-    "benchmark: numbers below a file": ("benchmark", [*REDUCED, "--json", "text.md/x.json"], "--json"),
+    "benchmark: loader processes without images": ("benchmark", ["--num_workers", "2"], "--num_workers"),
+    "benchmark_reduction: shares that are none": ("benchmark_reduction", [*REDUCED, "--shares", "2,-1"], "--shares"),
+    "benchmark_reduction: numbers below a file": (
+        "benchmark_reduction",
+        [*REDUCED, "--json", "text.md/x.json"],
+        "--json",
+    ),
 }
 
 
@@ -202,12 +207,12 @@ def mistake(place, tmp_path, capsys):
         ("tiny_hpm.yaml", "difficulty.units", "0"),
     ],
 )
-def test_so_is_what_a_teacher_cannot_be(config, option, value, mistake):
+def test_a_setting_of_a_teacher_that_is_out_of_range_is_named(config, option, value, mistake):
     args = ["--config", TINY.replace("tiny.yaml", config), MODEL + option, value, "--out", "new"]
     mistake("pretrain", args, f"--model.{option} cannot be ")
 
 
-def test_a_disk_without_room_for_the_checkpoints_is_one(mistake, monkeypatch):
+def test_a_disk_without_room_for_the_checkpoints_ends_in_three_lines(mistake, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**20))
     mistake("pretrain", ["--config", TINY, "--out", "new"], "--out new: checkpoints need")
 
@@ -219,12 +224,12 @@ def test_a_mistake_ends_in_three_lines_that_name_it(args, named, mistake):
 
 
 @pytest.mark.parametrize(("command", "args", "named"), EVALUATIONS.values(), ids=EVALUATIONS)
-def test_so_does_one_in_what_is_done_with_weights(command, args, named, mistake, weights):
+def test_a_mistake_with_weights_ends_in_three_lines_that_name_it(command, args, named, mistake, weights):
     mistake(command, ["--weights", weights, *args], named)
 
 
 @pytest.mark.parametrize(("command", "args", "named"), OTHERS.values(), ids=OTHERS)
-def test_so_does_one_in_any_other_command(command, args, named, mistake):
+def test_a_mistake_in_any_other_command_ends_in_three_lines_that_name_it(command, args, named, mistake):
     mistake(command, args, named)
 
 

@@ -6,28 +6,22 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from strikes import ROOT, SETTINGS
-from torch.utils.data import DataLoader
+from recipes import ROOT, SETTINGS
 
 from mim.callbacks import NaNDump
 from mim.cli import translate
-from mim.config import instantiate, parse
 from mim.methods import Method, NonFiniteError, Plan
-from mim.run import RunFolder
+from mim.run.config import instantiate, parse
+from mim.run.folder import RunFolder
 
 STEPS, BAD = 5, 2
-GUIDED = ["class_path=AttentionMasking", "init_args.low=0.75", "init_args.high=0.75", "init_args.whole=0"]
-METHODS = SETTINGS | {
-    "momentum_mae": [*SETTINGS["mae"], "--model.class_path=MomentumMAE"]
-    + [f"--model.init_args.masking.{setting}" for setting in GUIDED]
-}
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=SETTINGS)
 def parts(request, monkeypatch):
-    """Builds method and data of each of the five at the size of a test."""
+    """Builds method and data of every recipe at the size of a test."""
     monkeypatch.chdir(ROOT)
-    config = parse(translate(METHODS[request.param]))
+    config = parse(translate(SETTINGS[request.param]))
 
     def build(seed=0):
         torch.manual_seed(seed)
@@ -39,19 +33,6 @@ def parts(request, monkeypatch):
         return method, data
 
     return build
-
-
-@pytest.fixture
-def method(parts):
-    """A method alone, with eight images to learn from."""
-    return parts()[0]
-
-
-def batches(method):
-    """Views of random pixels, as the method's recipe cuts them."""
-    views = [torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32), torch.randn(4, 3, 16, 16)]
-    count = 3 if hasattr(method, "centers") else 1
-    return [(views[:count], torch.zeros(4, dtype=torch.long)) for _ in range(STEPS)]
 
 
 class Poison(L.Callback):
@@ -66,10 +47,8 @@ class Poison(L.Callback):
         self.before = {name: value.clone() for name, value in pl_module.state_dict().items()}
         if self.where == "input":
             batch[0][0][0, 0, 0, 0] = torch.nan
-        elif self.where == "teacher":
-            next(pl_module.teacher.parameters()).data.view(-1)[0] = torch.nan
-        elif self.where == "centre":
-            pl_module.centers[0, 0] = torch.nan
+        elif self.where != "gradient":
+            pl_module.state_dict()[self.where].view(-1)[0] = torch.nan
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if self.where == "gradient" and trainer.global_step == BAD:
@@ -89,39 +68,36 @@ def trainer_of(*callbacks, accumulate=1):
     )
 
 
-def fit(method, where):
+def fit(method, data, where):
     poison = Poison(where)
-    trainer_of(poison).fit(method, DataLoader(batches(method), batch_size=None))
+    trainer_of(poison).fit(method, data)
     return poison
 
 
 def places(method):
-    return ["input", "gradient"] + ["teacher"] * hasattr(method, "teacher") + ["centre"] * hasattr(method, "centers")
+    """Where NaN may come in: images, a gradient, and the first tensor of each part that is kept but not trained."""
+    trained = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
+    kept = [name for name, value in method.state_dict().items() if value.is_floating_point() and name not in trained]
+    parts = {name.partition(".")[0]: name for name in reversed(kept) if not name.startswith("encoder.")}
+    return ["input", "gradient", *parts.values()]
 
 
-def test_nan_anywhere_stops_the_run_before_the_optimizer(method):
-    for where in places(method):
-        torch.manual_seed(0)
-        if where != "input":  # the one before has left its marks
-            method.nonfinite_step.fill_(-1)
-            method.suspect.fill_(False)
+def test_nan_anywhere_stops_the_run_before_the_optimizer(parts):
+    for where in places(parts()[0]):
+        method, data = parts()
         with pytest.raises(NonFiniteError, match=rf"not finite at step {BAD + 1}: ") as stop:
-            fit(method, where)
+            fit(method, data, where)
         assert stop.value.step == BAD
         for name, value in method.state_dict().items():
-            if not name.startswith(("teacher", "centers")):
+            if name.partition(".")[0] != where.partition(".")[0]:
                 assert value.isfinite().all(), (where, name)
-        for tensor in (*method.parameters(), *method.buffers()):
-            if tensor.is_floating_point():
-                tensor.data.nan_to_num_(0.0)
-        if hasattr(method, "mean_logits"):
-            method.mean_logits.clear()
 
 
-def test_nobody_takes_it_either_where_nobody_looks_until_later(method, monkeypatch):
+def test_steps_after_a_nan_change_nothing_where_nobody_looks_until_later(parts, monkeypatch):
     """As on a GPU, which is not waited for: the steps after the bad one run and change nothing, the teacher neither."""
     monkeypatch.setattr(Method, "raise_if_nonfinite", lambda self: None)
-    poison = fit(method, "input")
+    method, data = parts()
+    poison = fit(method, data, "input")
     assert int(method.nonfinite_step) == BAD
     for name, value in method.state_dict().items():
         assert torch.equal(value, poison.before[name]), name
@@ -191,7 +167,7 @@ def test_all_state_of_a_method_is_in_its_checkpoint(name, monkeypatch):
     method = instantiate(parse(translate(SETTINGS[name]))).model
     saved = {id(value) for value in method.state_dict(keep_vars=True).values()}
     # A checkpoint is never written while one of the first two is set; positions are a fixed table.
-    allowed = {"nonfinite_step", "suspect", "positions"}
+    allowed = {"nonfinite_step", "skip_step", "positions"}
     for path, module in method.named_modules():
         for key, value in (*vars(module).items(), *module._buffers.items()):
             if isinstance(value, torch.Tensor) and id(value) not in saved and key not in allowed:

@@ -58,7 +58,7 @@ def test_a_run_opens_no_connection(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ibot", "hpm"])
-def test_nor_does_one_of_another_method_with_workers(method, tmp_path):
+def test_a_run_of_another_method_with_workers_opens_no_connection(method, tmp_path):
     config = {"ibot": "tests/tiny-ibot.yaml", "hpm": "tests/tiny_hpm.yaml"}[method]
     spied(RUN, "--config", config, "--num_workers", "2", "--out", tmp_path / "run", watch_all=False)
 
@@ -76,6 +76,9 @@ ALL = {
     "compare": "--runs run,run --images 2 --data shapes",
     "export": "--run run --to onnx --out model.onnx",
     "benchmark": f"--config {ROOT}/tests/tiny.yaml --batch_size 4 --rounds 1 --data shapes",
+    "benchmark_reduction": "--reduction tome --shares 0.8 --model test_vit --batch_size 1 --rounds 1",
+    "pareto": "--weights run --data shapes --reduction tome --shares 0.8 --batch_size 1 --rounds 1",
+    "pareto_finetuned": "--finetuned run --batch_size 1 --rounds 1",
     "info": "run run",
 }
 

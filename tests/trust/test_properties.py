@@ -6,13 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mim.config import flatten, parse
 from mim.data.sampler import Shard, StepSampler
 from mim.errors import UserError
 from mim.layers.positions import stretch_positions
 from mim.masking import AttentionMasking, BlockMasking, HardPatchMasking, RandomMasking, VaryingRandomMasking
 from mim.patches import patchify, unpatchify
 from mim.randomness import RowGenerator
+from mim.run.config import flatten, parse
 from mim.schedules import cosine, linear, warmup_cosine
 
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)

@@ -9,9 +9,8 @@ import time
 from contextlib import suppress
 
 import pytest
+from recipes import SAVE_EVERY, SETTINGS
 from strikes import (
-    SAVE_EVERY,
-    SETTINGS,
     SIGNALS,
     Trial,
     checkpoints,

@@ -1,0 +1,1 @@
+"""Timings: a training step against its plain formulation, and accuracy over speed of reduced models."""

@@ -1,0 +1,1 @@
+"""Pictures of what a model sees: strips, tokens that are left, overlays of masks."""

@@ -1,0 +1,1 @@
+"""A run on disk: its folder, its settings, its checkpoints, and weights in and out."""

@@ -1,0 +1,147 @@
+"""Several runs side by side: one table over their seeds, one page with the same images under each of them."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mim.data.pretrain import PretrainData
+from mim.errors import UserError
+from mim.pictures.strips import strip
+from mim.report.markup import Html, picture, section, table, tag
+from mim.report.record import read_run
+from mim.report.style import PAGE, STYLE
+from mim.report.tables import markdown_table, spread, text_table
+from mim.run.weights import load_method
+
+_PICTURE_BYTES = 400_000
+UNTRAINED = "untrained"
+
+
+@dataclass
+class Entry:
+    """Runs that differ in their seed alone.
+
+    Args:
+        name: of the row.
+        runs: their folders.
+        scores: by what was measured: one value per run, or those of the only run's seeds.
+    """
+
+    name: str
+    runs: list[Path]
+    scores: dict[str, list[float]] = field(default_factory=dict)
+
+
+def collect(runs: Sequence[Path]) -> list[Entry]:
+    """Reads what the runs have measured; the last entry holds their untrained encoders.
+
+    Runs are one entry if their names differ only in what follows ``-seed-``.
+
+    Raises:
+        UserError: if a folder is no run.
+    """
+    groups: dict[str, list[Path]] = {}
+    for run in runs:
+        if not (run / "summary.json").is_file():
+            raise UserError(f"--runs {run}: no run there", hint="a folder that tools/pretrain.py has made")
+        groups.setdefault(run.name.partition("-seed-")[0], []).append(run)
+    entries, untrained = [], Entry(UNTRAINED, [])
+    for name, folders in groups.items():
+        entry = Entry(name, folders)
+        for folder in folders:
+            for what, (trained, random) in _measured(folder).items():
+                # Of several runs each gives its mean, so that the spread is that of training, not of the probe.
+                entry.scores.setdefault(what, []).extend(trained if len(folders) == 1 else [_mean(trained)])
+                untrained.scores.setdefault(what, []).extend(random)
+        entries.append(entry)
+    return [*entries, untrained] if any(untrained.scores.values()) else entries
+
+
+def tables(entries: Sequence[Entry]) -> tuple[str, str, list[list[str]]]:
+    """The table for a terminal, as Markdown, and its rows, the first one being the head."""
+    columns = list(dict.fromkeys(what for entry in entries for what in entry.scores))
+    head = ["", "runs", *columns]
+    rows = [
+        [entry.name, str(len(entry.runs) or ""), *(spread(entry.scores.get(column, [])) for column in columns)]
+        for entry in entries
+    ]
+    return text_table(head, rows), markdown_table(head, rows), [head, *rows]
+
+
+def strips(entries: Sequence[Entry], images: int) -> dict[str, Image.Image]:
+    """The same images under the first run of every entry: input, hidden, reconstruction, attention, features."""
+    shown: dict[str, Image.Image] = {}
+    path: str | None = None
+    for entry in entries:
+        for run in entry.runs[:1]:
+            method, data, config = load_method(run)
+            encoder, path = method.evaluated, path or data.path
+            # The images of the first run, with the channels, size and normalisation that this one wants.
+            mean, std = data.statistics(encoder.in_chans)
+            opened = PretrainData(path, num_workers=0, mean=mean, std=std)
+            opened.pixels, opened.resolved = data.pixels, True
+            opened.open(encoder.img_size, encoder.in_chans, config.seed)
+            source = opened.evaluation or opened.source
+            chosen = [place * len(source) // images for place in range(min(images, len(source)))]
+            batches = [pixels for pixels, _ in opened.center_batches(source, chosen)]
+            if not batches:
+                raise UserError(
+                    f"--runs {run}: no image of {path} can be read with the {encoder.in_chans} channels that it wants",
+                    hint="runs on images of one kind",
+                )
+            batch = torch.cat(batches)
+            with torch.no_grad():
+                views, measured = method.visualize(batch), not data.pixels.pictures
+                shown[entry.name] = strip(batch, views, encoder, opened.mean, opened.std, measured)
+    return shown
+
+
+def write_page(path: Path, rows: Sequence[Sequence[str]], shown: dict[str, Image.Image]) -> None:
+    """Writes one page that needs nothing but a browser."""
+    figures = [
+        tag("figure", tag("figcaption", name), picture(image, f"{name}: the same images", _PICTURE_BYTES))
+        for name, image in shown.items()
+    ]
+    lead = (
+        "Mean ± standard deviation, over seeds of training where there are several runs, else over those of the probe."
+    )
+    body = [
+        tag("header", tag("h1", "Comparison of runs"), tag("p", lead, class_="lead")),
+        section("What they are worth", table(rows[1:], head=list(rows[0]))),
+        section("The same images under each", tag("div", *figures, class_="pair") if figures else Html("")),
+    ]
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(
+        PAGE.format(title=escape("Comparison of runs"), style=STYLE, body="\n".join(filter(None, body))),
+        encoding="utf-8",
+    )
+    os.replace(unfinished, path)
+
+
+def _measured(run: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Scores of a run and of its untrained encoders, by what was measured."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    record = read_run(run)
+    probe, pool = record.summary.get("probe") or {}, f", {record.pool}" if record.pool else ""
+    for kind, name in (("knn", "k-NN"), ("linear", "linear")):
+        if kind in probe:
+            found[f"{name} (run{pool})"] = probe[kind]["trained"], probe[kind]["untrained"]
+    for file in sorted(run.glob("evaluation/*/metrics.json")):
+        content = json.loads(file.read_text())
+        metrics: dict[str, Any] = content.get("metrics", {})
+        pool = f" ({content['pool']})" if content.get("pool") else ""  # older evaluations do not say
+        for name, values in metrics.items():
+            if isinstance(values, list) and name in ("top-1", "20-NN top-1", "mIoU"):
+                found[f"{file.parent.name} {name}{pool}"] = values, metrics.get(f"{name}, {UNTRAINED}") or []
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,170 @@
+"""The schema of a run: the signatures of its parts, read by jsonargparse. A config file is data; it imports nothing."""
+
+import inspect
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from lightning import Trainer
+
+import mim.options.class_paths  # noqa: F401 - which decides what classes a file may name
+from mim.data.pixels import canonical_range
+from mim.data.pretrain import PretrainData
+from mim.errors import UserError
+from mim.methods import Method  # and with it every method, by class_path
+from mim.options.config_file import check_config_files, keeping_old_scale
+from mim.options.old_names import current_arguments
+from mim.options.ranges import MANY, Count, Positive, Seed, Threads, Whole
+from mim.options.refusals import refusal
+
+_HELP = "--help_all explains every option"
+
+TRAINER_OPTIONS = {
+    "accelerator",
+    "strategy",
+    "devices",
+    "num_nodes",
+    "precision",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "deterministic",
+    "detect_anomaly",
+    "sync_batchnorm",
+}
+"""What of Lightning's Trainer a run may set; length, logging, checkpoints and resuming are the run's own business."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Length, seed and rhythm of a run.
+
+    Args:
+        epochs: passes over the images.
+        seed: of everything random.
+        save_every: epochs between checkpoints; 20 checkpoints over the run unless given.
+        eval_every: epochs between probes and pictures; 10 times over the run unless given.
+        log_every: steps between lines of ``metrics.csv``.
+        pictures: images in the picture strips.
+        pool: what stands for an image in probes, in the export and in what evaluates it: the class token or the mean of
+            the patch tokens.
+        probe_images: most images that a probe learns from.
+        compile: compile the transformer blocks with ``torch.compile``.
+        threads: of the training process on a CPU; torch's choice unless given. Small models are faster with one thread
+            and loader processes beside it. Sums depend on it in the last digit, so a resumed run must not change it.
+    """
+
+    epochs: Positive = 100.0
+    seed: Seed = 0
+    save_every: Positive | None = None
+    eval_every: Positive | None = None
+    log_every: Count = 10
+    pictures: Whole = 8
+    pool: Literal["mean", "cls"] = "mean"
+    probe_images: Count = 5000
+    compile: bool = False
+    threads: Threads | None = None
+
+
+def build_parser() -> ArgumentParser:
+    """The full schema of ``pretrain``."""
+    parser = ArgumentParser(prog="pretrain", exit_on_error=False, add_help=False, description="Pretrain a ViT.")
+    parser.add_argument("--help_all", action="help", help="Show this help and exit.")
+    parser.add_argument("--config", action=ActionConfigFile, help="Settings in YAML.")
+    parser.add_argument("--out", type=str | None, default=None, help="Run folder.")
+    parser.add_argument("--resume", type=str | None, default=None, help="Run folder to continue, or 'auto'.")
+    parser.add_argument("--overwrite", type=bool, default=False, help="Replace the run that --out holds.")
+    parser.add_argument("--allow_change", type=str, default="", help="Settings that a resumed run may change.")
+    parser.add_argument("--init", type=str | None, default=None, help="Weights to start from.")
+    parser.add_argument("--trust", type=bool, default=False, help="Load an --init file although it can run code.")
+    parser.add_class_arguments(RunOptions, None, as_group=True)
+    parser.add_subclass_arguments(Method, "model", required=True)
+    parser.add_class_arguments(PretrainData, "data")
+    unused = set(_parameters(Trainer)) - TRAINER_OPTIONS
+    parser.add_class_arguments(Trainer, "trainer", skip=unused, instantiate=False)
+    return parser
+
+
+def parse(args: Sequence[str]) -> Namespace:
+    """Parses dotted options; a mistake becomes a :class:`UserError` with a suggestion."""
+    check_config_files(args)
+    parser = build_parser()
+    try:
+        return parser.parse_args([_canonical(arg) for arg in current_arguments(keeping_old_scale(args))])
+    except ArgumentError as error:
+        raise refusal(error, parser, "--help_all") from error
+
+
+def _canonical(arg: str) -> str:
+    """The same option as ``config.yaml`` would say it, so that a repeated command is no change."""
+    name, _, value = arg.partition("=")
+    return f"{name}={canonical_range(value)}" if name == "--data.value_range" else arg
+
+
+def parse_saved(file: Path) -> Namespace:
+    """The settings that a run has written down; refuses a file that no run writes."""
+    try:
+        return parse([f"--config={file}"])
+    except UserError as error:
+        hint = "another run, or a .ckpt file of this one beside --model"
+        raise UserError(f"{file} is not what a run writes", why=error.error, hint=hint) from error
+
+
+def instantiate(config: Namespace) -> Namespace:
+    """Builds what a parsed config describes; what a constructor refuses becomes a :class:`UserError`."""
+    try:
+        objects: Namespace = build_parser().instantiate(config)
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:  # the latter for models beyond all memory
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # jsonargparse wraps it in a description of the types it has tried
+            cause = cause.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        why = "a list stands where named settings belong" if "must be a mapping" in str(cause) else None
+        raise UserError(str(cause)[:300] if not why else "the config has a wrong shape", why=why, hint=_HELP) from error
+    return objects
+
+
+def run_options(config: Namespace) -> RunOptions:
+    """The run's own options out of a parsed config; Lightning's, which it does not look at itself, are looked at."""
+    parts, norm = (config.trainer.get(name) for name in ("accumulate_grad_batches", "gradient_clip_val"))
+    if parts is not None and not 0 < parts < MANY:
+        raise UserError(f"--accumulate {parts}: one micro-batch per step at least", hint="--accumulate 1")
+    if norm is not None and not norm >= 0:
+        raise UserError(f"--trainer.gradient_clip_val {norm} is below 0", hint="--trainer.gradient_clip_val 1.0")
+    return RunOptions(**{field.name: config[field.name] for field in fields(RunOptions)})
+
+
+SESSION = ("config", "out", "resume", "overwrite", "allow_change")
+"""Options of one call of the command, not settings of the run."""
+
+
+def flatten(config: Namespace) -> dict[str, Any]:
+    """Every setting of the run under its dotted name."""
+    return {name: value for name, value in vars(config.as_flat()).items() if name.split(".")[0] not in SESSION}
+
+
+def save_config(config: Namespace, path: Path) -> None:
+    """Writes every setting, resolved, so that ``--config`` takes it back."""
+    kept = config.clone()
+    for name in SESSION:
+        kept.pop(name, None)
+    header = "# Every setting of this run; feed it back with --config.\n"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(header + build_parser().dump(kept, skip_none=False, skip_validation=True))
+    os.replace(temporary, path)  # whole or absent: a run is a folder with this file in it
+
+
+def changes(args: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+    """Settings whose value differs from the config files among ``args``: name to (in the files, now)."""
+    files = [arg for arg in args if arg.startswith("--config")]
+    before, now = flatten(parse(files)), flatten(parse(args))
+    names = [*now, *(name for name in before if name not in now)]
+    return {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}
+
+
+def _parameters(cls: type) -> list[str]:
+    return [name for name in inspect.signature(cls).parameters if name != "self"]

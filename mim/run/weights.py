@@ -1,0 +1,319 @@
+"""Weights in and out: the timm folder that a run ends with, and the files a run may start from."""
+
+import json
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import timm
+import torch
+from jsonargparse import Namespace
+from timm.models import is_model_pretrained
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from mim.data.pixels import EIGHT_BIT, Pixels
+from mim.data.pretrain import PretrainData
+from mim.encoder import Encoder
+from mim.errors import UserError
+from mim.evaluation.features import Pool
+from mim.interop import (
+    ModelCard,
+    adapt,
+    check_timm_folder,
+    export_backbone,
+    likely_model,
+    load_weights,
+    scale_of,
+    to_timm,
+    weights_in,
+)
+from mim.methods import Method
+from mim.run.checkpoint_files import AtomicCheckpointIO, newest_good, sidecar, verify
+from mim.run.config import instantiate, parse_saved
+from mim.run.folder import run_of
+
+__all__ = [
+    "LoadedEncoder",
+    "ModelCard",
+    "check_published",
+    "export_backbone",
+    "init_backbone",
+    "load_encoder",
+    "load_method",
+    "load_weights",
+    "untrained_encoder",
+]
+
+_MATCH = 0.9  # share of the model's tensors below which a file was made for another model
+_KERNEL = "patch_embed.proj.weight"
+_ESSENTIAL = ("patch_embed.", "pos_embed", "cls_token", "reg_token", "dist_token", "norm_pre.", "blocks.")
+"""Without one of these a model is another one, however many of its other tensors are there."""
+
+
+def load_method(run: Path, checkpoint: Path | None = None) -> tuple[Method, PretrainData, Namespace]:
+    """A run's method with weights, its data (not opened) and its settings.
+
+    Args:
+        run: run folder.
+        checkpoint: one of its own; the newest good one unless given.
+    """
+    config = parse_saved(run / "config.yaml")
+    path, refused = (checkpoint, []) if checkpoint else newest_good(run / "checkpoints")
+    if path is None:
+        raise UserError(f"{run} has no checkpoint that can be used", why=refused[0] if refused else "it saved none yet")
+    objects = instantiate(config)
+    objects.model.load_state_dict(AtomicCheckpointIO(objects.model).load_checkpoint(path)["state_dict"])
+    return objects.model.eval(), objects.data, config
+
+
+class LoadedEncoder(NamedTuple):
+    """An encoder to be measured and the images it expects.
+
+    Args:
+        encoder: with its weights, in evaluation mode.
+        mean: per channel, of the pixels that it was trained on, on the scale of ``pixels``.
+        std: as ``mean``.
+        note: one line on where the weights come from and what was done to make them fit.
+        pool: what stands for an image: its run's choice, or what timm's model pools by.
+        pixels: scale of the numbers in the images.
+    """
+
+    encoder: Encoder
+    mean: list[float]
+    std: list[float]
+    note: str
+    pool: Pool
+    pixels: Pixels = EIGHT_BIT
+
+
+def load_encoder(
+    weights: str,
+    *,
+    model: str | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    dynamic_img_size: bool = False,
+    trust: bool = False,
+) -> LoadedEncoder:
+    """The encoder that ``--weights`` names: what every evaluation starts from.
+
+    Args:
+        weights: a run or timm folder, a checkpoint file, or a timm name, which timm may download.
+        model: timm name of the model that a checkpoint file belongs to; guessed from its shapes if not given.
+        img_size: side of the images in pixels if it is not the model's own; positions are resized, which ``note`` says.
+        dynamic_img_size: accept images of any size; positions are resized for each.
+        trust: see :func:`load_weights`.
+
+    Raises:
+        UserError: if nothing is found or the weights do not fit.
+    """
+    folder, run = Path(weights.removeprefix("local-dir:")), None if model else run_of(weights)
+    if run is not None and (folder.is_file() or _is_unexported_run(folder)):
+        return _from_checkpoint(run, folder.resolve() if folder.is_file() else None, img_size, dynamic_img_size)
+    encoder = _build(weights, model, img_size, dynamic_img_size, trust)
+    note = init_backbone(encoder.vit, weights, trust=trust, option="--weights").removeprefix("init: ")
+    pool = encoder.pool if run is None else parse_saved(run / "config.yaml").pool
+    cfg = cast(dict[str, Any], encoder.vit.pretrained_cfg)
+    mean, std = list(cfg["mean"]), list(cfg["std"])
+    if len(mean) != encoder.in_chans:  # those of the architecture, which say nothing about these weights
+        mean, std = PretrainData(weights).statistics(encoder.in_chans)
+        note += f", normalised by {mean[0]:g} and {std[0]:g}, as it does not say by what"
+    return LoadedEncoder(encoder.eval(), mean, std, note, pool, _pixels_of(folder))
+
+
+def _from_checkpoint(
+    run: Path, checkpoint: Path | None, img_size: int | tuple[int, int] | None, dynamic_img_size: bool
+) -> LoadedEncoder:
+    """What a run evaluates, with the weights of one of its checkpoints or of the newest."""
+    method, data, config = load_method(run, checkpoint)
+    encoder, hint = method.evaluated, f"python tools/export.py --run {run}   first"
+    if img_size not in (None, encoder.img_size, encoder.img_size[0]):
+        raise UserError(f"--img_size {img_size}: only an exported run can be resized", hint=hint)
+    if dynamic_img_size and not encoder.vit.dynamic_img_size:
+        raise UserError(f"--weights {run}: only an exported run takes images of any size", hint=hint)
+    note = f"{checkpoint}" if checkpoint else f"newest checkpoint of {run}, which has not finished"
+    return LoadedEncoder(encoder, *data.statistics(encoder.in_chans), note, config.pool, data.pixels)
+
+
+def untrained_encoder(
+    weights: str,
+    seed: int,
+    *,
+    model: str | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    dynamic_img_size: bool = False,
+    trust: bool = False,
+) -> Encoder:
+    """The encoder of :func:`load_encoder` before training, as ``seed`` draws it: the row to compare with."""
+    run = None if model else run_of(weights)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if run is None:
+            return _build(weights, model, img_size, dynamic_img_size, trust).eval()
+        config = parse_saved(run / "config.yaml")
+        if img_size is not None:
+            config.model.init_args.encoder.img_size = img_size
+        if dynamic_img_size:
+            config.model.init_args.encoder.dynamic_img_size = True
+        method: Method = instantiate(config).model
+        return method.evaluated.eval()
+
+
+def _pixels_of(folder: Path) -> Pixels:
+    """The scale that an exported folder, or that of a run, names; 8 bit if there is none."""
+    homes = (folder, folder / "export" / "backbone")
+    home = next((home for home in homes if (home / "config.json").is_file()), folder)
+    try:
+        return Pixels.of(scale_of(home))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{home / 'config.json'} is damaged", why=str(error), hint="export again") from error
+
+
+def _is_unexported_run(folder: Path) -> bool:
+    exported = any((home / "config.json").is_file() for home in (folder, folder / "export" / "backbone"))
+    return (folder / "config.yaml").is_file() and not exported
+
+
+def _build(
+    weights: str, model: str | None, img_size: int | tuple[int, int] | None, dynamic_img_size: bool, trust: bool
+) -> Encoder:
+    """The encoder that weights of no run belong to, as they themselves tell, with random weights."""
+    dynamic = dynamic_img_size or None
+    folder = Path(weights.removeprefix("local-dir:"))
+    if model is None and folder.is_dir():
+        home = _weights_in(folder, "--weights")[0].parent
+        check_timm_folder(home, "--weights")
+        return Encoder(f"local-dir:{home}", img_size, dynamic_img_size=dynamic)
+    if not folder.exists():
+        if model is None:
+            check_published(weights, "--weights")
+        return Encoder(model or weights, img_size, dynamic_img_size=dynamic)
+    _, tensors, _ = _find_weights(weights, trust, "--weights")
+    name = model or likely_model(tensors)
+    if name is None:
+        raise UserError(f"--weights {weights} does not say which model it belongs to", hint="--model vit_...")
+    kernel = tensors.get(_KERNEL)
+    channels = kernel.shape[1] if kernel is not None and kernel.ndim == 4 else None
+    return Encoder(name, img_size, in_chans=channels, dynamic_img_size=dynamic)
+
+
+def init_backbone(vit: VisionTransformer, weights: str, *, trust: bool = False, option: str = "--init") -> str:
+    """Copy weights of any known layout into ``vit`` and say in one line what matched.
+
+    Args:
+        vit: takes the weights; unchanged if they do not fit.
+        weights: a checkpoint file, a run or timm folder, or a timm name, which timm may download.
+        trust: see :func:`load_weights`.
+        option: the command-line option that named the weights, for messages.
+
+    Raises:
+        UserError: if nothing is found, an essential tensor (see ``_ESSENTIAL``) of either side has no match, or less
+            than 90 % of the tensors there and in ``vit`` match.
+    """
+    layout, tensors, grid = _find_weights(weights, trust, option)
+    tensors, notes = adapt(tensors, vit, grid)
+    own = vit.state_dict()
+    matched = {name: tensors[name] for name in own if _same_kind(tensors.get(name), own[name])}
+    # Both ways round: the first blocks of a deeper model would fit, too, and give nonsense.
+    lost = [name for name in {**own, **tensors} if name not in matched and name.startswith(_ESSENTIAL)]
+    if lost or len(matched) < _MATCH * max(len(own), len(tensors)):
+        raise _misfit(vit, weights, tensors, len(matched), lost, option)
+    vit.load_state_dict(matched, strict=False)
+    missing = [name for name in own if name not in matched]
+    notes += [f"not in it and left as they were: {', '.join(missing)}"] if missing else []
+    unused = len(tensors.keys() - matched.keys())
+    notes += [f"{unused} of its tensors not used"] if unused else []
+    return ", ".join([f"init: {len(matched)} of {len(own)} tensors from {weights} ({layout} layout)", *notes])
+
+
+def _find_weights(weights: str, trust: bool, option: str) -> tuple[str, dict[str, Tensor], tuple[int, int] | None]:
+    """Layout, tensors under timm's names and, where it is recorded, the grid of their positions."""
+    path, grid = Path(weights.removeprefix("local-dir:")), None
+    if path.is_dir():
+        path, grid = _weights_in(path, option)
+    elif not path.exists():
+        return _published(weights, option)
+    path = path.resolve()  # last.ckpt is a link to a checkpoint, beside which its hash lies
+    if sidecar(path).is_file() and (reason := verify(path)) and path.suffix == ".ckpt":
+        raise UserError(f"{option} {path} is damaged", why=reason, hint="the checkpoint before it")
+    return *to_timm(load_weights(path, trust=trust, option=option)), grid
+
+
+def _weights_in(folder: Path, option: str) -> tuple[Path, tuple[int, int] | None]:
+    """The weight file of a timm folder or a run, the export before the last checkpoint."""
+    for home in (folder, folder / "export" / "backbone"):
+        if (home / "config.json").is_file():
+            return weights_in(home), _recorded_grid(home)
+    last = folder / "checkpoints" / "last.ckpt"
+    if not last.is_file():
+        raise UserError(
+            f"{option} {folder} holds no weights",
+            why="it is neither a timm folder (config.json) nor a run (export/backbone or checkpoints/last.ckpt)",
+        )
+    return last, None
+
+
+def _recorded_grid(folder: Path) -> tuple[int, int] | None:
+    """``(h, w)`` of a timm folder's positions, if its config tells; not every export is square."""
+    try:
+        args = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_args", {})
+        size, patch = (torch.as_tensor(args[key]).expand(2) for key in ("img_size", "patch_size"))
+        height, width = (size // patch).tolist()
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError):
+        return None
+    return height, width
+
+
+def _published(name: str, option: str) -> tuple[str, dict[str, Tensor], tuple[int, int] | None]:
+    """Weights that timm fetches by name: the one door to the network, open only because the user named them."""
+    check_published(name, option)
+    try:
+        source = timm.create_model(name, pretrained=True, num_classes=0)
+    except (OSError, RuntimeError) as problem:  # no network, offline mode, a damaged download
+        raise UserError(
+            f"{option} {name}: timm could not get these weights",
+            why=str(problem).partition("\n")[0],
+            hint=f"{option} FILE with weights on this machine, or the same command with a network connection",
+        ) from problem
+    grid = cast(tuple[int, int] | None, getattr(getattr(source, "patch_embed", None), "grid_size", None))
+    return "timm", source.state_dict(), grid
+
+
+def check_published(name: str, option: str) -> None:
+    """Refuses what is neither there nor known to timm, addresses among it; raises ``UserError``."""
+    if is_model_pretrained(name):
+        return
+    close = get_close_matches(name, timm.list_pretrained("vit_*"), n=2)
+    raise UserError(
+        f"{option} {name}: no such file, folder or timm weights",
+        hint=" or ".join(f"{option} {other}" for other in close) or f"{option} FILE, {option} RUN or a timm name",
+    )
+
+
+def _same_kind(tensor: Tensor | None, own: Tensor) -> bool:
+    return tensor is not None and tensor.shape == own.shape and tensor.is_floating_point() == own.is_floating_point()
+
+
+def _misfit(
+    vit: VisionTransformer, weights: str, tensors: dict[str, Tensor], matched: int, lost: list[str], option: str
+) -> UserError:
+    own, guess = vit.state_dict(), likely_model(tensors)
+    architecture = cast(dict[str, Any], vit.pretrained_cfg)["architecture"]
+    few = matched < _MATCH * len(own)
+    names = ["blocks.0.attn.qkv.weight", *own, *tensors] if few else [*lost, *own, *tensors]
+    name = next(name for name in names if name not in own or not _same_kind(tensors.get(name), own[name]))
+    there = "x".join(map(str, tensors[name].shape)) if name in tensors else "missing"
+    here = "x".join(map(str, own[name].shape)) if name in own else "missing"
+    unused = sum(other not in own for other in tensors)
+    deeper = f", but {unused} of its own have no place" if not few and unused else ""
+    example = f"e.g. {name} is {there} there, {here} here"
+    guess = None if guess == architecture else guess
+    hint = f"--model {guess}" if guess else "the --model that these weights were made with"
+    if name == _KERNEL and name in tensors and option == "--init" and not guess:
+        hint = f"--in_chans {tensors[name].shape[1]}"
+    return UserError(
+        f"{option} {weights} does not fit {architecture}",
+        why=f"matched {matched} of {len(own)} tensors{deeper}; {example}"
+        + (f" -> looks like {guess}" if guess else ""),
+        hint=hint,
+    )

@@ -1,0 +1,1 @@
+"""Evaluations of an encoder on labelled images, from weights to results in the report."""

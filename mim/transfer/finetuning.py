@@ -1,0 +1,169 @@
+"""One fine-tuning after another, pretrained and from scratch, each resumable where it was stopped."""
+
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from mim.data.augment import Augmented
+from mim.data.bad_files import BadFiles
+from mim.data.finetune import FinetuneData
+from mim.data.labelled import Framed, framed_batches
+from mim.errors import UserError
+from mim.evaluation.finetune import Finetune, classifier
+from mim.interop import check_timm_folder
+from mim.options.classification import ClassificationOptions, FinetuneRecipe
+from mim.options.evaluation import Scores, TrainingOptions
+from mim.reduction import TokenReducedViT
+from mim.reduction.files import save_reduction, save_settings
+from mim.report.confusion import save_confusion
+from mim.run.weights import ModelCard, export_backbone
+from mim.transfer.classification import Classification
+from mim.transfer.measurement import PRETRAINED, UNTRAINED, finish_section, section_name
+from mim.transfer.training import fit, open_trainer, train_all
+
+_NOT_OF_THE_RESULT = ("num_workers", "device", "threads", "out", "trust", "max_bad", "encode_batch", "cache")
+
+
+class Finetuning(Classification):
+    """A classifier and its encoder, trained together.
+
+    Args:
+        options: weights and images.
+        recipe: how to train.
+        training: on what.
+        eval_every: epochs between looks at the scored images.
+    """
+
+    def __init__(
+        self, options: ClassificationOptions, recipe: FinetuneRecipe, training: TrainingOptions, eval_every: float
+    ) -> None:
+        super().__init__(options, learning=True)
+        self.recipe = replace(recipe, pool=recipe.pool or self.loaded.pool)
+        self.training, self.eval_every = training, eval_every
+        self.root = self.folder("finetune")
+        self.export = self.root / "export"
+
+    def measure(self, seeds: int, from_scratch: bool) -> Scores:
+        """Trains every encoder with every seed, and writes what came of it.
+
+        Args:
+            seeds: repetitions, each with another order, crops and classifier.
+            from_scratch: also train untrained encoders.
+
+        Raises:
+            StoppedError: after a signal.
+        """
+        encoders = (PRETRAINED, UNTRAINED)[: 2 if from_scratch else 1]
+        settings = self.settings(asdict(self.options), asdict(self.recipe), without=_NOT_OF_THE_RESULT)
+        histories = train_all(
+            self.root, settings, encoders, seeds, "history.json", self.train_one, self.training.resume
+        )
+        scores: Scores = {
+            f"top-{top}": {who: [history[-1][f"top{top}"] for history in histories[who]] for who in encoders}
+            for top in (1, 5)
+        }
+        if self.is_main_process:
+            protocol = f"{_in_words(self.recipe)}; {self.protocol()}; after the last epoch."
+            self.write(self.root, "Fine-tuning", protocol, scores, str(self.recipe.pool))
+            finish_section(self.root)
+            print(f'  model   {self.export}   (timm.create_model("local-dir:{self.export}", pretrained=True))')
+        return scores
+
+    def train_one(self, who: str, seed: int, folder: Path) -> list[dict[str, float]]:
+        """Scores over one training; that of the first pretrained encoder is exported."""
+        module = self._trained(who, seed, folder)
+        if who == PRETRAINED and seed == 0 and self.is_main_process:
+            save_confusion(module.taken_for.numpy(), self.classes, folder / "confusion.png")
+            self._export(module)
+        return module.history
+
+    def _trained(self, who: str, seed: int, folder: Path) -> Finetune:
+        recipe, options, classes = self.recipe, self.options, len(self.classes)
+        encoder = self.reduce(self.fresh(who, seed), seed)
+        frames = Augmented(options.crop_pct, recipe.scale, recipe.auto_augment, recipe.erase)
+        frames.configure(encoder.img_size, self.loaded.mean, self.loaded.std, self.loaded.pixels)
+        bad_files = BadFiles(options.max_bad, options.data, go_on="--resume true")
+        data = FinetuneData(self.train, self.test, frames, recipe.batch_size, self.workers, seed, bad_files)
+        reduction, vit = encoder.reduction, classifier(encoder, classes, recipe, seed)
+        teacher = None if recipe.teacher is None else self._teacher(recipe.teacher, vit)
+        module = Finetune(vit, recipe, classes, len(self.train), seed, reduction, teacher)
+        every = max(1, round(self.eval_every * module.steps_per_epoch))
+        trainer = open_trainer(
+            folder,
+            module.max_steps,
+            every,
+            self.training,
+            self.device,
+            validate_every=every,
+            bad_files=data.bad_files,
+        )
+        fit(trainer, module, data, folder, self.training.resume, "a lower --blr   or   --warmup_epochs 20")
+        trainer.validate(module, data, verbose=False)
+        return module
+
+    def _teacher(self, folder: str, vit: VisionTransformer) -> VisionTransformer:
+        """The classifier that ``--teacher`` names, on the device; it must be what is trained, but for its weights."""
+        if self.loaded.encoder.reduction is None:
+            raise UserError(
+                "--teacher: nothing is reduced, so there is nothing to learn from the whole", hint="--reduction"
+            )
+        home = Path(folder.removeprefix("local-dir:"))
+        if not (home / "config.json").is_file():
+            raise UserError(f"--teacher {folder} is no exported model", hint="--teacher RUN/evaluation/finetune/export")
+        check_timm_folder(home, "--teacher")
+        teacher: Any = timm.create_model(f"local-dir:{home}", pretrained=True)
+        own, other = ({name: part.shape for name, part in model.state_dict().items()} for model in (vit, teacher))
+        if own != other or list(teacher.pretrained_cfg["mean"]) != list(self.loaded.mean):
+            raise UserError(
+                f"--teacher {folder} is another kind of model, or saw images in another way",
+                hint="the same fine-tuning without --reduction, and its export",
+            )
+        return cast(VisionTransformer, teacher.eval().to(self.device))
+
+    def _export(self, module: Finetune) -> None:
+        """Writes the trained classifier as a timm folder, its reduction beside it."""
+        card = ModelCard(
+            method="fine-tuning",
+            data=self.options.data,
+            data_licence="unknown",
+            images=len(self.train),
+            epochs=module.recipe.epochs,
+            steps=module.max_steps,
+            command=" ".join(["python", *sys.argv]),
+            notes=(f"Classes, in order: {', '.join(self.classes)}",),
+        )
+        model = module.evaluated.cpu().eval()
+        vit: VisionTransformer = model.vit if isinstance(model, TokenReducedViT) else model
+        export_backbone(vit, self.export, card=card, **self.loaded.pixels.exported(self.loaded.mean, self.loaded.std))
+        if isinstance(model, TokenReducedViT):
+            save_reduction(model.reduction, self.export)
+            static = model.static(self._some_images())
+            if static is not model.reduction:
+                save_settings(static, self.export / f"{section_name('static', self.options.reduction)}.yaml")
+
+    def _some_images(self, count: int = 64) -> Tensor:
+        """Normalised images to learn from, ``(B, C, H, W)``, spread over all of them."""
+        step = max(1, len(self.train) // count)
+        framed = Framed(self.train, self.frames, range(0, len(self.train), step)[:count])
+        images, _, _ = next(framed_batches(framed, count, num_workers=0))
+        return images
+
+
+def _in_words(recipe: FinetuneRecipe) -> str:
+    """How the encoder was trained."""
+    pool = "mean of patch tokens" if recipe.pool == "mean" else "class token"
+    average = f", average of the weights {recipe.ema:g}" if recipe.ema else ""
+    annealed = (
+        f", reduction annealed over {recipe.anneal[0]:g} to {recipe.anneal[1]:g} of it" if any(recipe.anneal) else ""
+    )
+    return (
+        f"all weights trained, {pool}, {recipe.epochs:g} epochs of batch {recipe.batch_size}, blr {recipe.blr:g}, "
+        f"layer decay {recipe.layer_decay:g}, drop path {recipe.drop_path:g}, {recipe.auto_augment}, mixup "
+        f"{recipe.mixup:g}, CutMix {recipe.cutmix:g}, smoothing {recipe.label_smoothing:g}, erasing {recipe.erase:g}"
+        f"{average}{annealed}{', agreeing with a teacher without reduction' if recipe.teacher else ''}"
+    )

@@ -1,0 +1,85 @@
+"""What every policy does whatever it hides: checks of scores and rows, and random numbers when none are given."""
+
+import pytest
+import torch
+
+from mim import masking
+from mim.masking import AttentionMasking, BlockMasking, HardPatchMasking, Masking, RandomMasking, VaryingRandomMasking
+from mim.randomness import RowGenerator
+
+GRID = (6, 5)
+POLICIES = [getattr(masking, name) for name in masking.__all__ if name != "Masking"]
+
+
+def drawn(policy, count=8, **arguments):
+    scores = torch.rand(count, 30, generator=torch.Generator().manual_seed(1)) if policy.guided else None
+    return policy(count, GRID, **{"scores": scores, "progress": 0.5} | arguments)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_masks_are_bools_for_every_image_and_patch_and_hide_no_more_than_announced(policy):
+    mask = drawn(policy())
+    assert (mask.dtype, mask.shape) == (torch.bool, (8, 30))
+    assert mask.sum(1).max() <= policy().most_hidden(30)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_without_a_generator_the_global_seed_decides(policy):
+    first, second = (torch.manual_seed(seed) and drawn(policy()) for seed in (3, 3))
+    torch.manual_seed(4)
+    assert torch.equal(first, second)
+    assert policy is AttentionMasking or not torch.equal(first, drawn(policy()))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_masks_are_drawn_where_the_random_numbers_are_and_given_where_they_are_wanted(policy):
+    scores = torch.rand(4, 30, device="meta") if policy.guided else None
+    policy = policy()
+    mask = policy(4, GRID, scores=scores, progress=0.5, generator=RowGenerator.for_rows(0, 0, 4, "meta"))
+    assert mask.device.type == "meta"
+    assert drawn(policy, generator=RowGenerator.for_rows(0, 0, 8), device="meta").device.type == "meta"
+
+
+@pytest.mark.parametrize("policy", [AttentionMasking, HardPatchMasking])
+@pytest.mark.parametrize("progress", [0.0, 1.0])
+def test_a_guided_policy_asks_for_scores_from_the_first_step_on(policy, progress):
+    with pytest.raises(ValueError, match=f"{policy.__name__} needs scores"):
+        policy()(2, GRID, progress=progress)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("shape", [(3, 30), (4, 29), (4, 30, 1)])
+def test_scores_of_another_batch_or_grid_are_refused(policy, shape):
+    with pytest.raises(ValueError, match="are not those of 4 images"):
+        policy()(4, GRID, scores=torch.rand(shape))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_random_numbers_of_another_batch_are_refused(policy):
+    with pytest.raises(ValueError, match="random numbers for 3 images, but there are 8"):
+        drawn(policy(), generator=RowGenerator.for_rows(0, 0, 3))
+
+
+def test_a_policy_of_ones_own_writes_nothing_but_its_draw():
+    class Columns(Masking):
+        def draw(self, generator, grid, scores, progress):
+            return (torch.arange(grid[1]) % 2 == 1).repeat(len(generator), grid[0])
+
+    assert Columns()(2, (2, 3)).tolist() == [[False, True, False] * 2] * 2
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        (RandomMasking(0.75), " hides 23"),
+        (HardPatchMasking(0.75), " hides 23"),
+        (VaryingRandomMasking(0.5, 0.5, 0.0), " hides 15"),
+        (VaryingRandomMasking(0.5, 0.5, 0.5), " hides 0 to 15"),
+        (AttentionMasking(), ""),
+        (BlockMasking(0.0, 0.0), " hides 0"),
+    ],
+)
+def test_a_policy_says_how_much_it_hides_unless_scores_decide(policy, words):
+    state = torch.get_rng_state()
+    assert policy.count_words(GRID) == words
+    assert torch.equal(torch.get_rng_state(), state)

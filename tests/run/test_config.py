@@ -1,0 +1,230 @@
+"""A config file is data: it sets what the signatures know, and names no class but ours."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mim.cli import PRETRAIN
+from mim.errors import UserError
+from mim.methods import MAE
+from mim.run.config import RunOptions, build_parser, changes, flatten, parse, run_options, save_config
+
+TINY = f"--config={Path(__file__).parents[1] / 'tiny.yaml'}"
+METHODS = ["MAE", "mim.methods.MAE"]
+CLASS_KEYS = ["model", "model.init_args.masking", "model.init_args.encoder", "model.init_args.optim", "data.views"]
+SETTINGS_OF_A_CALL = {"method", "debug", "print_config"}
+"""Short options that the front or the parser itself answers."""
+
+
+def changed_tiny(key, value):
+    """The content of ``tiny.yaml`` with one dotted key set."""
+    settings = yaml.safe_load(Path(TINY.partition("=")[2]).read_text())
+    *folders, name = key.split(".")
+    parent = settings
+    for folder in folders:
+        parent = parent.setdefault(folder, {})
+    parent[name] = value
+    return settings
+
+
+@pytest.fixture(scope="module")
+def known():
+    return set(flatten(parse([TINY]))) | {action.dest for action in build_parser()._actions}
+
+
+@pytest.mark.parametrize("name", sorted(PRETRAIN.keys() - SETTINGS_OF_A_CALL))
+def test_every_short_option_exists_in_the_full_schema(name, known):
+    assert PRETRAIN[name].target in known | {"model.init_args.masking.init_args.ratio"}
+
+
+def test_the_mask_ratio_reaches_the_policy():
+    config = parse([TINY, f"--{PRETRAIN['mask_ratio'].target}=0.6"])
+    assert config.model.init_args.masking.init_args.ratio == 0.6
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_named_with_or_without_its_module(name):
+    assert parse([TINY, f"--model={name}"]).model.class_path == "mim.methods.MAE"
+
+
+def test_settings_become_objects():
+    method = build_parser().instantiate(parse([TINY, "--model.init_args.encoder.img_size=64"])).model
+    assert isinstance(method, MAE)
+    assert method.encoder.grid == (8, 8)
+
+
+def test_later_options_win():
+    config = parse([TINY, "--epochs=3", "--epochs=5", "--data.batch_size=32"])
+    assert (config.epochs, config.data.batch_size) == (5, 32)
+
+
+def test_run_options_are_the_runs_part_of_the_settings():
+    assert run_options(parse([TINY, "--seed=4"])) == RunOptions(
+        epochs=0.375, seed=4, save_every=0.0625, eval_every=0.2, log_every=1, pictures=2, probe_images=60, threads=1
+    )
+
+
+# Mistakes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--epochs=many",
+        "--data.batch_size=1.5",
+        "--data.num_workers=some",
+        "--pool=max",
+        "--model=Nonsense",
+        "--model.init_args.encoder.positions=fourier",
+        "--model.init_args.masking.init_args.ratio=[1]",
+        "--nonsense.key=1",
+        "--trainer.max_steps=3",  # the run's own business
+        "--trainer.callbacks=[]",
+        "--trainer.logger=true",
+    ],
+)
+def test_a_value_that_does_not_fit_is_a_mistake_of_the_user(option):
+    with pytest.raises(UserError):
+        parse([TINY, option])
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [("data.batchsize", "data.batch_size"), ("trainer.presicion", "trainer.precision"), ("epocs", "epochs")],
+)
+def test_a_misspelt_key_is_answered_with_the_nearest(tmp_path, key, near):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(changed_tiny(key, 3)))
+    for args in ([f"--config={tmp_path / 'config.yaml'}"], [TINY, f"--{key}=3"]):
+        with pytest.raises(UserError) as mistake:
+            parse(args)
+        assert mistake.value.hint == f"did you mean --{near}?"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "nonsense",
+        "model.nonsense",
+        "model.init_args.nonsense",
+        "model.init_args.encoder.nonsense",
+        "model.init_args.masking.init_args.nonsense",
+        "model.init_args.optim.nonsense",
+        "data.nonsense",
+        "trainer.nonsense",
+    ],
+)
+@pytest.mark.parametrize("value", [3, None, {"class_path": "RandomMasking"}])
+def test_a_key_that_nothing_reads_is_refused_in_a_file(tmp_path, key, value):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(changed_tiny(key, value)))
+    with pytest.raises(UserError):
+        parse([f"--config={tmp_path / 'config.yaml'}"])
+
+
+@pytest.mark.parametrize("text", ["model: [", "just text", "- 1\n- 2", "\x00", "model: !!python/object:os.system {}"])
+def test_a_file_that_is_no_config_is_a_mistake_of_the_user(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError):
+        parse([f"--config={tmp_path / 'config.yaml'}"])
+
+
+@pytest.mark.parametrize("name", ["nowhere.yaml", "."])
+def test_a_config_that_is_not_there_is_a_mistake_of_the_user(name):
+    with pytest.raises(UserError):
+        parse([f"--config={name}"])
+
+
+# Hostile class paths -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def canary(tmp_path, monkeypatch):
+    """A module on the path that leaves a file behind when it is imported."""
+    (tmp_path / "hostile_canary.py").write_text(
+        f"open({str(tmp_path / 'imported')!r}, 'w').close()\nfrom mim.methods import *\nfrom mim.masking import *\n"
+        "class Thing(MAE): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path / "imported"
+
+
+@pytest.mark.parametrize("key", CLASS_KEYS)
+@pytest.mark.parametrize("form", ["--{key}={path}", "--{key}.class_path={path}", "--{key}={{class_path: {path}}}"])
+def test_a_foreign_class_is_neither_imported_nor_taken(canary, key, form):
+    with pytest.raises(UserError):
+        parse([TINY, form.format(key=key, path="hostile_canary.Thing")])
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("key", [*CLASS_KEYS, "trainer.strategy", "trainer.accelerator", "data.path"])
+def test_a_foreign_class_in_a_file_is_neither_imported_nor_made(canary, key):
+    settings = changed_tiny(key, {"class_path": "hostile_canary.Thing", "init_args": {}})
+    (canary.parent / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(UserError):
+        parse([f"--config={canary.parent / 'config.yaml'}"])
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "os.system",
+        "subprocess.Popen",
+        "builtins.eval",
+        "torch.nn.Linear",
+        "torch.load",
+        "lightning.pytorch.callbacks.ModelCheckpoint",
+        "lightning.pytorch.demos.boring_classes.BoringModel",
+        "mim.run.weights.export_backbone",
+        "mim.methods.base.torch.nn.Linear",
+        "mim.methodsx.MAE",
+    ],
+)
+@pytest.mark.parametrize("key", ["model", "model.init_args.masking", "data.views"])
+def test_code_that_is_installed_is_no_building_block(path, key):
+    with pytest.raises(UserError):
+        parse([TINY, f"--{key}={path}"])
+
+
+@pytest.mark.parametrize("option", ["strategy", "accelerator"])
+def test_names_for_the_trainer_stay_names(canary, option):
+    assert parse([TINY, f"--trainer.{option}=hostile_canary.Thing"]).trainer[option] == "hostile_canary.Thing"
+    assert not canary.exists()
+
+
+# Writing down --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--seed=3", "--data.mean=[0.5,0.4,0.3]", "--model.init_args.encoder.kwargs={reg_tokens: 2}"],
+        ["--model.init_args.masking=BlockMasking", "--trainer.precision=bf16-mixed", "--data.num_workers=auto"],
+        ["--data.views=SingleView", "--data.views.init_args.flip=0", "--model.init_args.encoder.img_size=[32,64]"],
+        ["--data.path=1234", "--data.licence=CC BY: 4.0 #1", "--epochs=1e-3"],
+    ],
+)
+def test_a_saved_config_gives_the_same_settings(tmp_path, options):
+    config = parse([TINY, *options])
+    save_config(config, tmp_path / "config.yaml")
+    assert flatten(parse([f"--config={tmp_path / 'config.yaml'}"])) == flatten(config)
+
+
+def test_a_saved_config_holds_every_setting_of_the_run_and_none_of_the_call(tmp_path):
+    config = parse([TINY, "--out=somewhere", "--overwrite=true"])
+    save_config(config, tmp_path / "config.yaml")
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert set(saved) == {name.split(".")[0] for name in flatten(config)}
+    assert not {"out", "overwrite", "resume", "config"} & set(saved)
+
+
+def test_changes_are_what_the_options_changed():
+    assert changes([TINY, "--epochs=2", "--log_every=1"]) == {"epochs": (0.375, 2.0)}
+
+
+def test_another_class_changes_its_settings_too():
+    masking = "model.init_args.masking"
+    found = changes([TINY, f"--{masking}=BlockMasking"])
+    assert found[f"{masking}.class_path"] == ("mim.masking.RandomMasking", "mim.masking.BlockMasking")
+    assert found[f"{masking}.init_args.ratio"] == (0.75, None)
