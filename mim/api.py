@@ -98,6 +98,10 @@ class PretrainOptions(TypedDict, total=False):
     img_size: int | Sequence[int]
     patch_size: int
     in_chans: int
+    value_range: str | Sequence[float]
+    clip: bool
+    bands: str | Sequence[int]
+    nodata: float
     mask_ratio: float
     blr: float
     seed: int

@@ -67,26 +67,56 @@ def replace_patches(
     return unpatchify(whole.scatter(1, places, new), patch_grid(images, patch_size), patch_size, images.shape[1])
 
 
-def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every patch over all its values, each ``(B, N, 1)`` for ``(B, N, p*p*C)``."""
+def patch_statistics(patches: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every patch over all its values, each ``(B, N, 1)`` for ``(B, N, p*p*C)``.
+
+    With ``weights`` of the same shape, only over values whose weight is 1.
+    """
     # Unbiased variance and eps inside the root as in the MAE reference; the biased one shifts the loss by 0.1 %.
-    var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    if weights is None:
+        var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    else:
+        count = weights.sum(dim=-1, keepdim=True)
+        mean = (patches * weights).sum(dim=-1, keepdim=True) / count.clamp(min=1)
+        var = ((patches - mean).square() * weights).sum(dim=-1, keepdim=True) / (count - 1).clamp(min=1)
     return mean, (var + 1e-6).sqrt()
 
 
-def pixel_targets(images: Tensor, patch_size: int | tuple[int, int], indices: Tensor | None = None) -> Tensor:
+def measured_values(
+    valid: Tensor, patch_size: int | tuple[int, int], channels: int, indices: Tensor | None = None
+) -> Tensor:
+    """Which values of patches were measured: none of a patch that is nodata for more than half.
+
+    Args:
+        valid: ``(B, 1, H, W)`` bool, True where a pixel was measured.
+        patch_size: patch side in pixels, or ``(height, width)``.
+        channels: of the images.
+        indices: ``(B, K)`` patches wanted per image; all if not given.
+
+    Returns:
+        ``(B, N, p*p*C)`` or ``(B, K, p*p*C)``, 1 for a measured value and 0 for another.
+    """
+    pixels = patchify(valid.float(), patch_size, indices)  # (B, K, p*p)
+    pixels = pixels * (pixels.mean(dim=-1, keepdim=True) >= 0.5)
+    return pixels.repeat_interleave(channels, dim=-1)
+
+
+def pixel_targets(
+    images: Tensor, patch_size: int | tuple[int, int], indices: Tensor | None = None, weights: Tensor | None = None
+) -> Tensor:
     """Standardised pixels of patches, the regression target of MAE (arXiv:2111.06377, sec. 3).
 
     Args:
         images: ``(B, C, H, W)``, any scale.
         patch_size: patch side in pixels, or ``(height, width)``.
         indices: ``(B, K)`` patches wanted per image; all if not given.
+        weights: of the same shape as the result, see :func:`measured_values`; all values count if not given.
 
     Returns:
         ``(B, N, p*p*C)`` or ``(B, K, p*p*C)`` with zero mean and unit variance inside each patch.
     """
     patches = patchify(images, patch_size, indices)
-    mean, std = patch_statistics(patches)
+    mean, std = patch_statistics(patches, weights)
     return (patches - mean) / std
 
 

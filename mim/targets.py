@@ -1,5 +1,7 @@
 """What a decoder has to predict for hidden patches: their pixels, or what another network makes of them."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 from mim.encoder import Encoder
 from mim.errors import UserError
 from mim.options.ranges import Positive
-from mim.patches import gather_tokens, patch_statistics, patchify, pixel_targets
+from mim.patches import gather_tokens, measured_values, patch_statistics, patchify, pixel_targets
 
 
 class Target(nn.Module):
@@ -17,26 +19,69 @@ class Target(nn.Module):
         """Values per patch for images that ``encoder`` takes; raises ValueError if there are none for such images."""
         raise NotImplementedError
 
-    def forward(self, images: Tensor, grid: tuple[int, int], indices: Tensor) -> Tensor:
+    def forward(self, images: Tensor, grid: tuple[int, int], indices: Tensor, weights: Tensor | None = None) -> Tensor:
         """The targets of chosen patches.
 
         Args:
             images: ``(B, C, H, W)``, normalised.
             grid: ``(h, w)`` patches per side.
             indices: ``(B, M)`` patches wanted per image.
+            weights: see :meth:`weights`.
 
         Returns:
             ``(B, M, dim)`` without a gradient.
         """
         raise NotImplementedError
 
-    def error(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """How far off every patch is: two ``(B, M, dim)`` to ``(B, M)`` float32."""
+    def error(self, prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+        """How far off every patch is: two ``(B, M, dim)`` to ``(B, M)`` float32; 0 where nothing was measured."""
         raise NotImplementedError
 
-    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Mean error of all patches: two ``(B, M, dim)`` to a scalar."""
-        return self.error(prediction, target).mean()
+    def weights(self, valid: Tensor | None, images: Tensor, grid: tuple[int, int], indices: Tensor) -> Tensor | None:
+        """Which values of patches were measured, where images have nodata.
+
+        Args:
+            valid: ``(B, 1, H, W)`` bool; None if all of every image was measured, as is the result then.
+            images: ``(B, C, H, W)``.
+            grid: ``(h, w)`` patches per side.
+            indices: ``(B, M)`` patches wanted per image.
+
+        Returns:
+            ``(B, M, p*p*C)`` of 0 and 1; only 0 for a patch that is mostly nodata and therefore no target.
+        """
+        if valid is None:
+            return None
+        return measured_values(valid, _patch_size(images, grid), images.shape[1], indices)
+
+    def loss(self, prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Mean error of the patches that are targets: two ``(B, M, dim)`` to a scalar."""
+        return self.mean_error(self.errors(prediction, target, weights), weights)
+
+    def measured(
+        self, images: Tensor, grid: tuple[int, int], indices: Tensor, valid: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Targets ``(B, M, dim)`` and their :meth:`weights`; a target that knows no weights serves without nodata."""
+        weights = self.weights(valid, images, grid, indices)
+        parts = (images, grid, indices) if weights is None else (images, grid, indices, weights)
+        return self(*parts), weights
+
+    def errors(self, prediction: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
+        """:meth:`error` ``(B, M)``, with weights only if there are any."""
+        return self.error(prediction, target) if weights is None else self.error(prediction, target, weights)
+
+    def mean_error(self, error: Tensor, weights: Tensor | None) -> Tensor:
+        """Mean of ``(B, M)`` over the patches that are targets."""
+        if weights is None:
+            return error.mean()
+        counted = weights.amax(dim=-1)  # (B, M)
+        return (error * counted).sum() / counted.sum().clamp(min=1)
+
+    def check(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Refuses a run that normalises images with another mean and deviation than the target expects.
+
+        Raises:
+            UserError: that names the options to change.
+        """
 
     def to_pixels(self, prediction: Tensor, images: Tensor, grid: tuple[int, int], indices: Tensor) -> Tensor | None:
         """Predictions ``(B, M, dim)`` as patches of pixels ``(B, M, p*p*C)`` for display; None if they show nothing."""
@@ -59,17 +104,24 @@ class PixelTarget(Target):
         height, width = encoder.patch_size
         return height * width * encoder.in_chans
 
-    def forward(self, images: Tensor, grid: tuple[int, int], indices: Tensor) -> Tensor:
+    def forward(self, images: Tensor, grid: tuple[int, int], indices: Tensor, weights: Tensor | None = None) -> Tensor:
         """``(B, M, p*p*C)``; see :meth:`Target.forward`."""
-        return (pixel_targets if self.standardise else patchify)(images, _patch_size(images, grid), indices)
+        if not self.standardise:
+            return patchify(images, _patch_size(images, grid), indices)
+        return pixel_targets(images, _patch_size(images, grid), indices, weights)
 
-    def error(self, prediction: Tensor, target: Tensor) -> Tensor:
+    def error(self, prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """Mean of squared differences, ``(B, M)``."""
-        return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=-1)
+        error = F.mse_loss(prediction.float(), target.float(), reduction="none")
+        if weights is None:
+            return error.mean(dim=-1)
+        return (error * weights).sum(dim=-1) / weights.sum(dim=-1).clamp(min=1)
 
-    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Mean of squared differences in one sum, which is faster than that of :meth:`error`."""
-        return F.mse_loss(prediction.float(), target.float())
+    def loss(self, prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Mean of squared differences, without weights in one sum, which is faster than that of :meth:`error`."""
+        if weights is None:
+            return F.mse_loss(prediction.float(), target.float())
+        return super().loss(prediction, target, weights)
 
     def to_pixels(self, prediction: Tensor, images: Tensor, grid: tuple[int, int], indices: Tensor) -> Tensor:
         """Pixels ``(B, M, p*p*C)``.
@@ -117,6 +169,7 @@ class FeatureTarget(Target):
             self.encoder = Encoder(model, dynamic_img_size=True, pretrained=True, kwargs=kwargs)
         except UserError as error:  # which speaks of the encoder that is trained
             raise error.about("--model.init_args.target.init_args.model", instead_of="--model") from None
+        self.expected = [list(mean), list(std)]
         self.encoder.eval().requires_grad_(False)
         if projection and not isinstance(self.encoder.vit.head, nn.Linear):
             raise UserError(
@@ -131,6 +184,20 @@ class FeatureTarget(Target):
         self.register_buffer("scale", given_std / own_std, persistent=False)
         self.register_buffer("shift", (given_mean - own_mean) / own_std, persistent=False)
 
+    def check(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """See :meth:`Target.check`."""
+        if all(
+            torch.allclose(torch.tensor(a), torch.tensor(b)) for a, b in zip(self.expected, (mean, std), strict=True)
+        ):
+            return
+        texts = ["[" + ",".join(f"{number:.6g}" for number in numbers) + "]" for numbers in (mean, std)]
+        option = "--model.init_args.target.init_args"
+        raise UserError(
+            "the frozen target network expects images that are normalised in another way than this run's",
+            why=f"the run's mean is {texts[0]}, its deviation {texts[1]}",
+            hint=f"{option}.mean {texts[0]} {option}.std {texts[1]}",
+        )
+
     def train(self, mode: bool = True) -> "FeatureTarget":
         """Leaves the frozen network in evaluation mode."""
         super().train(mode)
@@ -144,7 +211,7 @@ class FeatureTarget(Target):
         return int(self.encoder.vit.head.out_features) if self.projection else self.encoder.dim
 
     @torch.no_grad()
-    def forward(self, images: Tensor, grid: tuple[int, int], indices: Tensor) -> Tensor:
+    def forward(self, images: Tensor, grid: tuple[int, int], indices: Tensor, weights: Tensor | None = None) -> Tensor:
         """``(B, M, dim)`` of length 1; see :meth:`Target.forward`."""
         images = images * self.scale + self.shift
         size = [patches * side for patches, side in zip(grid, self.encoder.patch_size, strict=True)]
@@ -155,9 +222,10 @@ class FeatureTarget(Target):
             tokens = self.encoder.vit.head(self.encoder.vit.fc_norm(tokens))
         return F.normalize(tokens.float(), dim=-1)
 
-    def error(self, prediction: Tensor, target: Tensor) -> Tensor:
+    def error(self, prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """Squared distance between directions, ``(B, M)``."""
-        return (F.normalize(prediction.float(), dim=-1) - target).square().sum(dim=-1)
+        error = (F.normalize(prediction.float(), dim=-1) - target).square().sum(dim=-1)
+        return error if weights is None else error * weights.amax(dim=-1)
 
 
 def _patch_size(images: Tensor, grid: tuple[int, int]) -> tuple[int, int]:

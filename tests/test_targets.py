@@ -93,6 +93,14 @@ def test_a_model_without_a_head_has_no_projection(folder):
         FeatureTarget(f"local-dir:{folder}", projection=True)
 
 
+def test_a_run_that_normalises_in_another_way_is_refused_with_the_options_to_copy(folder):
+    target = FeatureTarget(f"local-dir:{folder}", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    target.check([0.4, 0.5, 0.6], [0.2, 0.3, 0.4])
+    with pytest.raises(UserError, match="normalised in another way") as mistake:
+        target.check([0.1, 0.5, 0.6], [0.2, 0.3, 0.4])
+    assert "target.init_args.mean [0.1,0.5,0.6]" in str(mistake.value)
+
+
 def test_a_grid_of_another_size_and_shape_resizes_positions(folder):
     features = FeatureTarget(f"local-dir:{folder}")(torch.randn(2, 3, 32, 64), (4, 8), INDICES * 2)
     assert features.shape == (2, 3, 24)

@@ -18,7 +18,7 @@ from mim.patches import gather_tokens, visible_indices
 
 def plain_mae_loss(method: MAE, batch: Batch) -> Tensor:
     """MAE as the paper describes it, nothing saved: embed all, shuffle, predict all, weigh errors by the mask."""
-    (images,), _ = batch
+    (images,) = batch[0]
     mask = method.masking(len(images), method.encoder.grid, generator=method.row_generator(len(images), 0))  # (B, N)
     sequence = _filled(method.encoder, method.decoder.fill, images, mask, method.visible_count)
     prediction = _all_predictions(method.decoder.trunk, sequence)  # (B, N, p*p*C)
@@ -30,7 +30,7 @@ def plain_mae_loss(method: MAE, batch: Batch) -> Tensor:
 
 def plain_hpm_loss(method: HPM, batch: Batch) -> Tensor:
     """HPM likewise; the teacher reconstructs what nobody looks at, and every pair is compared in both orders."""
-    (images,), _ = batch
+    (images,) = batch[0]
     grid, count = method.encoder.grid, len(images)
     with torch.no_grad():
         judge = method.teacher.module
@@ -56,7 +56,7 @@ def plain_hpm_loss(method: HPM, batch: Batch) -> Tensor:
 
 def plain_ibot_loss(method: IBOT, batch: Batch) -> Tensor:
     """The loss of iBOT as written: every token meets every prototype, for student and teacher."""
-    views, labels = batch
+    views, labels = batch[:2]
     images, count, teacher = torch.cat(views[:2]), len(labels), method.teacher.module
     with torch.no_grad():
         if method.masking.guided:

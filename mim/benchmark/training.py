@@ -187,11 +187,12 @@ def build(config: Namespace, device: torch.device) -> tuple[Method, Batch]:
     return method, (finished, labels.to(device))
 
 
-def loader_rates(config: Namespace, contender: Contender, steps: int) -> dict[str, float]:
+def loader_rates(config: Namespace, contender: Contender, steps: int) -> dict[str, Any]:
     """Images per second that the loader delivers to a device that does nothing else, and to one that trains on them."""
     data: PretrainData = instantiate(config).data
     device, encoder = contender.method.device, contender.method.encoder
     data.open(encoder.img_size, encoder.in_chans, config.seed)
+    data.check()
     warm_up = 1 + 2 * data.num_workers  # what workers prepare ahead says nothing about their speed
 
     def batches() -> Iterator[Batch]:
@@ -215,7 +216,36 @@ def loader_rates(config: Namespace, contender: Contender, steps: int) -> dict[st
                 start = time.perf_counter()
         return data.batch_size * steps / (time.perf_counter() - start)
 
-    return {"workers": data.num_workers, "alone": rate(lambda batch: None), "together": rate(contender.step)}
+    rates = {"workers": data.num_workers, "alone": rate(lambda batch: None), "together": rate(contender.step)}
+    return rates | {"milliseconds": stage_times(data, config.seed, device)}
+
+
+def stage_times(data: PretrainData, seed: int, device: torch.device, count: int = 64) -> dict[str, float]:
+    """Processor time per image of what the loader does, in milliseconds: one process, one image after the other.
+
+    Args:
+        data: opened and checked.
+        seed: of the crops.
+        device: where batches go.
+        count: images, spread over the set.
+    """
+    chosen = [place * len(data.source) // count for place in range(count)]
+    times, start = {}, time.process_time()
+
+    def lap(stage: str) -> None:
+        nonlocal start
+        times[stage], start = 1000 * (time.process_time() - start) / count, time.process_time()
+
+    images = [data.source.read(index) for index in chosen]
+    lap("decode")
+    torch.manual_seed(seed)
+    views = [data.views.crop(image) for image in images]
+    lap("crop")
+    batch, _, keys, *_ = collate([(own, -1, key, []) for key, own in enumerate(views)])
+    lap("collate")
+    data.views.to(device)([view.to(device) for view in batch], RowGenerator(keys))
+    lap("transfer and normalise")
+    return times
 
 
 class MatrixPeak:

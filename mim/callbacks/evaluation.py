@@ -156,7 +156,8 @@ class Evaluation(Callback):
         images = torch.cat([images for images, _ in batches]).to(method.device)
         training = method.training
         method.eval()
-        picture = strip(images, method.visualize(images), method.evaluated, self.data.mean, self.data.std)
+        measured = not self.data.pixels.pictures
+        picture = strip(images, method.visualize(images), method.evaluated, self.data.mean, self.data.std, measured)
         method.train(training)
         self.run_log.run.images.mkdir(exist_ok=True)
         # Three digits, and decimals only where a run is evaluated within an epoch.

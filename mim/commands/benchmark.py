@@ -171,5 +171,6 @@ def _print(results: Mapping[str, Any]) -> None:
         loader, alone = results["loader"], results["steps"][0]["images_per_second"]
         print(
             f"  loader   {loader['alone']:.1f} img/s alone with {loader['workers']} workers, step {alone:.1f} img/s "
-            f"alone, together {loader['together']:.1f} img/s"
+            f"alone, together {loader['together']:.1f} img/s\n           CPU ms an image: "
+            + ", ".join(f"{stage} {taken:.2f}" for stage, taken in loader["milliseconds"].items())
         )

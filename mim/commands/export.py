@@ -116,7 +116,7 @@ def _from_run(folder: Path, data_licence: str, student: bool) -> _Parts:
     )
     kwargs = dict(config.model.init_args.encoder.kwargs or {})
     vit = method.encoder.vit if student else method.backbone
-    return vit, {"mean": mean, "std": std, "model_args": kwargs, "pool": config.pool}, card
+    return vit, {**data.pixels.exported(mean, std), "model_args": kwargs, "pool": config.pool}, card
 
 
 def _from_weights(weights: str, model: str | None, data_licence: str, trust: bool) -> _Parts:
@@ -126,7 +126,7 @@ def _from_weights(weights: str, model: str | None, data_licence: str, trust: boo
     loaded = load_encoder(weights, model=model, trust=trust)
     print(f"weights {loaded.note}")
     card = ModelCard(method="unknown", data="unknown", data_licence=data_licence, notes=(f"converted from {weights}",))
-    facts: dict[str, Any] = {"mean": loaded.mean, "std": loaded.std}
+    facts: dict[str, Any] = loaded.pixels.exported(loaded.mean, loaded.std)
     if (classifier := _classifier(weights)) is not None:
         return classifier, facts, card
     return loaded.encoder.vit, {**facts, "pool": loaded.pool}, card

@@ -44,6 +44,7 @@ from mim.run.failures import as_machine_error
 from mim.run.folder import UNWRITABLE, RunFolder, git_commit, quieten, versions
 from mim.run.trainer import build_trainer
 from mim.run.weights import ModelCard, export_backbone, init_backbone, load_method
+from mim.targets import Target
 from mim.vit import compile_blocks
 
 FREE_TO_CHANGE = ("trainer.", "data.num_workers", "data.max_bad", "log_every", "save_every", "eval_every", "pictures")
@@ -139,7 +140,13 @@ class Pretraining:
         initialised = None
         if checkpoint is None and self.origin:  # before there is a folder: what does not fit leaves none
             initialised = self._load_start(self.method)
-        checked = self.data.check()
+        checked = self.data.check(first=self.rank == 0)
+        for name, value in self.data.settings().items():
+            self.config.data[name] = value
+        if self.resumed is None and self.rank == 0:  # what runs already has been looked at
+            for part in self.method.modules():
+                if isinstance(part, Target):
+                    part.check(self.data.mean, self.data.std)
         self.folder = self._folder(args)
         evaluation, checkpoints = self._attend(trainer)
         if self.rank == 0:
@@ -290,6 +297,7 @@ class Pretraining:
             f"  device  {device}, {trainer.precision}, {data.num_workers} workers, {torch.get_num_threads()} threads",
             f"  resume  {called('pretrain')} --resume {self.folder.path}",
         ]
+        lines[3:3] = [f"  values  {self.data.describe_values()}"] if not self.data.plain else []
         lines[2:2] = [f"          {finding}" for finding in getattr(source, "findings", list)()]
         lines += [f"  damaged {error}" for error in damaged[:5]]
         if data.first_step:
@@ -371,11 +379,10 @@ class Pretraining:
         return export_backbone(
             self.method.backbone,
             backbone,
-            mean=self.data.mean,
-            std=self.data.std,
             card=card,
             model_args=kwargs,
             pool=self.options.pool,
+            **self.data.pixels.exported(self.data.mean, self.data.std),
         )
 
     def _load_start(self, method: Method) -> str:
@@ -475,7 +482,8 @@ def _few_images(images: int, plan: Plan) -> list[str]:
 def _resumed_arguments(run: RunFolder, args: Sequence[str]) -> list[str]:
     """The saved settings with this call's options on top; refuses what would change the function computed."""
     saved = f"--config={run.config}"
-    merged = [saved, *(arg for arg in args if not arg.startswith(("--config=", "--out=")))]
+    settled = ("--config=", "--out=", "--data.value_range=auto")  # the last was settled by the first start
+    merged = [saved, *(arg for arg in args if not arg.startswith(settled))]
     try:
         allowed = (*FREE_TO_CHANGE, *filter(None, parse(merged).allow_change.split(",")))
     except UserError:

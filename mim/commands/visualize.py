@@ -59,7 +59,7 @@ def run(
     else:
         from mim.pictures.strips import strip
 
-        picture = strip(batch, {}, loaded.encoder, loaded.mean, loaded.std)
+        picture = strip(batch, {}, loaded.encoder, loaded.mean, loaded.std, not loaded.pixels.pictures)
     from mim.pictures.strips import save_strip
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -84,6 +84,7 @@ def _images(data: str, loaded: "LoadedEncoder", count: int) -> "Tensor":
     from mim.data.pretrain import PretrainData
 
     opened = PretrainData(data, num_workers=0, mean=loaded.mean, std=loaded.std)
+    opened.pixels, opened.resolved = loaded.pixels, True
     opened.open(loaded.encoder.img_size, loaded.encoder.in_chans, seed=0)
     source = opened.evaluation or opened.source
     chosen = [place * len(source) // count for place in range(min(count, len(source)))]
@@ -104,7 +105,8 @@ def _reductions(names: str, loaded: "LoadedEncoder", batch: "Tensor", columns: i
         print(f"  {name:<7} {encoder.reduction.describe()}")
         shown = states_of(encoder, batch, columns if len(chosen) == 1 else 1)
         states |= shown if len(chosen) == 1 else {f"{name}, {title}": tokens for title, tokens in shown.items()}
-    return reduction_strip(batch, states, encoder.patch_size, loaded.mean, loaded.std)
+    measured = not loaded.pixels.pictures
+    return reduction_strip(batch, states, encoder.patch_size, loaded.mean, loaded.std, measured)
 
 
 def _policies(names: str, loaded: "LoadedEncoder", batch: "Tensor") -> "Image.Image":
@@ -120,7 +122,8 @@ def _policies(names: str, loaded: "LoadedEncoder", batch: "Tensor") -> "Image.Im
             hint = f"--policy {','.join(possible)}"
             raise UserError(f"--policy {name}: there is no such policy here", why=why, hint=hint)
     policies = {name: known[name] for name in chosen}
-    return masking_strip(batch, loaded.encoder, policies, loaded.mean, loaded.std)
+    measured = not loaded.pixels.pictures
+    return masking_strip(batch, loaded.encoder, policies, loaded.mean, loaded.std, measured)
 
 
 def _known_policies() -> "dict[str, Masking]":

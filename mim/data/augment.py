@@ -39,20 +39,29 @@ class Augmented(Frames):
         self.erasing = v2.RandomErasing(erase, scale=(0.02, 1 / 3), ratio=(0.3, 3.3), value=0)
 
     def crop(self, image: Tensor) -> list[Tensor]:
-        """One crop ``(C, H, W)`` uint8; draws from torch's global generator."""
+        """One crop ``(C, H, W)`` of the image's type; draws from torch's global generator."""
         (view,) = super().crop(image)
         if self.policy is not None:
-            if len(view) != 3:
+            if len(view) != 3 or view.dtype != torch.uint8 or not self.pixels.colours:
+                kind = str(view.dtype).removeprefix("torch.")
                 raise UserError(
-                    f"--auto_augment needs RGB images, not {len(view)} channels", hint="--auto_augment none"
+                    f"--auto_augment needs RGB images of 8 bit, not {len(view)} channels of {kind}",
+                    hint="--auto_augment none",
                 )
             with keyed_libraries(int(torch.randint(1 << 62, ()))):  # timm draws from Python's and NumPy's generators
                 view = pil_to_tensor(self.policy(to_pil_image(view)))
         kept = self.erasing(torch.ones(1, *view.shape[1:])).bool()
         if not kept.all():
             noise = torch.randn(view.shape) * self.std[:, None, None] + self.mean[:, None, None]
-            view = torch.where(kept, view, noise.mul(255).clamp(0, 255).byte())
+            view = torch.where(kept, view, self._in_files(noise).to(view.dtype))
         return [view]
+
+    def _in_files(self, noise: Tensor) -> Tensor:
+        """Numbers ``(C, H, W)`` as a file of the data set would hold them, within their type."""
+        low, high = (torch.tensor(end)[:, None, None] for end in self.pixels.ends(len(noise)))
+        numbers = low + noise * (high - low)
+        bounds = {"uint8": (0, 255), "per_file": (0, 255), "uint16": (0, 65535), "int16": (-32768, 32767)}
+        return numbers.clamp(*bounds[self.pixels.type]) if self.pixels.type in bounds else numbers
 
 
 def _posterize_bits(level: float, hparams: object) -> tuple[int]:

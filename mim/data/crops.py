@@ -1,6 +1,7 @@
-"""What loader processes make of images: uint8 views for a step, centre crops for probes and pictures."""
+"""What loader processes make of images: views for a step, centre crops for probes and pictures."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +12,11 @@ from mim.data.images import ImageError
 from mim.data.loading import NothingReadableError
 from mim.data.sampler import Key
 from mim.data.sources import Source
-from mim.data.views import Views
+from mim.data.views import Views, stacked
 from mim.randomness import derive_seed, keyed_generator
 
 Sample = tuple[list[Tensor], int, int, list[Bad]]
-"""Uint8 views, label (-1 if there is none), key of what is left to be drawn on the device, unreadable files."""
+"""Views of the data's type, label (-1 if there is none), key of what is left to draw on the device, bad files."""
 
 
 class Crops(Dataset[Sample]):
@@ -72,7 +73,7 @@ class Centers(Dataset[tuple[Tensor, int] | None]):
         return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[Tensor, int] | None:
-        """Uint8 ``(C, H, W)`` and label."""
+        """``(C, H, W)`` of the data's type, and label."""
         index = self.indices[position]
         try:
             image = self.source.read(index)
@@ -81,16 +82,23 @@ class Centers(Dataset[tuple[Tensor, int] | None]):
         return self.views.center(image), self.source.labels[index] if self.source.labels else -1
 
 
-def collate(samples: list[Sample]) -> tuple[list[Tensor], Tensor, Tensor, list[Bad]]:
-    """Stacks views, labels and keys, joins the lists of bad files."""
-    views, labels, keys = default_collate([sample[:3] for sample in samples])
-    return views, labels, keys, [bad for *_, bads in samples for bad in bads]
+def collate(samples: list[Sample]) -> tuple[Any, ...]:
+    """Stacks views, labels and keys, joins the lists of bad files.
+
+    Returns:
+        Views ``V x (B, C, H, W)``, labels, keys, bad files; and only where pixels are nodata
+        ``V x (B, 1, H, W)`` bool, True where they are not.
+    """
+    views = [stacked(own) for own in zip(*(sample[0] for sample in samples), strict=True)]
+    labels, keys = default_collate([sample[1:3] for sample in samples])
+    bad = [bad for *_, bads in samples for bad in bads]
+    valid = [~view[:, :1].isnan() for view in views if view.is_floating_point()]
+    return (views, labels, keys, bad) if all(part.all() for part in valid) else (views, labels, keys, bad, valid)
 
 
 def collate_readable(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor]:
-    """Stacks what could be read: uint8 ``(B, C, H, W)`` and labels ``(B,)``; both empty if nothing could."""
+    """Stacks what could be read: ``(B, C, H, W)`` and labels ``(B,)``; both empty if nothing could."""
     readable = [sample for sample in samples if sample is not None]
     if not readable:
         return torch.empty(0), torch.empty(0, dtype=torch.long)
-    images, labels = default_collate(readable)
-    return images, labels
+    return stacked([image for image, _ in readable]), torch.tensor([label for _, label in readable])

@@ -69,7 +69,8 @@ class FinetuneData(L.LightningDataModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401 - Lightning's signature
         """Takes the unreadable files out of a batch and counts them."""
-        pixels, labels, *_, bad = batch
+        pixels, labels, *rest = batch
+        bad = rest[1] if len(rest) > 1 else rest[0]  # behind the keys of random crops
         self.bad_files.add(*bad)
         return pixels, labels
 

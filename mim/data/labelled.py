@@ -6,18 +6,17 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
+from torch.utils.data import Dataset
 
 from mim.data.bad_files import Bad
 from mim.data.builtin import PhotoSource, check_colour
 from mim.data.images import ImageError
 from mim.data.loading import WatchedLoader
 from mim.data.objects import ObjectSource, is_object, open_object
+from mim.data.pixels import EIGHT_BIT, Pixels
 from mim.data.shapes import ShapeSource
 from mim.data.sources import FileSource, FolderSource, ListSource, Source, open_source
-from mim.data.views import SingleView
+from mim.data.views import SingleView, stacked
 from mim.errors import UserError
 from mim.program import called
 from mim.randomness import derive_seed
@@ -69,7 +68,7 @@ class Part:
         return self.source.describe(self.indices[index])
 
     def read(self, index: int) -> Tensor:
-        """``(C, H, W)`` uint8; raises ``ImageError``."""
+        """``(C, H, W)`` of the data set's type; raises ``ImageError``."""
         return self.source.read(self.indices[index])
 
 
@@ -78,6 +77,7 @@ def open_labelled(
     channels: int = 3,
     classes: Literal["same", "common"] = "same",
     label_column: str | None = None,
+    pixels: Pixels = EIGHT_BIT,
 ) -> LabelledImages:
     """Opens class folders, a labelled list, labelled tar shards, or a built-in set.
 
@@ -87,6 +87,7 @@ def open_labelled(
         channels: of the images.
         classes: ``same`` refuses parts whose classes differ, ``common`` scores those that both have.
         label_column: column of a table, or number of a folder's level, that holds the labels.
+        pixels: what the files hold, as the encoder has learnt it.
 
     Raises:
         UserError: if there is nothing to read, labels are missing, or classes differ.
@@ -100,6 +101,8 @@ def open_labelled(
         train, test = open_object(data, channels)
     else:
         train, test = open_source(data, channels, same_classes=False, label_column=label_column)
+    for source in filter(None, (train, test)):
+        source.pixels = pixels
     for source in (train, test):
         if source is not None and not source.labels:
             raise _no_labels(data, source)
@@ -144,13 +147,8 @@ class Frames(SingleView):
         super().__init__(scale=scale, flip=flip)
 
     def center(self, image: Tensor) -> Tensor:
-        """The middle of ``(C, H, W)`` uint8 at view size."""
-        height, width = self.size
-        scale = max(height / image.shape[-2], width / image.shape[-1]) / self.crop_pct
-        full = [max(height, round(image.shape[-2] * scale)), max(width, round(image.shape[-1] * scale))]
-        resized = F.resize(image, full, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-        middle: Tensor = F.center_crop(resized, [height, width])
-        return middle
+        """The middle of ``(C, H, W)`` at view size, of its type."""
+        return self._middle(image, self.crop_pct)
 
 
 class Framed(Dataset[tuple[Tensor, int, Bad | None]]):
@@ -173,7 +171,7 @@ class Framed(Dataset[tuple[Tensor, int, Bad | None]]):
         return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[Tensor, int, Bad | None]:
-        """``(C, H, W)`` uint8, label, and why it could not be read."""
+        """``(C, H, W)`` of the data set's type, label, and why it could not be read."""
         index = self.indices[position]
         try:
             image = self.source.read(index)
@@ -214,8 +212,8 @@ def framed_batches(
 
 def collate_framed(samples: list[tuple[Tensor, int, Bad | None]]) -> tuple[Tensor, Tensor, list[Bad]]:
     """Stacks images and labels, joins what could not be read."""
-    pixels, labels = default_collate([(pixels, label) for pixels, label, _ in samples])
-    return pixels, labels, [bad for *_, bad in samples if bad]
+    labels = torch.tensor([label for _, label, _ in samples])
+    return stacked([pixels for pixels, *_ in samples]), labels, [bad for *_, bad in samples if bad]
 
 
 def _only(source: Source, classes: Sequence[str]) -> Part:

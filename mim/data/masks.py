@@ -21,6 +21,7 @@ from mim.data.images import FORMATS, ImageError, read_colours, read_image, read_
 from mim.data.loading import reading
 from mim.data.mask_classes import Colour, read_classes
 from mim.data.mask_pairs import Pair, find_pairs
+from mim.data.pixels import EIGHT_BIT, Pixels
 from mim.data.shapes import ShapeSource
 from mim.errors import UserError
 
@@ -47,7 +48,7 @@ class PairSource(Protocol):
         ...
 
     def read_pair(self, index: int) -> tuple[Tensor, Tensor]:
-        """Image ``(C, H, W)`` uint8 and mask ``(H, W)`` of whole numbers, as the file holds them."""
+        """Image ``(C, H, W)`` and mask ``(H, W)`` of whole numbers, as the file holds them."""
         ...
 
     def read_mask(self, index: int) -> Tensor:
@@ -62,10 +63,17 @@ class PairedFiles:
         pairs: image and mask of each index.
         channels: of the images.
         colours: of the classes, if masks show them in colours.
+        pixels: what the image files hold.
     """
 
-    def __init__(self, pairs: Sequence[Pair], channels: int = 3, colours: Sequence[Colour] | None = None) -> None:
-        self.pairs, self.channels, self.colours = pairs, channels, colours
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        channels: int = 3,
+        colours: Sequence[Colour] | None = None,
+        pixels: Pixels = EIGHT_BIT,
+    ) -> None:
+        self.pairs, self.channels, self.colours, self.pixels = pairs, channels, colours, pixels
 
     def __len__(self) -> int:
         """Number of images."""
@@ -80,7 +88,7 @@ class PairedFiles:
         path = self.pairs[index][0]
         try:
             with reading(str(path)):
-                image = read_image(path, self.channels)
+                image = read_image(path, self.channels, pixels=self.pixels)
         except ImageError as error:
             raise UserError(f"{error.path} cannot be used", why=error.reason, hint="remove the pair") from error
         mask = self.read_mask(index)
@@ -165,6 +173,7 @@ def open_masks(
     split: str | None = None,
     classes: Path | None = None,
     val_fraction: float = 0.2,
+    pixels: Pixels = EIGHT_BIT,
 ) -> MaskedImages:
     """What ``--data`` names.
 
@@ -174,6 +183,7 @@ def open_masks(
         split: part that is scored; the first held-out part of the layout if not given.
         classes: file that names the classes, see :func:`read_classes`.
         val_fraction: share that is held out where the data sets nothing apart.
+        pixels: what the image files hold.
 
     Returns:
         The images, names by number in the mask (empty if unknown), whether 0 is ADE20K's "other", and numbers of the
@@ -194,7 +204,7 @@ def open_masks(
     homes = [root, *pairs.train[0][1].relative_to(root).parents][1:]
     files = (root / home / name for home in reversed(homes) for name in CLASS_FILES)
     names, colours = read_classes(classes or next((file for file in files if file.is_file()), None))
-    train, test = (PairedFiles(part, channels, colours) for part in (pairs.train, pairs.test))
+    train, test = (PairedFiles(part, channels, colours, pixels) for part in (pairs.train, pairs.test))
     values = None if names or not pairs.names else tuple(pairs.names)
     return MaskedImages(
         train, test, names or dict(pairs.names), pairs.zero_is_other, pairs.split, values, pairs.ignore, pairs.notes

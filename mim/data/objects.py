@@ -24,6 +24,7 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from mim.data.images import ImageError, NoPictureError, read_picture
 from mim.data.loading import reading
+from mim.data.pixels import EIGHT_BIT
 from mim.errors import UserError, printable
 from mim.randomness import derive_seed, keyed_libraries
 
@@ -66,7 +67,7 @@ class ObjectSource:
         self.items, self.name, self.channels, self.token = items, name, channels, token
         self.ignored: Counter[str] = Counter()
         self.labels, self.classes = _numbered(labels, classes, name, len(items))
-        self.part = ""
+        self.part, self.pixels = "", EIGHT_BIT
         self._check_kind()
 
     def findings(self) -> list[str]:
@@ -96,7 +97,7 @@ class ObjectSource:
         with self._alone, reading(name), keyed_libraries("item", index), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed("item", index))
             item = self.items[index]
-        return read_picture(_picture(item), self.channels, name)
+        return read_picture(_picture(item), self.channels, name, self.pixels)
 
     def _check_kind(self) -> None:
         """Refuses a data set whose first item cannot be a picture, before every item is called unreadable."""

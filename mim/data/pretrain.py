@@ -1,25 +1,32 @@
 """Images for pretraining: what to read, in which order, cut into which views. Labels serve the online probes only."""
 
 import os
+import shlex
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, NamedTuple, cast, final
 
 import lightning as L
 from torch import Tensor
 
-from mim.data.bad_files import BadFiles
+from mim.data.bad_files import BadFiles, BadFileWarning
 from mim.data.builtin import PhotoSource, check_colour
 from mim.data.crops import Centers, Crops, collate, collate_readable
-from mim.data.images import ImageError
+from mim.data.images import ImageError, read_image, stored_type
 from mim.data.loading import EndlessLoader, WatchedLoader
-from mim.data.objects import is_object, open_object, short_name
+from mim.data.measuring import Measured, measure, option, spread
+from mim.data.objects import ObjectSource, is_object, open_object, short_name
+from mim.data.pixels import EIGHT_BIT, Pixels, PixelType, parse_bands, parse_range
 from mim.data.sampler import Shard, StepSampler
 from mim.data.shapes import ShapeSource
-from mim.data.sources import Source, open_source
+from mim.data.sources import FileSource, Source, open_source
 from mim.data.views import IMAGENET_MEAN, IMAGENET_STD, SingleView, Views
 from mim.errors import UserError
+from mim.program import called
 from mim.randomness import RowGenerator
 
 
@@ -34,11 +41,17 @@ class PretrainData(L.LightningDataModule):
         batch_size: global batch size, over all devices and accumulation.
         num_workers: loader processes; ``auto`` is one per core, at most 16.
         max_bad: share of unreadable files above which the run stops.
-        mean: per channel, on a scale of 0 to 1; ImageNet's for three channels unless given.
+        mean: per channel, on the scale of 0 to 1; ImageNet's for 8-bit RGB, else measured unless given.
         std: as ``mean``.
         licence: of the images, for the model card.
         label_column: column of a table, by name or number, or number of a folder's level, that holds the labels of the
             probes; found out unless given.
+        value_range: numbers in the files that become 0 and 1, as 0,4095 or one pair per channel; auto measures them
+            once for all files, per_file scales every file to 8 bit by itself, as earlier versions did.
+        pixel_type: of the files: uint8, uint16, int16, float32, or any; found with the range unless given.
+        clip: keep values within 0 and 1.
+        bands: channels to read of each file, counted from 1, as 4,3,2; all unless given.
+        nodata: number that stands for "not measured", besides NaN and what a GeoTIFF names.
     """
 
     def __init__(
@@ -52,6 +65,11 @@ class PretrainData(L.LightningDataModule):
         std: list[float] | None = None,
         licence: str = "unknown",
         label_column: int | str | None = None,
+        value_range: list[list[float]] | list[float] | str = "auto",
+        pixel_type: Literal["uint8", "uint16", "int16", "float32", "any"] | None = None,
+        clip: bool = False,
+        bands: list[int] | int | str | None = None,
+        nodata: float | None = None,
     ) -> None:
         super().__init__()
         workers = 0 if num_workers == "auto" else num_workers
@@ -64,6 +82,10 @@ class PretrainData(L.LightningDataModule):
         self.views = views or SingleView()
         self.num_workers = min(_cores(), 16) if num_workers == "auto" else num_workers
         self._mean, self._std = mean, std
+        self.pixels, self.resolved = _given(value_range, pixel_type, clip, parse_bands(bands), nodata)
+        self._found = value_range == "auto"
+        self.measured: Measured | None = None
+        self.channels = 3
         self.bad_files = BadFiles(max_bad, path)
         self.first_step = 0
 
@@ -75,10 +97,17 @@ class PretrainData(L.LightningDataModule):
             channels: of the encoder's input.
             seed: of order and crops.
         """
+        if self.pixels.bands and len(self.pixels.bands) != channels:
+            raise UserError(
+                f"--bands names {len(self.pixels.bands)} channels, the model takes {channels}",
+                hint=f"--in_chans {len(self.pixels.bands)}",
+            )
         self.source, self.evaluation = _open(self.path, channels, self.label_column)
-        self.mean, self.std = self.statistics(channels)
-        self.views.configure(size, self.mean, self.std)
-        self.seed = seed
+        self.channels, self.seed = channels, seed
+        self.views.configure(size, IMAGENET_MEAN, IMAGENET_STD)
+        if isinstance(self.source, PhotoSource | ShapeSource):
+            self.pixels, self.resolved = EIGHT_BIT, True
+        self._use(self.pixels, *self.statistics(channels))
         self.bad_files.total = len(self.source)
 
     def normalise_by(self, mean: list[float], std: list[float]) -> None:
@@ -100,16 +129,119 @@ class PretrainData(L.LightningDataModule):
             raise UserError(f"data.mean {mean} and data.std {std} are not for {channels} channels")
         return mean, std
 
-    def check(self, sample: int = 256) -> tuple[int, tuple[int, int]]:
-        """Reads some images spread over the set; returns how many, and the smallest width and height among them."""
+    def check(self, sample: int = 256, first: bool = True) -> tuple[int, tuple[int, int]]:
+        """Reads some images spread over the set, and settles what their numbers mean if nothing has said so.
+
+        Args:
+            sample: images to read.
+            first: whether this process is the one that measures; others are told in :meth:`setup`.
+
+        Returns:
+            How many were read, and the smallest width and height among them.
+
+        Raises:
+            UserError: if too many cannot be read, or all have another number of channels than the model.
+        """
         count = min(sample, len(self.source))
         indices = [i * len(self.source) // count for i in range(count)]
-        with ThreadPoolExecutor(_cores()) as pool:  # decoding releases the interpreter lock
-            sizes = [size for size in pool.map(self._size, indices) if size is not None]
+        looks, errors = self._look_at(indices)
+        if looks and not self.resolved:
+            self._resolve(Counter(look.kind for look in looks), first)
+            if errors and self.pixels.type == "uint8":  # which takes what cannot be kept as it is
+                more, errors = self._look_at([indices[place] for place in errors])
+                looks += more
+        refuse_channels(self.path, list(errors.values()), self.channels, count)
+        self.bad_files.add(*((error.path, error.reason) for error in errors.values()))
         self.bad_files.stop_if_too_many(seen=count)
-        if not sizes:
+        if not looks:
             raise UserError(f"--data {self.path}: none of the first {count} images can be read")
-        return count, (min(w for w, _ in sizes), min(h for _, h in sizes))
+        if self.pixels.type == "per_file":
+            self._warn_of_old_scale(indices)
+        return count, (min(look.width for look in looks), min(look.height for look in looks))
+
+    def setup(self, stage: str) -> None:
+        """All processes use the numbers of the first."""
+        if self.trainer is not None and self.trainer.world_size > 1:
+            facts = self.trainer.strategy.broadcast((self.pixels.facts(), self.mean, self.std))
+            self._use(Pixels.of(facts[0]), *facts[1:])
+
+    def settings(self) -> dict[str, Any]:
+        """What was found out, under the names of the options that say it again."""
+        if self.pixels.type == "per_file":
+            return {"value_range": "per_file"}
+        pairs = [list(pair) for pair in zip(self.pixels.low, self.pixels.high, strict=True)]
+        found = {"value_range": pairs[0] if len(pairs) == 1 else pairs, "pixel_type": self.pixels.type}
+        return found | {"mean": list(self.mean), "std": list(self.std)}
+
+    @property
+    def plain(self) -> bool:
+        """Whether images are what everybody expects: 8-bit RGB."""
+        return self.pixels == EIGHT_BIT and self.channels == 3
+
+    def describe_values(self) -> str:
+        """The scale of the data in words."""
+        if self.pixels.type == "per_file":
+            return "every file scaled to 8 bit by itself, as in earlier versions"
+        if self.measured is not None:
+            return self.measured.line()
+        scale = f"{option(self.pixels)} in {self.pixels.type} become 0 and 1"
+        return f"{scale}; mean {spread(self.mean)} std {spread(self.std)}"
+
+    def _use(self, pixels: Pixels, mean: list[float], std: list[float]) -> None:
+        """Reads, cuts and normalises by these numbers from now on."""
+        self.pixels, self.mean, self.std = pixels, mean, std
+        for source in filter(None, (self.source, self.evaluation)):
+            if isinstance(source, FileSource | ObjectSource):
+                source.pixels = pixels
+        self.views.configure(self.views.size, mean, std, pixels)
+
+    def _resolve(self, kinds: "Counter[str]", first: bool) -> None:
+        """Settles the type, and lets the first process measure what is not known without."""
+        (kind, count), total = kinds.most_common(1)[0], kinds.total()
+        kind = "any" if not self._found and len(kinds) > 1 else kind
+        pixels = replace(self.pixels, type=cast(PixelType, kind) if self.pixels.type == "any" else self.pixels.type)
+        if kind != "any" and count < total:
+            self._warn_of_types(kinds, kind)
+        given = (self.pixels.low, self.pixels.high) == ((0.0,), (255.0,))
+        if pixels.type == "uint8" and self.channels == 3 and pixels.colours and given:
+            self._use(pixels, *self.statistics(3))
+        elif first:
+            self._measure(pixels)
+        else:
+            self._use(pixels, self.mean, self.std)  # until the first process tells
+        self.resolved = True
+
+    def _measure(self, pixels: Pixels) -> None:
+        self._use(pixels, self.mean, self.std)
+        try:
+            found = measure(self.source, self.channels, pixels, self.seed, self._found)
+        except ValueError as error:
+            raise UserError(
+                f"--data {self.path}: {error}", hint=f"{called('check_data')} --data {shlex.quote(self.path)}"
+            ) from error
+        self.measured = found
+        self._use(found.pixels, self._mean or found.mean, self._std or found.std)
+
+    def _warn_of_types(self, kinds: "Counter[str]", kind: str) -> None:
+        counts = ", ".join(f"{number} {name}" for name, number in kinds.most_common())
+        what = "scaled to it one by one" if kind == "uint8" else "skipped"
+        warnings.warn(
+            f"--data {self.path} holds several types ({counts}); what is not {kind} is {what}; "
+            "--value_range LOW,HIGH takes all numbers as they are",
+            MixedTypesWarning,
+            stacklevel=3,
+        )
+
+    def _warn_of_old_scale(self, indices: Sequence[int]) -> None:
+        """Once, and only if it matters: 8-bit colours are the same on both scales."""
+        kinds = {_kind_as_stored(self.source, index, self.channels) for index in indices[:8]} - {None}
+        if self.channels != 3 or kinds != {"uint8"}:
+            warnings.warn(
+                "every file is scaled to 8 bit by itself, as when this run's settings were written; "
+                "a new run with --value_range auto keeps the numbers that the files hold",
+                OldScaleWarning,
+                stacklevel=2,
+            )
 
     def sampler(self, steps: range, shard: Shard | None = None) -> StepSampler:
         """The order of the images over ``steps``."""
@@ -132,7 +264,7 @@ class PretrainData(L.LightningDataModule):
         """The global batch of a step as the method saw it, and the names of its files: for looking into a failure."""
         crops = Crops(self.source, self.views, self.seed)
         loaded = [crops.load(key) for key in self.sampler(range(0)).keys(step)]
-        views, labels, numbers, _ = collate([sample for _, sample in loaded])
+        views, labels, numbers, *_ = collate([sample for _, sample in loaded])
         names = [self.source.describe(index) for index, _ in loaded]
         return self.views.cpu()(views, RowGenerator(numbers)), labels, names
 
@@ -152,22 +284,115 @@ class PretrainData(L.LightningDataModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401 - Lightning's signature
         """Notes the unreadable files of a batch; wraps the keys, which then stay on the CPU."""
-        views, labels, keys, bad = batch
+        views, labels, keys, bad, *valid = batch
         self.bad_files.add(*bad)
-        return views, labels, RowGenerator(keys)
+        return views, labels, RowGenerator(keys), *valid
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401 - Lightning's signature
         """Finishes the views on the device."""
-        views, labels, generator = batch
-        return self.views.to(labels.device)(views, generator), labels
+        views, labels, generator, *valid = batch
+        return self.views.to(labels.device)(views, generator), labels, *valid
 
-    def _size(self, index: int) -> tuple[int, int] | None:
+    def _look_at(self, indices: Sequence[int]) -> tuple[list["Look"], dict[int, ImageError]]:
+        """What readable images are like, and why others are not, by their place among ``indices``."""
+        with ThreadPoolExecutor(_cores()) as pool:  # decoding releases the interpreter lock
+            found = list(pool.map(self._look, indices))
+        errors = {place: look for place, look in enumerate(found) if isinstance(look, ImageError)}
+        return [look for look in found if isinstance(look, Look)], errors
+
+    def _look(self, index: int) -> "Look | ImageError":
         try:
-            _, height, width = self.source.read(index).shape
+            image = self.source.read(index)
+            kind = str(image.dtype).removeprefix("torch.")
+            if isinstance(self.source, FileSource):
+                kind = stored_type(self.source.encoded(index), image, self.channels, self.pixels)
         except ImageError as error:
-            self.bad_files.add((error.path, error.reason))
-            return None
-        return width, height
+            return error
+        return Look(kind, image.shape[2], image.shape[1])
+
+
+class Look(NamedTuple):
+    """Type of an image's numbers, and its size."""
+
+    kind: str
+    width: int
+    height: int
+
+
+class MixedTypesWarning(BadFileWarning):
+    """Files hold numbers of several types."""
+
+
+class OldScaleWarning(BadFileWarning):
+    """A run goes on with the scale of an earlier version."""
+
+
+def refuse_channels(
+    data: str, errors: Sequence[ImageError], channels: int, count: int, option: str | None = "--in_chans"
+) -> None:
+    """Raises a :class:`UserError` if that is what is wrong with all of ``count`` images, not with some."""
+    found = [error.channels for error in errors if error.channels is not None]
+    if len(found) < count or not found:
+        return
+    number = Counter(found).most_common(1)[0][0]
+    kinds = (
+        f"{number} channel{'s' * (number != 1)}"
+        if min(found) == max(found)
+        else f"{min(found)} to {max(found)} channels"
+    )
+    some = ",".join(str(band) for band in range(min(channels, number), 0, -1))
+    raise UserError(
+        f"--data {data}: the images have {kinds}, the model takes {channels}",
+        hint=f"{option} {number}" + (f"   or   --bands {some}   to choose {channels}" if number > channels else "")
+        if option
+        else "weights that were trained on such images",
+    )
+
+
+def _given(
+    value_range: object, pixel_type: PixelType | None, clip: bool, bands: tuple[int, ...], nodata: float | None
+) -> tuple[Pixels, bool]:
+    """What options say about pixels, and whether that is all there is to know."""
+    if value_range == "per_file":
+        return Pixels(type="per_file"), True
+    ends, known = parse_range(value_range), {"clip": clip, "bands": bands, "nodata": nodata}
+    if ends is None:
+        return Pixels(type=pixel_type or "any", **known), False  # type: ignore[arg-type]  # by their names
+    return Pixels(*ends, type=pixel_type or "any", **known), pixel_type is not None  # type: ignore[arg-type]
+
+
+def check_numbers(data: str, source: Source, channels: int, pixels: Pixels, sample: int = 8) -> str | None:
+    """Looks at some images that a trained encoder is to see.
+
+    Returns:
+        What to tell if the encoder knows 8 bit and the files hold more; None if they fit.
+
+    Raises:
+        UserError: if all have another number of channels.
+    """
+    indices = sorted({i * len(source) // sample for i in range(sample)})
+    errors = []
+    for index in indices:
+        try:
+            source.read(index)
+        except ImageError as error:
+            errors.append(error)
+    refuse_channels(data, errors, channels, len(indices), option=None)
+    kinds = {_kind_as_stored(source, index, channels) for index in indices if pixels.eight_bit} - {None, "uint8"}
+    if not kinds:
+        return None
+    names = ", ".join(sorted(filter(None, kinds)))
+    return f"files hold {names}; the weights know 8 bit, so each file is scaled to it by itself"
+
+
+def _kind_as_stored(source: Source, index: int, channels: int) -> str | None:
+    """Type of an image's numbers in its file; None if it cannot be read or is in no file."""
+    if not isinstance(source, FileSource):
+        return None
+    try:
+        return str(read_image(source.encoded(index), channels).dtype).removeprefix("torch.")
+    except ImageError:
+        return None
 
 
 def _open(path: str, channels: int, label_column: str | None) -> tuple[Source, Source | None]:

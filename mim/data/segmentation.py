@@ -20,7 +20,9 @@ from tqdm import tqdm
 from mim.data.loading import EndlessLoader, WatchedLoader
 from mim.data.mask_classes import IGNORE, ClassNumbers, count_classes, refuse_absent, refuse_smoothed
 from mim.data.masks import MaskedImages, PairedFiles, PairSource, open_masks
+from mim.data.pixels import EIGHT_BIT, Pixels
 from mim.data.sampler import Key, Shard, StepSampler
+from mim.data.views import Views, resized, stacked
 from mim.errors import UserError
 from mim.randomness import derive_seed
 
@@ -32,7 +34,7 @@ class Scored(NamedTuple):
     """One image to be scored.
 
     Args:
-        image: ``(1, C, H, W)`` uint8, resized so that its shorter side is the crop's.
+        image: ``(1, C, H, W)`` of the files' type, resized so that its shorter side is the crop's.
         classes: ``(1, H', W')`` int16 in the mask's own size.
     """
 
@@ -47,26 +49,34 @@ class JointCrop:
         size: side of the crop in pixels.
         scale: smallest and largest shorter side of the image, as a multiple of ``size``.
         largest_class: share of a crop above which one class makes it be drawn again.
-        fill: colour beyond the border of a small image, 0 to 255 per channel; with three of them, colours are changed.
+        fill: number per channel beyond the border of a small image, and where nothing was measured.
+        colours: whether three channels are colours, which are then changed.
     """
 
     def __init__(
-        self, size: int, scale: tuple[float, float], largest_class: float = 0.75, fill: Sequence[float] = (0, 0, 0)
+        self,
+        size: int,
+        scale: tuple[float, float],
+        largest_class: float = 0.75,
+        fill: Sequence[float] = (0, 0, 0),
+        colours: bool = True,
     ) -> None:
         self.size, self.scale, self.largest_class, self.fill = size, scale, largest_class, list(fill)
         changes = ({"brightness": 0.125}, {"contrast": 0.5}, {"saturation": 0.5}, {"hue": 0.05})
-        photometric = [v2.RandomApply([v2.ColorJitter(**change)]) for change in changes] if len(fill) == 3 else []
+        photometric = (
+            [v2.RandomApply([v2.ColorJitter(**change)]) for change in changes] if len(fill) == 3 and colours else []
+        )
         self.finish = v2.Compose([v2.RandomHorizontalFlip(), *photometric])
 
     def __call__(self, image: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """``(C, S, S)`` uint8 and ``(S, S)`` int16; draws from torch's global generator."""
+        """``(C, S, S)`` of the image's type and ``(S, S)`` int16; draws from torch's global generator."""
         low, high = self.scale
         side = self.size * (low + (high - low) * float(torch.rand(())))
-        pair = _resized(image, side), _resized_classes(classes, _shape(image, side))
+        pair = _resized(image, side, self.fill), _resized_classes(classes, _shape(image, side))
         window = self._window(pair[1])
         cut = self.finish(*(v2.functional.crop(part, *window) for part in pair))
         room = [0, 0, self.size - window[3], self.size - window[2]]  # at the right and below
-        image = v2.functional.pad(cut[0], room, fill=self.fill).as_subclass(Tensor)
+        image = _padded(cut[0].as_subclass(Tensor), room, self.fill)
         return image, v2.functional.pad(cut[1], room, fill=IGNORE).as_subclass(Tensor)[0]
 
     def _window(self, classes: Tensor) -> tuple[int, int, int, int]:
@@ -125,14 +135,15 @@ class SegmentationData(L.LightningDataModule):
         self.values, self.val_fraction = values, val_fraction
         self.first_step = 0
 
-    def open(self, mean: Sequence[float], std: Sequence[float]) -> None:
+    def open(self, mean: Sequence[float], std: Sequence[float], pixels: Pixels = EIGHT_BIT) -> None:
         """Finds the images, looks at masks and settles the classes; ``train``, ``test`` and ``names`` stand ready.
 
         Args:
-            mean: per channel, of pixels in 0..1, for the normalisation.
+            mean: per channel, on the scale of ``pixels``, for the normalisation.
             std: as ``mean``.
+            pixels: scale of the numbers in the images.
         """
-        found = open_masks(self.path, len(mean), self.split, self.file, self.val_fraction)
+        found = open_masks(self.path, len(mean), self.split, self.file, self.val_fraction, pixels)
         self.train, self.test, self.split = found.train, found.test, found.split
         looked = [self._look(source) for source in (self.train, self.test)]
         self.numbers, self.names = self._classes(found)
@@ -142,7 +153,9 @@ class SegmentationData(L.LightningDataModule):
         self._refuse_absent(set[int]().union(*(numbers for seen in looked for numbers in seen.values())))
         self.notes = [*found.notes, *self._turned(looked[0])]
         self.statistics = torch.tensor([list(mean), list(std)])[:, None, :, None, None]  # (2, 1, C, 1, 1)
-        self.crops = JointCrop(self.crop, self.scale, fill=[255 * value for value in mean])
+        self.frames = Views()
+        self.frames.configure((self.crop, self.crop), mean, std, pixels)
+        self.crops = JointCrop(self.crop, self.scale, fill=self.frames.filling, colours=pixels.colours)
 
     def _look(self, source: PairSource) -> dict[int, set[int]]:
         """The numbers in masks spread over a part, which are read with their images and must not be smoothed."""
@@ -202,20 +215,23 @@ class SegmentationData(L.LightningDataModule):
         ]
 
     def pair(self, source: PairSource, index: int) -> tuple[Tensor, Tensor]:
-        """Image ``(C, H, W)`` uint8 and classes ``(H, W)`` int16; raises a :class:`UserError` if they are wrong."""
+        """Image ``(C, H, W)`` and classes ``(H, W)`` int16; raises a :class:`UserError` if they are wrong."""
         image, mask = source.read_pair(index)
         return image, self.numbers(mask, source.describe(index))
 
     def scored(self, source: PairSource, index: int) -> Scored:
         """An image as it is scored."""
         image, classes = self.pair(source, index)
-        return Scored(_resized(image, self.crop).as_subclass(Tensor)[None], classes[None])
+        return Scored(_resized(image, self.crop, self.crops.fill).as_subclass(Tensor)[None], classes[None])
 
     def middle(self, source: PairSource, index: int) -> tuple[Tensor, Tensor]:
-        """The middle of an image ``(C, S, S)`` uint8 and its classes ``(S, S)``, as k-NN learns from them."""
+        """The middle of an image ``(C, S, S)`` and its classes ``(S, S)``, as k-NN learns from them."""
         image, classes = self.pair(source, index)
         small = _resized_classes(classes, _shape(image, self.crop))
-        cut = [v2.functional.center_crop(part, [self.crop] * 2) for part in (_resized(image, self.crop), small)]
+        cut = [
+            v2.functional.center_crop(part, [self.crop] * 2)
+            for part in (_resized(image, self.crop, self.crops.fill), small)
+        ]
         return cut[0].as_subclass(Tensor), cut[1].as_subclass(Tensor)[0]
 
     def train_dataloader(self) -> EndlessLoader:
@@ -245,9 +261,9 @@ class SegmentationData(L.LightningDataModule):
         return self.normalize(images), classes
 
     def normalize(self, images: Tensor) -> Tensor:
-        """``(B, C, H, W)`` uint8 to floats as the encoder knows them."""
+        """``(B, C, H, W)`` of the files' type to floats as the encoder knows them."""
         mean, std = self.statistics.to(images.device)
-        normalised: Tensor = (images.float() / 255 - mean) / std
+        normalised: Tensor = (self.frames.to(images.device).scale(images) - mean) / std
         return normalised
 
 
@@ -284,7 +300,7 @@ def _stack(samples: list[Any]) -> Any:  # noqa: ANN401 - a batch, or the mistake
     if mistakes:
         return mistakes[0]
     images, classes = zip(*samples, strict=True)
-    return torch.stack(images), torch.stack(classes)
+    return stacked(images), torch.stack(classes)
 
 
 def _shape(image: Tensor, side: float) -> list[int]:
@@ -292,9 +308,17 @@ def _shape(image: Tensor, side: float) -> list[int]:
     return [max(1, round(length * side / min(image.shape[1:]))) for length in image.shape[1:]]
 
 
-def _resized(image: Tensor, side: float) -> tv_tensors.Image:
-    resized: tv_tensors.Image = v2.functional.resize(tv_tensors.Image(image), _shape(image, side), antialias=True)
-    return resized
+def _resized(image: Tensor, side: float, filling: Sequence[float]) -> tv_tensors.Image:
+    bilinear = v2.InterpolationMode.BILINEAR
+    return tv_tensors.Image(resized(image, _shape(image, side), filling, bilinear))
+
+
+def _padded(image: Tensor, room: Sequence[int], fill: Sequence[float]) -> Tensor:
+    """``(C, H, W)`` with a border of ``fill``, in its own type; torchvision's padding does not know uint16."""
+    padded: Tensor = v2.functional.pad(
+        image.float() if image.dtype == torch.uint16 else image, list(room), fill=list(fill)
+    )
+    return padded.to(image.dtype)
 
 
 def _resized_classes(classes: Tensor, shape: list[int]) -> tv_tensors.Mask:

@@ -20,6 +20,7 @@ from mim.data.folders import Unclear, folder_classes, holds_images, images_in, s
 from mim.data.images import SUFFIXES, ImageError, read_image
 from mim.data.layouts import HELD_OUT, counted, find_layout, same_name
 from mim.data.loading import reading
+from mim.data.pixels import EIGHT_BIT, Pixels
 from mim.data.shards import expand_shards, read_part, tar_members
 from mim.data.tables import Table, read_list
 from mim.data.tar_samples import sort_members
@@ -51,7 +52,7 @@ class Source(Protocol):
         ...
 
     def read(self, index: int) -> Tensor:
-        """``(C, H, W)`` uint8; raises ``ImageError``."""
+        """``(C, H, W)`` of the data set's type; raises ``ImageError``."""
         ...
 
 
@@ -59,6 +60,7 @@ class FileSource(ABC):
     """A ``Source`` of image files, readable or not.
 
     Attributes:
+        pixels: what the files hold; 8 bit until somebody says otherwise.
         ignored: files that were passed over, counted by type.
         damaged: files that the index already knows to be unreadable; they are not counted in ``len``.
         unclear: why there are no labels although something looks like them.
@@ -68,6 +70,7 @@ class FileSource(ABC):
 
     def __init__(self, name: str, paths: Iterable[str], class_names: Sequence[str] | None, channels: int) -> None:
         self.name, self.channels = name, channels
+        self.pixels: Pixels = EIGHT_BIT
         self._paths = _Strings(paths)
         self.classes = sorted(set(class_names or ()), key=_numbers_by_value)
         index = {label: position for position, label in enumerate(self.classes)}
@@ -98,10 +101,10 @@ class FileSource(ABC):
         return printable(self._paths[index])
 
     def read(self, index: int) -> Tensor:
-        """``(C, H, W)`` uint8; raises ``ImageError``."""
+        """``(C, H, W)`` of the type that ``pixels`` names; raises ``ImageError``."""
         name = self.describe(index)
         with reading(name):
-            return read_image(self.encoded(index), self.channels, name)
+            return read_image(self.encoded(index), self.channels, name, self.pixels)
 
     @abstractmethod
     def encoded(self, index: int) -> Path | bytes:

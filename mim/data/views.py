@@ -19,15 +19,18 @@ from kornia.enhance import (
 )
 from kornia.filters import gaussian_blur2d
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from mim.data.pixels import EIGHT_BIT, Pixels
 from mim.distributed.devices import send
 from mim.errors import UserError
 from mim.options.ranges import Count, Positive, Share, SomeShare, Whole, check_rising
 from mim.randomness import RowGenerator
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_SOLID = 1e-3  # how far the weight of measured pixels in a resized one may be from 1
 
 
 class Views(nn.Module):
@@ -39,16 +42,34 @@ class Views(nn.Module):
 
     mean: Tensor
     std: Tensor
+    low: Tensor
+    span: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.configure((224, 224), IMAGENET_MEAN, IMAGENET_STD)
 
-    def configure(self, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> None:
-        """Sets height and width of a view and the statistics, on a scale of 0 to 1, that it is normalised with."""
-        self.size = size
+    def configure(
+        self, size: tuple[int, int], mean: Sequence[float], std: Sequence[float], pixels: Pixels = EIGHT_BIT
+    ) -> None:
+        """Sets height and width of a view, the scale of its numbers, and the statistics of what that makes of them.
+
+        Args:
+            size: of a (global) view.
+            mean: per channel, of ``(v - low) / (high - low)``.
+            std: as ``mean``.
+            pixels: scale of the files.
+        """
+        self.size, self.pixels = size, pixels
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
+        span = [high - low for low, high in zip(pixels.low, pixels.high, strict=True)]
+        self.register_buffer("low", torch.tensor(pixels.low)[:, None, None], persistent=False)
+        self.register_buffer("span", torch.tensor(span)[:, None, None], persistent=False)
+        # What stands in for nodata; plain numbers, as loader processes cannot read buffers that lie on a GPU.
+        self.filling = [
+            low + (high - low) * share for low, high, share in zip(*pixels.ends(len(mean)), mean, strict=True)
+        ]
 
     def check(self, patch_size: tuple[int, int]) -> None:
         """Refuses views, other than those of the encoder's own size, that patches of this height and width cannot tile.
@@ -58,30 +79,109 @@ class Views(nn.Module):
         """
 
     def crop(self, image: Tensor) -> list[Tensor]:
-        """Cuts ``(C, H, W)`` uint8 into ``V`` views ``(C, H_v, W_v)`` uint8; draws from torch's global generator."""
+        """Cuts ``(C, H, W)`` into ``V`` views ``(C, H_v, W_v)`` of its type; draws from torch's global generator."""
         raise NotImplementedError
 
     def center(self, image: Tensor) -> Tensor:
-        """The middle of ``(C, H, W)`` uint8 at view size, for probes and pictures: nothing random."""
+        """The middle of ``(C, H, W)`` at view size, of its type, for probes and pictures: nothing random."""
+        return self._middle(image, 1.0)
+
+    def _middle(self, image: Tensor, share: float) -> Tensor:
+        """The middle ``share`` of the shorter side."""
         height, width = self.size
-        scale = max(height / image.shape[-2], width / image.shape[-1])
+        scale = max(height / image.shape[-2], width / image.shape[-1]) / share
         full = [max(height, round(image.shape[-2] * scale)), max(width, round(image.shape[-1] * scale))]
-        resized = F.resize(image, full, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-        middle: Tensor = F.center_crop(resized, [height, width])
+        middle: Tensor = F.center_crop(resized(image, full, self.filling), [height, width])
         return middle
 
+    def scale(self, images: Tensor) -> Tensor:
+        """``(B, C, H, W)`` of any type to floats on the scale of the data set; the mean where nothing was measured."""
+        pixels = images.float()
+        if any(self.pixels.low):
+            pixels = pixels - self.low
+        # One number as such: a GPU multiplies by its inverse, and results of older runs depend on that.
+        pixels = pixels.div(self.pixels.high[0] - self.pixels.low[0] if len(self.pixels.low) == 1 else self.span)
+        pixels = pixels.clamp(0, 1) if self.pixels.clip else pixels
+        if images.is_floating_point():
+            pixels = torch.where(pixels.isnan(), self.mean[:, None, None], pixels)
+        return pixels
+
     def normalize(self, images: Tensor) -> Tensor:
-        """``(B, C, H, W)`` uint8 to floats with the configured mean and standard deviation."""
-        return normalize(images.float().div(255), self.mean, self.std)
+        """``(B, C, H, W)`` to floats with the configured mean and deviation; 0 where nothing was measured."""
+        return normalize(self.scale(images), self.mean, self.std)
 
     def forward(self, views: list[Tensor], generator: RowGenerator) -> list[Tensor]:
-        """Batches of uint8 views to what the model takes, on the device the batches are on.
+        """Batches of views to what the model takes, on the device the batches are on.
 
         Args:
-            views: ``V x (B, C, H_v, W_v)`` uint8.
+            views: ``V x (B, C, H_v, W_v)`` of the data set's type.
             generator: random numbers of each image, on the CPU: what is decided there never waits for a GPU.
         """
         return [self.normalize(view) for view in views]
+
+
+class RandomWindow:
+    """A random part of an image, resized and perhaps mirrored: what torchvision's two transforms do, without their way.
+
+    Args:
+        size: height and width of the result.
+        area: smallest and largest share of the image's area.
+        ratio: narrowest and widest aspect.
+        flip: probability of a horizontal flip.
+    """
+
+    def __init__(
+        self, size: tuple[int, int], area: tuple[float, float], ratio: tuple[float, float], flip: float
+    ) -> None:
+        self.size, self.flip = list(size), flip
+        self.draw = v2.RandomResizedCrop(size, area, ratio).make_params
+
+    def __call__(self, image: Tensor, filling: Sequence[float]) -> Tensor:
+        """``(C, H, W)`` of the image's type; draws from torch's global generator."""
+        at = self.draw([image])
+        part = image[:, at["top"] : at["top"] + at["height"], at["left"] : at["left"] + at["width"]]
+        part = resized(part, self.size, filling)
+        return part.flip(-1) if float(torch.rand(1)) < self.flip else part
+
+
+def stacked(images: Sequence[Tensor]) -> Tensor:
+    """``(B, C, H, W)`` of images of one type; of several types, as where only some lack pixels, in float32."""
+    same = len({image.dtype for image in images}) == 1
+    return default_collate(list(images) if same else [image.float() for image in images])  # type: ignore[no-any-return]
+
+
+def resized(
+    image: Tensor,
+    size: Sequence[int],
+    filling: Sequence[float],
+    mode: v2.InterpolationMode = v2.InterpolationMode.BICUBIC,
+) -> Tensor:
+    """An image of any type resized within that type: rounded where it is whole numbers, never beyond their ends.
+
+    Args:
+        image: ``(C, H, W)`` uint8, uint16, int16 or float32, with NaN where nothing was measured.
+        size: height and width.
+        filling: number per channel that stands in for NaN meanwhile.
+        mode: of interpolation; antialiased.
+
+    Returns:
+        ``(C, *size)`` of the same type. NaN wherever a pixel without measurement has had a say.
+    """
+    if image.dtype == torch.uint8 or list(image.shape[1:]) == list(size):
+        same: Tensor = F.resize_image(image, list(size), interpolation=mode, antialias=True)
+        return same
+    pixels = image.float()
+    missing = pixels[:1].isnan() if image.is_floating_point() else None
+    if missing is not None and bool(missing.any()):
+        filled = torch.where(missing, torch.tensor(filling)[:, None, None], pixels)
+        weights = F.resize_image((~missing).float(), list(size), interpolation=mode, antialias=True)
+        numbers: Tensor = F.resize_image(filled, list(size), interpolation=mode, antialias=True)
+        return torch.where((weights - 1).abs() < _SOLID, numbers, torch.nan)
+    numbers = F.resize_image(pixels, list(size), interpolation=mode, antialias=True)
+    if image.is_floating_point():
+        return numbers
+    ends = torch.iinfo(image.dtype)
+    return numbers.clamp_(ends.min, ends.max).round_().to(image.dtype)
 
 
 class SingleView(Views):
@@ -101,22 +201,19 @@ class SingleView(Views):
     ) -> None:
         check_rising("--data.views.init_args.scale", scale)
         check_rising("--data.views.init_args.ratio", ratio)
-        self.scale, self.ratio, self.flip = scale, ratio, flip
+        self.area, self.ratio, self.flip = scale, ratio, flip
         super().__init__()
 
-    def configure(self, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> None:
+    def configure(
+        self, size: tuple[int, int], mean: Sequence[float], std: Sequence[float], pixels: Pixels = EIGHT_BIT
+    ) -> None:
         """See :meth:`Views.configure`."""
-        super().configure(size, mean, std)
-        self.transform = v2.Compose(
-            [
-                v2.RandomResizedCrop(size, self.scale, self.ratio, interpolation=v2.InterpolationMode.BICUBIC),
-                v2.RandomHorizontalFlip(self.flip),
-            ]
-        )
+        super().configure(size, mean, std, pixels)
+        self.window = RandomWindow(size, self.area, self.ratio, self.flip)
 
     def crop(self, image: Tensor) -> list[Tensor]:
-        """One crop ``(C, H, W)`` uint8."""
-        return [self.transform(image)]
+        """One crop ``(C, H, W)`` of the image's type."""
+        return [self.window(image, self.filling)]
 
 
 class MultiCrop(Views):
@@ -151,13 +248,14 @@ class MultiCrop(Views):
         self.local_crops, self.local_size, self.blur = local_crops, local_size, blur
         super().__init__()
 
-    def configure(self, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> None:
+    def configure(
+        self, size: tuple[int, int], mean: Sequence[float], std: Sequence[float], pixels: Pixels = EIGHT_BIT
+    ) -> None:
         """See :meth:`Views.configure`."""
-        super().configure(size, mean, std)
-        bicubic, flip = v2.InterpolationMode.BICUBIC, v2.RandomHorizontalFlip(self.flip)
-        small = (self.local_size, self.local_size)
-        self.large_crop = v2.Compose([v2.RandomResizedCrop(size, self.global_scale, interpolation=bicubic), flip])
-        self.small_crop = v2.Compose([v2.RandomResizedCrop(small, self.local_scale, interpolation=bicubic), flip])
+        super().configure(size, mean, std, pixels)
+        ratio = (3 / 4, 4 / 3)
+        self.large_window = RandomWindow(size, self.global_scale, ratio, self.flip)
+        self.small_window = RandomWindow((self.local_size, self.local_size), self.local_scale, ratio, self.flip)
 
     def check(self, patch_size: tuple[int, int]) -> None:
         """See :meth:`Views.check`."""
@@ -170,52 +268,74 @@ class MultiCrop(Views):
             )
 
     def crop(self, image: Tensor) -> list[Tensor]:
-        """Two global crops ``(C, H, W)`` and the small ones, all uint8."""
-        return [self.large_crop(image) for _ in range(2)] + [self.small_crop(image) for _ in range(self.local_crops)]
+        """Two global crops ``(C, H, W)`` and the small ones, all of the image's type."""
+        windows = [self.large_window] * 2 + [self.small_window] * self.local_crops
+        return [window(image, self.filling) for window in windows]
 
     def forward(self, views: list[Tensor], generator: RowGenerator) -> list[Tensor]:
         """See :meth:`Views.forward`."""
         chances = [(1.0, 0.0), (0.1, 0.2)] + [(0.5, 0.0)] * self.local_crops  # of blur and of solarisation
         return [
-            normalize(self._recolour(view.float().div(255), generator.rand(13), *chance), self.mean, self.std)
+            self._finished(
+                view, normalize(self._recolour(self.scale(view), generator.rand(13), *chance), self.mean, self.std)
+            )
             for view, chance in zip(views, chances, strict=True)
         ]
 
+    def _finished(self, view: Tensor, images: Tensor) -> Tensor:
+        """``images`` with 0 where the ``view`` that they are made of was not measured, whatever became of it since."""
+        return torch.where(view.isnan(), 0.0, images) if view.is_floating_point() else images
+
     def _recolour(self, images: Tensor, numbers: Tensor, blur: float, solarised: float) -> Tensor:
-        """Changes ``(B, C, H, W)`` in [0, 1] in place, by ``numbers (B, 13)`` uniform on [0, 1)."""
+        """Changes ``(B, C, H, W)`` in place, by ``numbers (B, 13)`` uniform on [0, 1)."""
         jittered, grey, blurred, inverted = (numbers[:, :4] < torch.tensor([0.8, 0.2, blur, solarised])).unbind(1)
-        _jitter(images, jittered, numbers[:, 4:8], numbers[:, 8:12].argsort(dim=1))
-        if images.shape[1] == 3:
+        colours = images.shape[1] == 3 and self.pixels.colours
+        adjustments = _COLOURS[: 4 if colours else 2] if self.pixels.bounded else _MEASUREMENTS
+        _jitter(images, jittered, numbers[:, 4:8], numbers[:, 8:12].argsort(dim=1), adjustments)
+        if colours:
             _change(images, grey, lambda chosen: rgb_to_grayscale(chosen).expand(-1, 3, -1, -1))
         low, high = self.blur
         reach = min(math.ceil(3 * high), min(images.shape[2:]) - 1)  # of the kernel; less than the image, as it mirrors
         deviations = (low + (high - low) * numbers[:, 12:]).expand(-1, 2)
         _change(images, blurred, lambda chosen, sigma: gaussian_blur2d(chosen, 2 * reach + 1, sigma), deviations)
-        _change(images, inverted, solarize)
+        if self.pixels.eight_bit:  # turning measurements upside down makes no sense
+            _change(images, inverted, solarize)
         return images
 
 
 _STRENGTHS = (0.4, 0.4, 0.2, 0.1)  # of brightness, contrast, saturation and hue
+_COLOURS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
+    lambda pixels, shift: adjust_brightness_accumulative(pixels, 1 + shift),
+    lambda pixels, shift: adjust_contrast_with_mean_subtraction(pixels, 1 + shift),
+    lambda pixels, shift: adjust_saturation_with_gray_subtraction(pixels, 1 + shift),
+    lambda pixels, shift: adjust_hue(pixels, shift * (2 * math.pi)),
+)
+# The first two without their limits of 0 and 1, beyond which measurements may lie.
+_MEASUREMENTS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
+    lambda pixels, shift: pixels * (1 + shift).view(-1, 1, 1, 1),
+    lambda pixels, shift: pixels + (pixels - pixels.mean(dim=(1, 2, 3), keepdim=True)) * shift.view(-1, 1, 1, 1),
+)
 
 
-def _jitter(images: Tensor, chosen: Tensor, numbers: Tensor, order: Tensor) -> None:
+def _jitter(
+    images: Tensor,
+    chosen: Tensor,
+    numbers: Tensor,
+    order: Tensor,
+    adjustments: Sequence[Callable[[Tensor, Tensor], Tensor]] = _COLOURS,
+) -> None:
     """The colour jitter of torchvision, in place; every image has its own factors and its own order.
 
     Args:
-        images: ``(B, C, H, W)`` in [0, 1].
+        images: ``(B, C, H, W)``.
         chosen: ``(B,)`` bool, which images.
         numbers: ``(B, 4)`` uniform on [0, 1): from weakest to strongest.
         order: ``(B, 4)``: which adjustment comes first, second, third and last.
+        adjustments: of brightness, contrast, saturation and hue, the first of them.
     """
-    adjustments: list[Callable[[Tensor, Tensor], Tensor]] = [
-        lambda pixels, shift: adjust_brightness_accumulative(pixels, 1 + shift),
-        lambda pixels, shift: adjust_contrast_with_mean_subtraction(pixels, 1 + shift),
-        lambda pixels, shift: adjust_saturation_with_gray_subtraction(pixels, 1 + shift),
-        lambda pixels, shift: adjust_hue(pixels, shift * (2 * math.pi)),
-    ]
     shifts = (2 * numbers - 1) * torch.tensor(_STRENGTHS)
     for place in order.unbind(1):
-        for number, adjust in enumerate(adjustments[: 4 if images.shape[1] == 3 else 2]):
+        for number, adjust in enumerate(adjustments):
             _change(images, chosen & (place == number), adjust, shifts[:, number])
 
 

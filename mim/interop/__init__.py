@@ -4,7 +4,7 @@ from mim.interop.fit import adapt, arguments_of, differences, likely_model
 from mim.interop.hf_folder import hf_folder
 from mim.interop.layouts import named_tensors, to_timm
 from mim.interop.misfit import misfit
-from mim.interop.reading import check_timm_folder, load_weights, read_vit, refuse_compressed, weights_in
+from mim.interop.reading import check_timm_folder, load_weights, read_vit, refuse_compressed, scale_of, weights_in
 from mim.interop.rotary import likely_rotary, to_rotary
 from mim.interop.timm_folder import ModelCard, export_backbone
 
@@ -23,6 +23,7 @@ __all__ = [
     "named_tensors",
     "read_vit",
     "refuse_compressed",
+    "scale_of",
     "to_rotary",
     "to_timm",
     "weights_in",

@@ -95,6 +95,15 @@ def weights_in(folder: Path) -> Path:
     return next(filter(Path.is_file, files), files[0])
 
 
+def scale_of(folder: Path) -> object:
+    """What the ``config.json`` of a timm folder says about the numbers in the images; None if it says nothing."""
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return settings.get("pixels") if isinstance(settings, dict) else None
+
+
 def check_timm_folder(folder: Path, option: str) -> None:
     """Refuses a timm folder whose ``config.json`` is broken or asks for more than its weights are worth.
 

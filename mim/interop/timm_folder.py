@@ -31,6 +31,10 @@ _POOLING = {"cls": "token", "mean": "avg"}  # timm's names
 _POOLED = {"token": "class token", "avg": "mean of the patch tokens", "map": "attention pooling", "": "every token"}
 
 
+_TRANSFORM = "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
+_OWN_TRANSFORM = "# timm's transforms are for 8-bit pictures; what this model wants is told under Values below"
+
+
 @dataclass(frozen=True)
 class ModelCard:
     """Where weights come from, as their model card tells it.
@@ -66,6 +70,7 @@ def export_backbone(
     model_args: dict[str, Any] | None = None,
     pool: Literal["cls", "mean"] | None = None,
     class_names: Sequence[str] | None = None,
+    pixels: dict[str, Any] | None = None,
 ) -> float:
     """Write a timm folder, load it back through timm alone, compare, and only then put it in place.
 
@@ -79,6 +84,7 @@ def export_backbone(
         pool: what ``model(images)`` gives: the class token or the mean of the patch tokens, behind the final norm. As
             ``vit`` does unless given, and always if it has attention pooling, whose weights are then kept.
         class_names: of a classifier, in the order of its outputs.
+        pixels: scale of the numbers in the images if it is not 0 to 255, as ``mim.data.pixels`` writes it.
 
     Returns:
         The largest difference between the features of ``vit``, tokens and pooled, and the reloaded model's, which is 0.
@@ -97,7 +103,7 @@ def export_backbone(
     partial.mkdir(parents=True)
     tensors = {name: tensor.contiguous() for name, tensor in named_tensors(trained.state_dict()).items()}
     (partial / _WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))  # a full disk is then an OSError
-    config = _timm_config(trained, model_args or {}, mean, std)
+    config = _timm_config(trained, model_args or {}, mean, std) | ({"pixels": pixels} if pixels else {})
     if class_names and len(class_names) == config["num_classes"]:
         config["label_names"] = list(class_names)
     (partial / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -178,6 +184,7 @@ def _card_text(config: dict[str, Any], folder: Path, card: ModelCard) -> str:
     channels, height, width = config["pretrained_cfg"]["input_size"]
     rows = {
         "Architecture": f"{config['architecture']}, {height}x{width} px, {channels} channels",
+        "Values": _values(config),
         "Pretrained with": card.method,
         "Data": card.data if card.images is None else f"{card.data}, {card.images} images",
         "Licence of the data": licence,
@@ -196,7 +203,7 @@ def _card_text(config: dict[str, Any], folder: Path, card: ModelCard) -> str:
 ```python
 import timm
 model = timm.create_model({f"local-dir:{folder.as_posix()}"!r}, pretrained=True)
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+{_TRANSFORM if "pixels" not in config else _OWN_TRANSFORM}
 ```
 
 `num_classes=10` adds a classifier, `features_only=True` gives feature maps, another `img_size` resizes the positions.
@@ -207,6 +214,20 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 
 {chr(10).join([*provenance, *(f"- {note}" for note in card.notes)])}
 """
+
+
+def _values(config: dict[str, Any]) -> str | None:
+    """What to do with the numbers in a file before the model sees them, unless it is what everybody does."""
+    if (pixels := config.get("pixels")) is None:
+        return None
+    low, high = (ends[0] if len(ends) == 1 else ends for ends in (pixels["low"], pixels["high"]))
+    clipped = ", clipped to 0..1" if pixels["clip"] else ""
+    bands = f", bands {pixels['bands']} counted from 1" if pixels["bands"] else ""
+    nodata = "" if pixels["nodata"] is None else f", {pixels['nodata']:g} is nodata and becomes the mean"
+    return (
+        f"`x = (v - low) / (high - low)` for a {pixels['type']} number v, low {low}, high {high}{clipped}, then mean "
+        f"and std of `pretrained_cfg`{bands}{nodata}"
+    )
 
 
 @torch.no_grad()

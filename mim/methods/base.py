@@ -24,8 +24,17 @@ from mim.randomness import RowGenerator, derive_seed
 from mim.schedules import cosine, warmup_cosine
 from mim.vit import ViT
 
-Batch = tuple[list[Tensor], Tensor]
-"""Views, ``V x (B, C, H_v, W_v)`` with global crops first, and labels ``(B,)``, which most methods ignore."""
+Batch = tuple[list[Tensor], Tensor] | tuple[list[Tensor], Tensor, list[Tensor]]
+"""Views, ``V x (B, C, H_v, W_v)`` with global crops first, and labels ``(B,)``, which most methods ignore.
+
+Where images have nodata, a third part ``V x (B, 1, H_v, W_v)`` bool says which pixels were measured; others are 0.
+"""
+
+
+def single_view(batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """The only view ``(B, C, H, W)`` of a batch, and ``(B, 1, H, W)`` which of its pixels were measured, if not all."""
+    (images,) = batch[0]
+    return images, batch[2][0] if len(batch) > 2 else None
 
 
 @dataclass(frozen=True)

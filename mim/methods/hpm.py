@@ -22,7 +22,7 @@ from mim.layers.decoder import FillMasked, Trunk
 from mim.layers.initialisation import initialise
 from mim.layers.teacher import Teacher
 from mim.masking import HardPatchMasking
-from mim.methods.base import Batch, Method, OptimConfig
+from mim.methods.base import Batch, Method, OptimConfig, single_view
 from mim.options.ranges import Count, Share
 from mim.patches import gather_tokens, replace_patches, visible_indices
 from mim.randomness import RowGenerator
@@ -96,14 +96,15 @@ class HPM(Method):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Error of the hidden patches plus the loss of their predicted difficulty, one to one."""
-        (images,), _ = batch
+        images, valid = single_view(batch)
         scores = self.scores(images) if self.masking.needs_scores else None  # (B, N)
         mask = self.draw(scores, len(images), self.row_generator(len(images), batch_idx))  # (B, N)
         prediction, difficulty, hidden = self.predict(images, mask)
-        error = self.target.error(prediction, self.target(images, self.encoder.grid, hidden))  # (B, M)
+        target, weights = self.target.measured(images, self.encoder.grid, hidden, valid)
+        error = self.target.errors(prediction, target, weights)  # (B, M)
         truth = error.detach()  # patches must not become easy to rank; the predictor's input is not detached
         pairs = hidden_pairs(difficulty, truth)
-        reconstruction = error.mean()
+        reconstruction = self.target.mean_error(error, weights)
         ranking = ranking_loss(*pairs) if self.settings.loss == "relative" else regression_loss(difficulty, truth)
         loss = reconstruction + ranking
         self.log_dict({"train/loss": loss, "train/reconstruction": reconstruction, "train/difficulty": ranking})

@@ -136,7 +136,7 @@ class IBOT(Method):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy of class distributions between views, plus that of hidden patches within a view."""
-        views, labels = batch
+        views, labels = batch[:2]
         images = torch.cat(views[:2])  # (2B, C, H, W), first view, then second
         taught = self.teach(images)
         mask = self.draw_masks(len(labels), taught.scores, batch_idx)  # (2B, N)

@@ -16,7 +16,7 @@ from mim.encoder import Encoder
 from mim.layers.decoder import Decoder
 from mim.layers.initialisation import initialise
 from mim.masking import Masking
-from mim.methods.base import Batch, Method, OptimConfig
+from mim.methods.base import Batch, Method, OptimConfig, single_view
 from mim.options.ranges import Count
 from mim.patches import replace_patches, visible_indices
 from mim.randomness import RowGenerator
@@ -73,11 +73,12 @@ class MAE(Method):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Error of hidden patches; of pixels, the mean square."""
-        (images,), _ = batch
+        images, valid = single_view(batch)
         generator = self.row_generator(len(images), batch_idx)
         mask = self.draw(images, generator)  # (B, N)
         prediction, hidden = self.reconstruct(images, mask)
-        loss = self.target.loss(prediction, self.target(images, self.encoder.grid, hidden))
+        target, weights = self.target.measured(images, self.encoder.grid, hidden, valid)
+        loss = self.target.loss(prediction, target, weights)
         self.log("train/loss", loss)
         return self.anchored(loss, images)
 

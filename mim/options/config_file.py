@@ -35,6 +35,35 @@ def with_config_files(args: Sequence[str]) -> list[str]:
     return opened
 
 
+OLD_DATA = {"path", "views", "max_bad", "mean", "std", "licence"}
+"""Settings of the data that a run wrote down before there was ``value_range``; recipes name some of them at most."""
+
+
+def keeping_old_scale(args: Sequence[str]) -> list[str]:
+    """The arguments, with ``per_file`` behind each config of a run that knew no other ``data.value_range``."""
+    kept: list[str] = []
+    for position, arg in enumerate(args):
+        kept.append(arg)
+        if arg.startswith("--config="):
+            file = Path(arg.partition("=")[2])
+        elif position and args[position - 1] == "--config":
+            file = Path(arg)
+        else:
+            continue
+        if file.is_file() and _of_an_old_run(file):
+            kept.append("--data.value_range=per_file")
+    return kept
+
+
+def _of_an_old_run(path: Path) -> bool:
+    try:
+        settings = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return False  # the parser tells
+    data = settings.get("data") if isinstance(settings, dict) else None
+    return isinstance(data, dict) and data.keys() >= OLD_DATA and "value_range" not in data
+
+
 def check_config_file(path: Path, option: str = "--config") -> None:
     """Looks at one file; ``option`` is what named it. Raises as :func:`check_config_files`."""
     hint = f"{called('info')} configs   lists recipes to begin with"

@@ -41,6 +41,17 @@ GROUPS: dict[str, dict[str, Option]] = {
         ),
         "in_chans": Option("N", "channels of the images", "the model's, 3", f"{_ENCODER}.in_chans", Count),
     },
+    "Numbers in the files": {
+        "value_range": Option(
+            "LO,HI|auto",
+            "numbers that become 0 and 1; auto measures them once for all files",
+            "auto",
+            "data.value_range",
+        ),
+        "clip": Option("", "keep values within that range", target="data.clip"),
+        "bands": Option("A,B,...", "channels to read, counted from 1", "all", "data.bands"),
+        "nodata": Option("X", "number that means 'not measured', besides NaN", "found", "data.nodata"),
+    },
     "Training": {
         "epochs": Option("X", "passes over the images", "the recipe's", "epochs", Positive),
         "batch_size": Option(

@@ -30,7 +30,7 @@ def save_overlay(path: Path, image: Tensor, truth: Tensor, answer: Tensor, names
 
     Args:
         path: file to write.
-        image: ``(C, H, W)`` uint8.
+        image: ``(C, H, W)``; the contrast of what is not 8 bit is stretched.
         truth: ``(H', W')`` classes, negative where nothing is scored; these pixels are black in both pictures.
         answer: ``(H', W')`` classes.
         names: of the classes.
@@ -57,6 +57,13 @@ def save_overlay(path: Path, image: Tensor, truth: Tensor, answer: Tensor, names
 
 def _rgb(image: Tensor) -> NDArray[np.uint8]:
     shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    if shown.dtype != torch.uint8:
+        numbers = shown.float().flatten(1)
+        low, high = (
+            numbers[:, :: max(1, numbers.shape[1] >> 20)].nanquantile(q, dim=1, keepdim=True) for q in (0.01, 0.99)
+        )
+        share = ((numbers - low) / (high - low).clamp(min=1e-12)).nan_to_num(0).clamp(0, 1)
+        shown = (255 * share).round().byte().view_as(shown)
     return shown.permute(1, 2, 0).cpu().numpy()
 
 

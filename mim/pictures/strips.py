@@ -3,8 +3,9 @@
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -25,7 +26,12 @@ INK = (122, 122, 122)  # legible on white (4.3 : 1) and on black (4.9 : 1); the 
 
 
 def strip(
-    images: Tensor, pictures: dict[str, Tensor], encoder: Encoder, mean: Sequence[float], std: Sequence[float]
+    images: Tensor,
+    pictures: dict[str, Tensor],
+    encoder: Encoder,
+    mean: Sequence[float],
+    std: Sequence[float],
+    measured: bool = False,
 ) -> Image.Image:
     """Input, the method's own pictures, attention and features of every image, side by side under their titles.
 
@@ -36,20 +42,27 @@ def strip(
         encoder: whose attention and features are drawn; returned in the mode it came in.
         mean: per channel, as used to normalise.
         std: per channel, as used to normalise.
+        measured: images are measurements rather than pictures: their contrast is stretched, and the title says so.
 
     Returns:
         An RGBA picture on a transparent ground. ``save_strip`` keeps its layout, so that ``read_strip`` can cut it.
     """
+    mean, std, note = stretched(images, mean, std) if measured else (mean, std, "")
     columns = {name: draw(views, mean, std) for name, views in {"input": images, **pictures}.items()}
     training = encoder.training
     encoder.eval()
     columns |= encoder_views(images, encoder)
     encoder.train(training)
-    return lay_out(columns)
+    return lay_out(columns, {"input": note})
 
 
 def masking_strip(
-    images: Tensor, encoder: Encoder, policies: dict[str, Masking], mean: Sequence[float], std: Sequence[float]
+    images: Tensor,
+    encoder: Encoder,
+    policies: dict[str, Masking],
+    mean: Sequence[float],
+    std: Sequence[float],
+    measured: bool = False,
 ) -> Image.Image:
     """What policies hide of the same images, side by side, and the attention that guided ones follow.
 
@@ -59,10 +72,12 @@ def masking_strip(
         policies: by title; without a class token only those that nothing guides.
         mean: per channel, as used to normalise.
         std: per channel, as used to normalise.
+        measured: as for :func:`strip`.
 
     Returns:
         As :func:`strip`.
     """
+    mean, std, note = stretched(images, mean, std) if measured else (mean, std, "")
     columns, attention = {"input": to_rgb(images, mean, std)}, None
     if encoder.has_class_attention:
         with torch.no_grad():
@@ -74,7 +89,7 @@ def masking_strip(
         mask = policy(len(images), encoder.grid, scores=attention, generator=generator)  # (B, N)
         visible = patches.masked_fill(mask[..., None], 0.0)
         columns[title] = to_rgb(unpatchify(visible, encoder.grid, encoder.patch_size, encoder.in_chans), mean, std)
-    return lay_out(columns)
+    return lay_out(columns, {"input": note})
 
 
 def draw(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -98,6 +113,28 @@ def to_rgb(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tenso
     pixels = images * statistics[1] + statistics[0]
     pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
     return _bytes(pixels)
+
+
+def stretched(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float], str]:
+    """Mean and deviation with which :func:`to_rgb` shows percentiles 1 to 99 of each channel as black to white.
+
+    Args:
+        images: ``(B, C, H, W)``, normalised; those that the contrast is made for.
+        mean: per channel, as used to normalise.
+        std: per channel, as used to normalise.
+
+    Returns:
+        Mean, deviation, and a few words for the title.
+    """
+    numbers = images.detach().float().cpu().transpose(0, 1).flatten(1)
+    numbers = numbers[:, :: max(1, numbers.shape[1] >> 20)]  # (C, M); torch's quantile takes 16 million at most
+    low, high = numbers.quantile(0.01, dim=1), numbers.quantile(0.99, dim=1)
+    span = (high - low).clamp(min=1e-6)
+    channels = len(mean)
+    note = (
+        f"false colours of {channels}" if channels > 3 else f"channel 1 of {channels}" if channels == 2 else "stretched"
+    )
+    return (-low / span).tolist(), (1 / span).tolist(), note
 
 
 @torch.no_grad()
@@ -165,15 +202,21 @@ def read_strip(path: Path) -> dict[str, list[Image.Image]]:
     return {title: [pixels.crop((x, y, x + size[0], y + size[1])) for x, y in at] for title, at in corners.items()}
 
 
-def lay_out(columns: dict[str, Tensor]) -> Image.Image:
-    """Pictures ``(B, 3, h, w)`` uint8 by title, side by side; the first column sets the size of the tiles."""
+def lay_out(columns: dict[str, Tensor], notes: Mapping[str, str] = MappingProxyType({})) -> Image.Image:
+    """Pictures ``(B, 3, h, w)`` uint8 by title, side by side; the first column sets the size of the tiles.
+
+    Args:
+        columns: the pictures.
+        notes: what is written behind some of the titles.
+    """
     rows, _, height, width = next(iter(columns.values())).shape
     size = tile_size(width, height)
     right, bottom = _corner(rows, len(columns), size)
     canvas = Image.new("RGBA", (right, bottom), (*INK, 0))
     draw = ImageDraw.Draw(canvas)
     for column, (title, views) in enumerate(columns.items()):
-        draw.text((_corner(0, column, size)[0] + size[0] / 2, HEADER / 2), title, INK, _font(title, size[0]), "mm")
+        text = f"{title}, {notes[title]}" if notes.get(title) else title
+        draw.text((_corner(0, column, size)[0] + size[0] / 2, HEADER / 2), text, INK, _font(text, size[0]), "mm")
         for row, view in enumerate(views.permute(0, 2, 3, 1).cpu().numpy()):
             canvas.paste(_resize(view, size), _corner(row, column, size))
     canvas.info["layout"] = json.dumps({"titles": list(columns), "rows": rows, "tile": size})

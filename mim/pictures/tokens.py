@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mim.encoder import Encoder
 from mim.patches import patchify, unpatchify
-from mim.pictures.strips import lay_out, tile_size, to_rgb
+from mim.pictures.strips import lay_out, stretched, tile_size, to_rgb
 from mim.reduction import Tokens
 
 PAPER, FADED = 255, 0.85  # what patches without a token fade to, and how far
@@ -17,7 +17,12 @@ EDGE = (255, 214, 0)  # around merged patches: seldom a colour of photos
 
 
 def reduction_strip(
-    images: Tensor, states: dict[str, Tokens], patch_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
+    images: Tensor,
+    states: dict[str, Tokens],
+    patch_size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    measured: bool = False,
 ) -> Image.Image:
     """Images beside what is left of them: a row per image, a column per state.
 
@@ -30,15 +35,17 @@ def reduction_strip(
         patch_size: height and width of a patch in pixels.
         mean: per channel, as used to normalise.
         std: per channel, as used to normalise.
+        measured: images are measurements, whose contrast is stretched.
 
     Returns:
         A picture that ``mim.pictures.strips.save_strip`` writes.
     """
+    mean, std, note = stretched(images, mean, std) if measured else (mean, std, "")
     shown = to_rgb(images, mean, std)
     columns = {"input": shown}
     for title, tokens in states.items():
         columns[title] = draw_tokens(shown, torch.where(tokens.gone, -1, tokens.assign), patch_size)
-    return lay_out(columns)
+    return lay_out(columns, {"input": note})
 
 
 def draw_tokens(pixels: Tensor, assign: Tensor, patch_size: tuple[int, int]) -> Tensor:

@@ -86,6 +86,7 @@ def strips(entries: Sequence[Entry], images: int) -> dict[str, Image.Image]:
             # The images of the first run, with the channels, size and normalisation that this one wants.
             mean, std = data.statistics(encoder.in_chans)
             opened = PretrainData(path, num_workers=0, mean=mean, std=std)
+            opened.pixels, opened.resolved = data.pixels, True
             opened.open(encoder.img_size, encoder.in_chans, config.seed)
             source = opened.evaluation or opened.source
             chosen = [place * len(source) // images for place in range(min(images, len(source)))]
@@ -97,7 +98,8 @@ def strips(entries: Sequence[Entry], images: int) -> dict[str, Image.Image]:
                 )
             batch = torch.cat(batches)
             with torch.no_grad():
-                shown[entry.name] = strip(batch, method.visualize(batch), encoder, opened.mean, opened.std)
+                views, measured = method.visualize(batch), not data.pixels.pictures
+                shown[entry.name] = strip(batch, views, encoder, opened.mean, opened.std, measured)
     return shown
 
 

@@ -11,11 +11,12 @@ from typing import Any, Literal
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from lightning import Trainer
 
+from mim.data.pixels import canonical_range
 from mim.data.pretrain import PretrainData
 from mim.errors import UserError
 from mim.methods import Method  # and with it every method, by class_path
 from mim.options.class_paths import PluginError, known_class_paths, plugins_in_use
-from mim.options.config_file import with_config_files
+from mim.options.config_file import keeping_old_scale, with_config_files
 from mim.options.old_names import current_arguments
 from mim.options.ranges import MANY, Count, Positive, ProperShare, Seed, Threads, Whole
 from mim.options.refusals import refusal
@@ -105,7 +106,7 @@ def _parsed(args: Sequence[str]) -> Namespace:
     with known_class_paths():
         parser = build_parser()
         try:
-            return parser.parse_args(current_arguments(args))
+            return parser.parse_args([_canonical(arg) for arg in current_arguments(keeping_old_scale(args))])
         except ArgumentError as error:
             raise refusal(error, parser, "--help_all") from error
 
@@ -124,6 +125,12 @@ def _mask_ratio(config: Namespace, args: Sequence[str]) -> list[str]:
         if any(arg.startswith(f"{name}=") for arg in args):
             raise UserError(f"--mask_ratio and {name} are two words for one setting", hint="one of them")
     return [f"{name}={config.mask_ratio}" for name in names]
+
+
+def _canonical(arg: str) -> str:
+    """The same option as ``config.yaml`` would say it, so that a repeated command is no change."""
+    name, _, value = arg.partition("=")
+    return f"{name}={canonical_range(value)}" if name == "--data.value_range" else arg
 
 
 def parse_saved(file: Path) -> Namespace:

@@ -12,6 +12,7 @@ from timm.models import is_model, is_model_pretrained
 from timm.models.eva import Eva
 from torch import Tensor
 
+from mim.data.pixels import EIGHT_BIT, Pixels
 from mim.data.pretrain import PretrainData
 from mim.encoder import Encoder
 from mim.errors import UserError
@@ -30,6 +31,7 @@ from mim.interop import (
     load_weights,
     misfit,
     read_vit,
+    scale_of,
     to_rotary,
     weights_in,
 )
@@ -75,10 +77,11 @@ class LoadedEncoder(NamedTuple):
 
     Args:
         encoder: with its weights, in evaluation mode.
-        mean: per channel, of the pixels in 0..1 that it was trained on.
+        mean: per channel, of the pixels that it was trained on, on the scale of ``pixels``.
         std: as ``mean``.
         note: one line on where the weights come from and what was done to make them fit.
         pool: what stands for an image: its run's choice, or what timm's model pools by.
+        pixels: scale of the numbers in the images.
     """
 
     encoder: Encoder
@@ -86,6 +89,7 @@ class LoadedEncoder(NamedTuple):
     std: list[float]
     note: str
     pool: Pool
+    pixels: Pixels = EIGHT_BIT
 
 
 def load_encoder(
@@ -119,7 +123,7 @@ def load_encoder(
     if len(mean) != encoder.in_chans:  # those of the architecture, which say nothing about these weights
         mean, std = PretrainData(weights).statistics(encoder.in_chans)
         note += f", normalised by {mean[0]:g} and {std[0]:g}, as it does not say by what"
-    return LoadedEncoder(encoder.eval(), mean, std, note, pool)
+    return LoadedEncoder(encoder.eval(), mean, std, note, pool, _pixels_of(folder))
 
 
 def _from_checkpoint(
@@ -133,7 +137,7 @@ def _from_checkpoint(
     if dynamic_img_size and not encoder.any_size:
         raise UserError(f"--weights {run}: only an exported run takes images of any size", hint=hint)
     note = f"{checkpoint}" if checkpoint else f"newest checkpoint of {run}, which has not finished"
-    return LoadedEncoder(encoder, *data.statistics(encoder.in_chans), note, config.pool)
+    return LoadedEncoder(encoder, *data.statistics(encoder.in_chans), note, config.pool, data.pixels)
 
 
 def untrained_encoder(
@@ -158,6 +162,16 @@ def untrained_encoder(
             config.model.init_args.encoder.dynamic_img_size = True
         method: Method = instantiate(config).model
         return method.evaluated.eval()
+
+
+def _pixels_of(folder: Path) -> Pixels:
+    """The scale that an exported folder, or that of a run, names; 8 bit if there is none."""
+    homes = (folder, folder / "export" / "backbone")
+    home = next((home for home in homes if (home / "config.json").is_file()), folder)
+    try:
+        return Pixels.of(scale_of(home))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{home / 'config.json'} is damaged", why=str(error), hint="export again") from error
 
 
 def _is_unexported_run(folder: Path) -> bool:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from mim.data.bad_files import BadFiles
 from mim.data.labelled import Framed, Frames, LabelledImages, Part, fingerprint, framed_batches, open_labelled
+from mim.data.pixels import EIGHT_BIT
+from mim.data.pretrain import check_numbers
 from mim.data.sources import Source
 from mim.encoder import Encoder
 from mim.errors import UserError
@@ -42,14 +44,16 @@ class Classification(Measurement):
         super().__init__(options, img_size=options.img_size)
         encoder = self.loaded.encoder
         self.frames = Frames(options.crop_pct)
-        self.frames.configure(encoder.img_size, self.loaded.mean, self.loaded.std)
+        self.frames.configure(encoder.img_size, self.loaded.mean, self.loaded.std, self.loaded.pixels)
         column = None if options.label_column is None else str(options.label_column)
-        images = open_labelled(options.data, encoder.in_chans, options.classes, column)
+        images = open_labelled(options.data, encoder.in_chans, options.classes, column, self.loaded.pixels)
+        note = check_numbers(options.data, images.train, encoder.in_chans, self.loaded.pixels)
         self.train, self.test, self.split = _parts(images, options.val_fraction)
         self.classes = images.classes
         self.labels = Labels(len(self.classes)) if learning else None
         self.reduce(encoder)
-        self.introduce("\n          ".join([f"{len(self.classes)} classes, {self.split}", *images.notes]))
+        notes = [*images.notes, *([note] if note else [])]
+        self.introduce("\n          ".join([f"{len(self.classes)} classes, {self.split}", *notes]))
 
     @property
     def uneven(self) -> bool:
@@ -107,6 +111,8 @@ class Classification(Measurement):
 
         facts: dict[str, Any] = {"images": fingerprint(source), "size": self.frames.size, "crop": crop}
         facts |= {"crop_pct": options.crop_pct, "mean": self.loaded.mean, "std": self.loaded.std}
+        if self.loaded.pixels != EIGHT_BIT:
+            facts["pixels"] = self.loaded.pixels.facts()
         if encoder.reduction is not None:
             facts["reduction"] = encoder.reduction.describe()
 

@@ -89,7 +89,7 @@ class Finetuning(Classification):
         recipe, options, classes = self.recipe, self.options, len(self.classes)
         encoder = self.reduce(self.fresh(who, seed), seed)
         frames = Augmented(options.crop_pct, recipe.scale, recipe.auto_augment, recipe.erase)
-        frames.configure(encoder.img_size, self.loaded.mean, self.loaded.std)
+        frames.configure(encoder.img_size, self.loaded.mean, self.loaded.std, self.loaded.pixels)
         bad_files = BadFiles(options.max_bad, options.data, go_on="--resume true")
         data = FinetuneData(self.train, self.test, frames, recipe.batch_size, self.workers, seed, bad_files)
         reduction, vit = encoder.reduction, classifier(encoder, classes, recipe, seed)
@@ -142,9 +142,8 @@ class Finetuning(Classification):
         )
         model = module.evaluated.cpu().eval()
         vit: ViT = model.vit if isinstance(model, TokenReducedViT) else model
-        export_backbone(
-            vit, self.export, mean=self.loaded.mean, std=self.loaded.std, card=card, class_names=self.classes
-        )
+        scale = self.loaded.pixels.exported(self.loaded.mean, self.loaded.std)
+        export_backbone(vit, self.export, card=card, class_names=self.classes, **scale)
         if isinstance(model, TokenReducedViT):
             save_reduction(model.reduction, self.export)
             static = model.static(self._some_images())

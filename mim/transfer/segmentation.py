@@ -107,7 +107,7 @@ class Segmentation(Measurement):
             options.values,
             options.val_fraction,
         )
-        data.open(self.loaded.mean, self.loaded.std)
+        data.open(self.loaded.mean, self.loaded.std, self.loaded.pixels)
         return data
 
     def _data_in_words(self) -> str:
@@ -258,7 +258,8 @@ class Segmentation(Measurement):
             notes=(self.protocol(), f"Classes, in order: {', '.join(self.data.names)}"),
         )
         model = model.cpu()
-        export_backbone(model.encoder.vit, folder, mean=loaded.mean, std=loaded.std, card=card, pool=loaded.pool)
+        scale = loaded.pixels.exported(loaded.mean, loaded.std)
+        export_backbone(model.encoder.vit, folder, card=card, pool=loaded.pool, **scale)
         facts = {"format": "pt", "head": self.recipe.head, "taps": self.taps, "classes": list(self.data.names)}
         facts |= {"dim": model.encoder.dim, "batch_norm": self.recipe.batch_norm}
         metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}

@@ -204,6 +204,8 @@ def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     assert len(results["steps"][0]["timings"]) == 2
     assert f"median {results['ratio']['median']:.2f}" in printed
     assert f"together {results['loader']['together']:.1f} img/s" in printed
+    assert list(results["loader"]["milliseconds"]) == ["decode", "crop", "collate", "transfer and normalise"]
+    assert f"decode {results['loader']['milliseconds']['decode']:.2f}, crop" in printed
 
 
 def test_two_recipes_can_be_compared(monkeypatch, capsys, tmp_path):

@@ -71,10 +71,56 @@ def test_images_of_many_channels_have_a_sheet(tmp_path, capsys):
     (tmp_path / "bands").mkdir()
     np.save(tmp_path / "bands" / "a.npy", np.full((20, 30, 5), 51, np.uint8))
     run(str(tmp_path / "bands"), channels=5, out=tmp_path / "sheet.png")
-    assert "0.200 0.200 0.200 0.200 0.200" in capsys.readouterr().out
+    assert "1.000 1.000 1.000 1.000 1.000" in capsys.readouterr().out  # on the scale that was found
     assert (tmp_path / "sheet.png").exists()
 
 
 def test_a_list_must_be_a_table(photos, tmp_path):
     with pytest.raises(UserError, match=r"good\.txt is not a \.csv file"):
         run(str(photos), fix=tmp_path / "good.txt")
+
+
+def test_measurements_are_told_with_their_range_and_the_options_to_copy(tmp_path, capsys):
+    (tmp_path / "scans").mkdir()
+    for number in range(8):
+        values = np.random.default_rng(number).integers(148, 3100, (40, 40, 1)).astype(np.float32)
+        values[:4] = np.nan
+        np.save(tmp_path / "scans" / f"{number}.npy", values)
+    run(str(tmp_path / "scans"), channels=1, out=tmp_path / "sheet.png")
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "types float32 8" in lines
+    assert "nodata 10.0% of the pixels" in lines
+    assert any(line.startswith("values 15") and "0.1 and 99.9 %" in line for line in lines)
+    (options,) = (line for line in lines if line.startswith("options"))
+    assert "--value_range 15" in options
+    assert "--in_chans 1 --data.mean [0." in options
+    assert not any(line.startswith("warning") for line in lines)
+    assert Image.open(tmp_path / "sheet_values.png").size == (512, 60)
+
+
+def test_what_makes_a_training_worse_is_warned_of(tmp_path, capsys):
+    (tmp_path / "scans").mkdir()
+    for number in range(8):
+        values = np.random.default_rng(number).integers(100, 3000, (40, 40, 1)).astype(np.uint16)
+        values = values * 20 + 5 if number == 0 else values // 200 if number == 1 else values
+        np.save(tmp_path / "scans" / f"{number}.npy", np.full_like(values, 7) if number == 2 else values)
+    np.save(tmp_path / "scans" / "8.npy", np.ones((40, 40, 1), np.float32))
+    (tmp_path / "scans" / "9.npy").write_bytes((tmp_path / "scans" / "3.npy").read_bytes())
+    Image.new("I;16", (40, 40), 9).save(
+        tmp_path / "scans" / "a.tif", save_all=True, append_images=[Image.new("I;16", (40, 40))] * 2
+    )
+    run(str(tmp_path / "scans"), channels=1, out=tmp_path / "sheet.png")
+    warned = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("warning")]
+    told = " ".join(warned)
+    for what in ("1 of 11 files hold another type than uint16", "scales differ", "nearly one colour", "fewer than 32"):
+        assert what in told
+    assert "1 files have 3 pages, the first is read" in told
+    assert "1 of 11 files are copies of others" in told
+
+
+def test_a_wrong_number_of_channels_in_all_files_is_one_error(tmp_path):
+    (tmp_path / "bands").mkdir()
+    np.save(tmp_path / "bands" / "a.npy", np.zeros((20, 30, 5), np.uint16))
+    with pytest.raises(UserError, match="the images have 5 channels") as mistake:
+        run(str(tmp_path / "bands"), out=tmp_path / "sheet.png")
+    assert "--channels 5" in str(mistake.value)

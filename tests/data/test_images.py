@@ -14,24 +14,31 @@ from hostile import Case, bad, colour, encode, exif, legal, npy, tiff
 from PIL import Image
 
 from mim.data.images import MAX_FILE_BYTES, ImageError, read_header, read_image
+from mim.data.pixels import EIGHT_BIT, Pixels
 
 BAD = list(bad())
+MEASUREMENTS = {"nan.tif", "nan.npy", "infinite.npy", "huge-values.npy"}  # bad pictures, but legal numbers
 
 
-def pixels(source, channels=3):
-    return read_image(source, channels).permute(1, 2, 0).numpy()
+def pixels(source, channels=3, form=EIGHT_BIT):
+    return read_image(source, channels, pixels=form).permute(1, 2, 0).numpy()
 
 
 @pytest.mark.parametrize("case", legal(), ids=lambda case: case.name)
-def test_a_legal_file_gives_the_right_pixels(case: Case):
-    difference = np.abs(pixels(case.data).astype(int) - case.truth)
+@pytest.mark.parametrize("kind", ["uint8", "per_file"])
+def test_a_legal_file_gives_the_right_pixels_among_pictures(case: Case, kind):
+    difference = np.abs(pixels(case.data, form=Pixels(type=kind)).astype(int) - case.truth)
     assert difference.max() <= case.tolerance
 
 
 @pytest.mark.parametrize("case", BAD, ids=lambda case: case.name)
-def test_a_bad_file_is_refused_with_its_name_and_a_reason(case: Case):
+@pytest.mark.parametrize("kind", ["uint8", "per_file", "any"])
+def test_a_bad_file_is_refused_with_its_name_and_a_reason(case: Case, kind):
+    if kind == "any" and case.name in MEASUREMENTS:
+        assert read_image(case.data, pixels=Pixels(type=kind)).dtype == torch.float32
+        return
     with pytest.raises(ImageError) as refusal:
-        read_image(case.data, name=case.name)
+        read_image(case.data, name=case.name, pixels=Pixels(type=kind))
     assert refusal.value.path == case.name
     assert 0 < len(refusal.value.reason) < 250
     assert "\n" not in refusal.value.reason
@@ -52,12 +59,12 @@ def test_an_image_that_can_be_read_has_a_header(case: Case):
 def test_rotten_bytes_never_raise_anything_else(seed, count):
     generator = np.random.default_rng(seed)
     files = [case.data for case in legal() if len(case.data) < 20_000]
-    for _ in range(count):
+    for number in range(count):
         data = bytearray(files[generator.integers(len(files))])
         for place in generator.integers(len(data), size=generator.integers(1, 6)):
             data[place] = generator.integers(256)
         with suppress(ImageError):
-            read_image(bytes(data))
+            read_image(bytes(data), pixels=Pixels(type=("uint8", "any")[number % 2]))
 
 
 def test_a_file_on_disk_gives_the_same_as_its_bytes(tmp_path):
@@ -126,7 +133,7 @@ def test_grey_from_a_colour_picture(fmt):
 )
 @pytest.mark.filterwarnings("error")
 def test_numbers_at_the_end_of_their_type_are_scaled_without_a_warning(value, kind, expected):
-    assert read_image(npy(np.full((8, 8), value, kind))).unique().tolist() == [expected]
+    assert read_image(npy(np.full((8, 8), value, kind)), pixels=EIGHT_BIT).unique().tolist() == [expected]
 
 
 def test_a_colour_array_becomes_grey():
@@ -140,6 +147,7 @@ def test_many_channels_from_arrays_and_tiff(channels, first):
     stored = array.transpose(2, 0, 1) if first else array
     planar = {"planarconfig": "separate" if first else "contig", "photometric": "minisblack"}
     for data in (npy(stored), tiff(stored, **planar)):
+        assert np.array_equal(pixels(data, channels, Pixels(type="uint16")), array)
         difference = np.abs(pixels(data, channels).astype(float) - array / 257)
         assert difference.max() <= 0.5
 

@@ -1,0 +1,97 @@
+"""Image files before they are decoded: which are opened, what is refused of them, and how they are named."""
+
+import stat
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from mim.errors import printable
+
+SUFFIXES = (
+    *("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "bmp", "tif", "tiff", "gif", "avif", "npy"),
+    *("ppm", "pgm", "pbm", "pnm", "pfm", "jp2", "j2k", "j2c", "jpx", "jpf"),
+)
+"""File name endings of images, lower case; folders and tar shards are searched for these."""
+MAX_FILE_BYTES = 1 << 28
+"""256 MiB: larger files are refused unread."""
+MAX_PIXELS = 89_478_485
+"""Decoded pixels, 256 MiB as RGB: the size above which Pillow itself warns of a decompression bomb."""
+MAX_ARRAY_BYTES = 1 << 29
+"""512 MiB: decoded size of a TIFF of many channels."""
+MAX_ASPECT = 200
+"""Longer side over shorter side: resizing a 1x4096 picture by its shorter side takes half a minute."""
+
+
+class ImageError(Exception):
+    """A file that is not a readable image.
+
+    Args:
+        path: the file, as messages show it.
+        reason: why, in one short line.
+        channels: how many it has, if that is what is wrong with it.
+    """
+
+    def __init__(self, path: str, reason: str, channels: int | None = None) -> None:
+        super().__init__(path, reason, channels)
+        self.path, self.reason, self.channels = path, reason, channels
+
+    def __str__(self) -> str:
+        """One line: the path, then the reason."""
+        return f"{printable(self.path)}: {self.reason}"
+
+
+class ChannelsError(ValueError):
+    """An image with other channels than those asked for.
+
+    Args:
+        found: how many it has.
+        expected: how many are asked for.
+    """
+
+    def __init__(self, found: int, expected: int) -> None:
+        super().__init__(f"{found} channel{'s' * (found != 1)}, where {expected} channels are expected")
+        self.found = found
+
+
+class Header(NamedTuple):
+    """What a file says about itself before it is decoded."""
+
+    format: str
+    mode: str
+    width: int
+    height: int
+    pages: int = 1
+
+
+def read_file(path: Path) -> bytes:
+    """The content of an ordinary file of bearable size."""
+    status = path.stat()  # before opening: a named pipe would wait for a writer for ever
+    if not stat.S_ISREG(status.st_mode):
+        kinds = {stat.S_IFIFO: "named pipe", stat.S_IFDIR: "folder", stat.S_IFSOCK: "socket"}
+        raise ValueError(f"not an ordinary file but a {kinds.get(stat.S_IFMT(status.st_mode), 'device')}")
+    if status.st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{status.st_size >> 20} MiB, more than the limit of {MAX_FILE_BYTES >> 20} MiB")
+    return path.read_bytes()
+
+
+def image_error(name: str, error: BaseException) -> ImageError:
+    """What is told of a decoder's error."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = printable(text.partition("\n")[0])[:200]
+    told = isinstance(error, OSError | ValueError | SyntaxError | Image.DecompressionBombError)
+    reason = text if told and text else f"damaged file ({type(error).__name__}: {text})"
+    return ImageError(name, reason, error.found if isinstance(error, ChannelsError) else None)
+
+
+def name_of(source: Path | bytes) -> str:
+    """What messages call a source that has no other name."""
+    return "image" if isinstance(source, bytes) else printable(str(source))
+
+
+def check_size(width: int, height: int) -> None:
+    """Refuses pictures that are too large or too long."""
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width}x{height} pixels, more than the limit of {MAX_PIXELS / 1e6:.0f} million")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"{width}x{height} pixels, longer than {MAX_ASPECT}:1")

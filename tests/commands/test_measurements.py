@@ -1,0 +1,132 @@
+"""Images that are no photos, from the command line to probes, pictures, evaluations, exports and other processes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import timm
+import torch
+import yaml
+
+from mim.cli import main
+from mim.run.weights import load_encoder, load_method
+
+TINY = Path(__file__).parents[1] / "tiny.yaml"
+
+
+def field(rng, size, width):
+    """Smooth noise in 0..1, ``(size, size)``; the larger ``width``, the coarser."""
+    waves = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size)))
+    noise = np.fft.ifft2(np.fft.fft2(rng.standard_normal((size, size))) * np.exp(-((waves * width) ** 2))).real
+    return (noise - noise.min()) / np.ptp(noise)
+
+
+def microscopy(rng, texture):
+    """12 bit of a camera with an offset, and a hot pixel."""
+    counts = 148 + 600 * rng.uniform(0.3, 1) * texture + rng.poisson(4, texture.shape)
+    counts[tuple(rng.integers(len(texture), size=2))] = 4095
+    return counts.astype(np.uint16), {"compression": "lzw", "predictor": True}
+
+
+def reflectance(rng, texture):
+    """Six bands in 0..0.3, a corner without measurement."""
+    bands = np.stack([0.3 * rng.uniform(0.3, 1) * texture * (band + 1) / 6 for band in range(6)]).astype(np.float32)
+    bands[:, :12, :16] = np.nan
+    return bands, {"compression": "deflate", "photometric": "minisblack", "planarconfig": "separate"}
+
+
+def radar(rng, texture):
+    """Two bands of decibels, all below 0."""
+    bands = np.stack([-25 + 15 * texture, -30 + 10 * texture]) + rng.normal(0, 0.5, (2, *texture.shape))
+    return bands.astype(np.float32), {"photometric": "minisblack", "planarconfig": "separate"}
+
+
+DOMAINS = {"microscopy": (microscopy, 1), "reflectance": (reflectance, 6), "radar": (radar, 2)}
+
+
+def domain(folder, name, count=40):
+    """Two classes that differ in how coarse their texture is, in ``train/`` and ``val/``."""
+    for number in range(count):
+        rng, label = np.random.default_rng(number), number % 2
+        image, options = DOMAINS[name][0](rng, field(rng, 48, (16, 6)[label]))
+        file = folder / ("train", "val")[number >= 0.75 * count] / f"class{label}" / f"{number:03}.tif"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(file, image, **options)
+    return folder
+
+
+def pretrain(data, out, *more, channels=1):
+    size = ["--batch_size", "8", "--epochs", "0.8", "--eval_every", "9", "--save_every", "9", "--pictures", "2"]
+    given = ["--config", str(TINY), "--data", str(data), "--out", str(out), "--in_chans", str(channels), *size, *more]
+    assert main("pretrain", given) == 0
+    return out
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_a_domain_goes_from_files_to_an_evaluated_export(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    channels = DOMAINS[name][1]
+    data = domain(tmp_path / "data", name)
+    run = pretrain(data, tmp_path / "run", channels=channels)
+    assert "  values  values " in capsys.readouterr().out
+    settings = yaml.safe_load((run / "config.yaml").read_text())["data"]
+    assert settings["pixel_type"] == ("uint16" if name == "microscopy" else "float32")
+    assert len(settings["mean"]) == channels
+    config = json.loads((run / "export" / "backbone" / "config.json").read_text())
+    assert config["pretrained_cfg"]["mean"] == settings["mean"]
+    assert [config["pixels"]["low"][0], config["pixels"]["high"][0]] == settings["value_range"]
+    loaded, (_, own, _) = load_encoder(str(run)), load_method(run)
+    assert (loaded.pixels, loaded.mean) == (own.pixels, settings["mean"])
+    assert main("knn", ["--weights", str(run), "--data", str(data), "--num_workers", "0"]) == 0
+    assert "top-1" in capsys.readouterr().out
+    assert main("visualize", ["--weights", str(run), "--data", str(data), "--images", "2"]) == 0
+    model = timm.create_model(f"local-dir:{run / 'export' / 'backbone'}", pretrained=True)
+    assert model(torch.zeros(1, channels, 32, 32)).isfinite().all()
+
+
+def test_a_resumed_run_uses_the_numbers_of_its_first_start(tmp_path, monkeypatch):
+    """Even if images were added since, whose values would have moved the scale."""
+    monkeypatch.chdir(tmp_path)
+    data = domain(tmp_path / "data", "microscopy")
+    run = pretrain(data, tmp_path / "run")
+    before = yaml.safe_load((run / "config.yaml").read_text())["data"]
+    for file in (data / "train").rglob("*.tif"):
+        tifffile.imwrite(file, tifffile.imread(file) * 3)
+    more = ["--resume", str(run), "--value_range", "auto", "--epochs", "1.6", "--num_workers", "0"]
+    assert main("pretrain", more) == 0
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"] == before
+    assert load_encoder(str(run)).mean == before["mean"]
+
+
+def test_settings_of_an_older_run_go_on_as_they_were(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = domain(tmp_path / "data", "microscopy")
+    run = pretrain(data, tmp_path / "run", "--value_range", "per_file")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    for key in ("value_range", "pixel_type", "clip", "bands", "nodata"):
+        del settings["data"][key]  # none of them existed
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    capsys.readouterr()
+    assert main("pretrain", ["--resume", str(run), "--epochs", "1.6"]) == 0
+    output = capsys.readouterr().out
+    assert output.count("every file is scaled to 8 bit by itself, as when") == 1
+    assert load_method(run)[1].pixels.type == "per_file"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DOMAINS)
+def test_what_is_learnt_beats_the_untrained_encoder_and_the_old_scale(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data, channels = domain(tmp_path / "data", name, count=400), DOMAINS[name][1]
+    found = {}
+    for scale in ("auto", "per_file"):
+        if scale == "per_file" and name == "reflectance":
+            continue  # a single NaN refuses a file
+        size = ["--epochs", "30", "--batch_size", "32", "--eval_every", "30", "--value_range", scale]
+        run = pretrain(data, tmp_path / scale, *size, channels=channels)
+        found[scale] = json.loads((run / "summary.json").read_text())["probe"]["linear"]
+    mean = {scale: np.mean(scores["trained"]) for scale, scores in found.items()}
+    assert mean["auto"] > np.mean(found["auto"]["untrained"])
+    assert mean["auto"] >= mean.get("per_file", 0)
