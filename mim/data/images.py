@@ -281,7 +281,8 @@ def _read_jpeg(data: bytes, channels: int) -> NDArray[np.uint8] | None:
         values = np.repeat(values, 3, axis=2)
     elif values.shape[2] == 3 and channels == 1:
         values = np.asarray(Image.fromarray(values).convert("L"))[..., None]
-    return values
+    decoded: NDArray[np.uint8] = values
+    return decoded
 
 
 def _tensor(values: NDArray[Any]) -> Tensor:
