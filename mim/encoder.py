@@ -366,7 +366,8 @@ class Encoder(nn.Module):
         checkpointing = self.vit.grad_checkpointing and torch.is_grad_enabled()
         x, blocks = start.x, self.vit.blocks[:stop]
         if isinstance(self.vit, VisionTransformer):
-            return checkpoint_seq(blocks, x, use_reentrant=False) if checkpointing else blocks(x)
+            x = checkpoint_seq(blocks, x, use_reentrant=False) if checkpointing else blocks(x)
+            return x
         inputs, by_block = start.inputs(0), start.rope is not None and start.rope.ndim == 4
         for layer, block in enumerate(blocks):
             inputs = start.inputs(layer) if by_block else inputs
