@@ -24,11 +24,10 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypedDict, Unp
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mim.callbacks.run_log import MetricsTable
-from mim.cli import call, in_short, translate
+from mim.cli import call, in_short
 from mim.commands import finetune as finetune_command
 from mim.commands import knn as knn_command
 from mim.commands import linear_probe as linear_probe_command
@@ -45,11 +44,13 @@ from mim.errors import MACHINE_ERRORS, InterruptedRunError, StoppedError, UserEr
 from mim.evaluation.features import Pool
 from mim.options.class_paths import plugins
 from mim.options.evaluation import Scores
+from mim.options.pretraining import translate
 from mim.run.failures import as_machine_error
 from mim.run.folder import RunFolder, quieten
 from mim.run.surroundings import left_as_they_were
 from mim.run.weights import LoadedEncoder, load_encoder
 from mim.transfer.features import ClassPool, Extraction, all_images, chosen_device
+from mim.vit import ViT
 
 __all__ = [
     "Features",
@@ -144,7 +145,7 @@ class Run:
         """The folder."""
         return str(self.path)
 
-    def backbone(self, **settings: Any) -> VisionTransformer:  # noqa: ANN401 - timm's
+    def backbone(self, **settings: Any) -> ViT:  # noqa: ANN401 - timm's
         """The trained encoder as a timm model; ``settings`` are those of ``timm.create_model``, as ``num_classes``.
 
         Raises:
@@ -153,7 +154,7 @@ class Run:
         folder = self.path / "export" / "backbone"
         if not folder.is_dir():
             raise UserError(f"{self.path} has exported no backbone yet", hint=f"mim.load({str(self.path)!r})")
-        return cast(VisionTransformer, timm.create_model(f"local-dir:{folder}", pretrained=True, **settings))
+        return cast(ViT, timm.create_model(f"local-dir:{folder}", pretrained=True, **settings))
 
     @property
     def metrics(self) -> dict[str, list[float]]:

@@ -239,7 +239,13 @@ class Encoder(nn.Module):
         run = self.reduction or TokenReduction(KeepRate(1.0))  # which calls block after block
         start, checkpointing = self._start(images), bool(self.vit.grad_checkpointing)
         return run.after_blocks(
-            layers, self.vit.blocks, start.x, self.num_prefix, start.grid, start.rope, checkpointing=checkpointing
+            layers,
+            cast(nn.Sequential, self.vit.blocks),
+            start.x,
+            self.num_prefix,
+            start.grid,
+            start.rope,
+            checkpointing=checkpointing,
         )
 
     def dense(self, tokens: Tokens) -> Tensor:
@@ -367,7 +373,8 @@ class Encoder(nn.Module):
         checkpointing = self.vit.grad_checkpointing and torch.is_grad_enabled()
         x, blocks = start.x, self.vit.blocks[:stop]
         if isinstance(self.vit, VisionTransformer):
-            return checkpoint_seq(blocks, x, use_reentrant=False) if checkpointing else blocks(x)
+            encoded: Tensor = checkpoint_seq(blocks, x, use_reentrant=False) if checkpointing else blocks(x)
+            return encoded
         inputs, by_block = start.inputs(0), start.rope is not None and start.rope.ndim == 4
         for layer, block in enumerate(blocks):
             inputs = start.inputs(layer) if by_block else inputs

@@ -3,7 +3,7 @@
 Nothing is saved here: every patch is embedded, every prediction is made, whether the loss needs it or not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -112,7 +112,7 @@ def _filled(encoder: Encoder, fill: FillMasked, images: Tensor, mask: Tensor, vi
     return sequence
 
 
-def _ropes(rope: Tensor | None, visible: Tensor, depth: int) -> list[Tensor | None]:
+def _ropes(rope: Tensor | None, visible: Tensor, depth: int) -> Sequence[Tensor | None]:
     """Rotary positions of the visible patches for every block, ``(B, 1 or heads, K, 2d)``."""
     if rope is None:
         return [None] * depth
