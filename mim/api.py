@@ -99,6 +99,9 @@ class PretrainOptions(TypedDict, total=False):
     img_size: int | Sequence[int]
     patch_size: int
     in_chans: int
+    registers: int
+    label_column: str | int
+    continue_: Weights
     value_range: str | Sequence[float]
     clip: bool
     bands: str | Sequence[int]
@@ -469,7 +472,7 @@ def _command(plugin: str | Sequence[str] = ()) -> Iterator[None]:
 
 def _arguments(options: Mapping[str, Any]) -> list[str]:
     """Options as the command line has them; those that are None are left out."""
-    return [f"--{name}={_text(value)}" for name, value in options.items() if value is not None]
+    return [f"--{name.rstrip('_')}={_text(value)}" for name, value in options.items() if value is not None]
 
 
 def _text(value: object) -> str:

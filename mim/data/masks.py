@@ -17,10 +17,11 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from mim.data.builtin import MosaicSource, check_colour
-from mim.data.images import FORMATS, ImageError, read_colours, read_image, read_numbers
+from mim.data.images import ImageError, read_colours, read_image, read_numbers
 from mim.data.loading import reading
 from mim.data.mask_classes import Colour, read_classes
 from mim.data.mask_pairs import Pair, find_pairs
+from mim.data.pictures import FORMATS
 from mim.data.pixels import EIGHT_BIT, Pixels
 from mim.data.shapes import ShapeSource
 from mim.errors import UserError

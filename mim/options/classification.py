@@ -20,8 +20,8 @@ class ClassificationOptions(EvaluationOptions):
             of 256 pixels.
         val_fraction: share of each class that is held out and scored if the data sets nothing apart.
         classes: same, or common to score those that both parts have.
-        label_column: column of a table, or number of a folder's level, that holds the labels; those
-            called label or class and the first level with several folders unless given.
+        label_column: column of a table, or number of a folder's level, that holds the
+            labels; found unless given.
         max_bad: share of unreadable files that is tolerated.
         encode_batch: images encoded at once.
         cache: folder of features that were computed before; safe to delete.

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from lightning import Trainer
 
+from mim.data.objects import is_object
 from mim.data.pixels import canonical_range
 from mim.data.pretrain import PretrainData
 from mim.errors import UserError
@@ -198,16 +199,17 @@ def save_config(config: Namespace, path: Path) -> None:
 
 
 def absolute(path: str) -> str:
-    """A path, or pattern of paths, that does not depend on the working directory; names of built-in images stay."""
-    return path if path in BUILT_IN else os.path.abspath(os.path.expanduser(path))
+    """A path, or pattern of paths, that does not depend on the working directory; names of built-in images and objects stay."""
+    return path if path in BUILT_IN or is_object(path) else os.path.abspath(os.path.expanduser(path))
 
 
 def with_absolute_paths(config: Namespace) -> Namespace:
     """The same settings for any working directory: images, weights to start from and models in folders."""
     kept = config.clone()
     kept.data.path = absolute(kept.data.path)
-    if kept.init and Path(kept.init.removeprefix(_FOLDER)).exists():
-        kept.init = absolute(kept.init.removeprefix(_FOLDER))
+    for option in ("init", "continue"):
+        if kept[option] and Path(kept[option].removeprefix(_FOLDER)).exists():
+            kept[option] = absolute(kept[option].removeprefix(_FOLDER))
     arguments = kept.model.init_args
     target = (arguments.get("target") or Namespace()).get("init_args") or Namespace()
     for part in (arguments.encoder, target):
