@@ -479,7 +479,7 @@ def _text(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str | os.PathLike):
-        return os.fspath(value)  # type: ignore[no-any-return]  # of a path, which is text here
+        return os.fspath(value)
     if isinstance(value, Sequence):
         names = all(isinstance(item, str) for item in value)
         return ",".join(value) if names and value else json.dumps(list(value))

@@ -1,6 +1,7 @@
 """What a decoder has to predict for hidden patches: their pixels, or what another network makes of them."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -208,7 +209,7 @@ class FeatureTarget(Target):
         """Width of the frozen ViT, or of its projection."""
         if encoder.in_chans != self.encoder.in_chans:
             raise ValueError(f"the target's ViT takes {self.encoder.in_chans} channels, images have {encoder.in_chans}")
-        return int(self.encoder.vit.head.out_features) if self.projection else self.encoder.dim
+        return cast(nn.Linear, self.encoder.vit.head).out_features if self.projection else self.encoder.dim
 
     @torch.no_grad()
     def forward(self, images: Tensor, grid: tuple[int, int], indices: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -139,5 +139,5 @@ def _classifier(weights: str) -> "ViT | None":
     folder = Path(weights.removeprefix("local-dir:"))
     if not (folder / "config.json").is_file() or json.loads((folder / "config.json").read_text()).get("model_type"):
         return None
-    model: ViT = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
     return model if model.num_classes else None

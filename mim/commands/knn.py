@@ -42,7 +42,7 @@ def run(
     def vote(features: tuple[list[Bank], Bank]) -> dict[str, float]:
         (bank,), queries = features
         asked, truth = (tensor.to(measurement.device) for tensor in queries)
-        shares = {}
+        shares: dict[str, float] = {}
         for neighbours, ranked in knn_answers(*bank, asked, k, temperature).items():
             named = {f"top-{top}": share for top, share in accuracies(ranked, truth).items()}
             if measurement.uneven:

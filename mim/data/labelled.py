@@ -101,11 +101,11 @@ def open_labelled(
         train, test = open_object(data, channels)
     else:
         train, test = open_source(data, channels, same_classes=False, label_column=label_column)
-    for source in filter(None, (train, test)):
-        source.pixels = pixels
     for source in (train, test):
-        if source is not None and not source.labels:
-            raise _no_labels(data, source)
+        if source is not None:
+            source.pixels = pixels
+            if not source.labels:
+                raise _no_labels(data, source)
     notes = tuple(train.findings())
     if test is None or train.classes == test.classes:
         return LabelledImages(train, test, train.classes, train.name, notes)

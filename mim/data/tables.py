@@ -101,8 +101,8 @@ class _Columns:
         others = [place for place in self.places if place not in (path, part) and not self._is_index(place, path)]
         pictures = [place for place in others if self._holds_files(place)]
         notes = [f"column {self.names[place]} names other files and is not read" for place in pictures]
-        labels, unclear, note = self._find_labels([place for place in others if place not in pictures], path)
-        return Table(located, labels, parts, unclear, (*notes, *note))
+        found, unclear, more = self._find_labels([place for place in others if place not in pictures], path)
+        return Table(located, found, parts, unclear, (*notes, *more))
 
     def __getitem__(self, place: int) -> list[str]:
         return [row[place] for row in self.rows]

@@ -1,6 +1,6 @@
 """Make weights of one ViT fit another: positions, patch size and channels; and tell what cannot be made to fit."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import isqrt
 from typing import Any, NamedTuple, cast
 
@@ -182,12 +182,12 @@ def _grid_of(count: int, prefixes: list[int], new: Grid, known: Grid | None) -> 
     The grid is the one that is known; or that of the model if it has as many patches; or a square; or of the model's
     proportions. None if it is none of these.
     """
-    rules = (
+    rules: list[Callable[[int], Grid | None]] = (
         [lambda patches: known if known[0] * known[1] == patches else None]
         if known is not None
         else [
             lambda patches: new if new[0] * new[1] == patches else None,
-            lambda patches: (isqrt(patches),) * 2 if _is_square(patches) else None,
+            lambda patches: (isqrt(patches), isqrt(patches)) if _is_square(patches) else None,
             lambda patches: _in_proportion(patches, new),
         ]
     )

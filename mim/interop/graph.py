@@ -91,5 +91,5 @@ def _write_onnx(
         model = onnx.load(path)
         onnx.helper.set_model_props(model, {CLASSES: names})
         onnx.save(model, path)
-    session = ReferenceEvaluator(str(path))
+    session: Any = ReferenceEvaluator(str(path))
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])

@@ -199,7 +199,7 @@ def save_config(config: Namespace, path: Path) -> None:
 
 
 def absolute(path: str) -> str:
-    """A path, or pattern of paths, that does not depend on the working directory; names of built-in images and objects stay."""
+    """A path, or pattern of paths, for any working directory; names of built-in images and of objects stay."""
     return path if path in BUILT_IN or is_object(path) else os.path.abspath(os.path.expanduser(path))
 
 
@@ -211,9 +211,9 @@ def with_absolute_paths(config: Namespace) -> Namespace:
         if kept[option] and Path(kept[option].removeprefix(_FOLDER)).exists():
             kept[option] = absolute(kept[option].removeprefix(_FOLDER))
     arguments = kept.model.init_args
-    target = (arguments.get("target") or Namespace()).get("init_args") or Namespace()
-    for part in (arguments.encoder, target):
-        if str(part.get("model") or "").startswith(_FOLDER):
+    target = arguments.get("target")
+    for part in (arguments.encoder, target.get("init_args") if target else None):
+        if part and str(part.get("model") or "").startswith(_FOLDER):
             part.model = _FOLDER + absolute(part.model.removeprefix(_FOLDER))
     return kept
 

@@ -260,7 +260,12 @@ class Segmentation(Measurement):
         model = model.cpu()
         scale = loaded.pixels.exported(loaded.mean, loaded.std)
         export_backbone(model.encoder.vit, folder, card=card, pool=loaded.pool, **scale)
-        facts = {"format": "pt", "head": self.recipe.head, "taps": self.taps, "classes": list(self.data.names)}
+        facts: dict[str, Any] = {
+            "format": "pt",
+            "head": self.recipe.head,
+            "taps": self.taps,
+            "classes": list(self.data.names),
+        }
         facts |= {"dim": model.encoder.dim, "batch_norm": self.recipe.batch_norm}
         metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
         state = {name: value.contiguous() for name, value in model.head.state_dict().items()}
