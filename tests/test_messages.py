@@ -80,15 +80,11 @@ def test_5_a_timm_model_that_does_not_exist(mistake):
     assert "vit_tiny_patch16_224" in text.split("try:")[1]
 
 
-@pytest.mark.parametrize("model", ["resnet18", "swin_tiny_patch4_window7_224", "eva02_tiny_patch14_224"])
+@pytest.mark.parametrize("model", ["resnet18", "swin_tiny_patch4_window7_224"])
 def test_6_a_model_that_is_not_a_plain_vit(mistake, model):
     text = mistake("--model", model)
     assert model in text
     assert "vit_small_patch16_224" in text.split("try:")[1]
-
-
-def test_6b_a_model_with_rotary_positions_is_refused_in_its_own_words(mistake):
-    assert "rotary" in mistake("--model", "eva02_tiny_patch14_224")
 
 
 def test_7_out_of_memory_names_the_settings_that_help(mistake, monkeypatch, photos):

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mim.methods import Method
 from mim.run.folder import RunFolder, terminal
+from mim.run.words import duration
 
 
 class MetricsTable:
@@ -179,15 +180,6 @@ class RunLog(Callback):
         """A line for every twentieth of the run, and every minute of a slow one."""
         twentieth = max(1, max_steps // self.every // 20)
         return step == max_steps or step // self.every % twentieth == 0 or time.monotonic() - self._said > 60
-
-
-def duration(seconds: float) -> str:
-    """Like ``5h 41m``, ``12m 03s`` or ``8s``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h {minutes:02d}m"
-    return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
 
 
 def _workers(trainer: Trainer) -> int:

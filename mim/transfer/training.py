@@ -12,7 +12,6 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from mim.callbacks import Checkpoints, Signals
-from mim.callbacks.run_log import duration
 from mim.data.bad_files import BadFiles
 from mim.data.finetune import FinetuneData
 from mim.data.segmentation import SegmentationData
@@ -23,6 +22,7 @@ from mim.methods import NonFiniteError
 from mim.options.evaluation import TrainingOptions
 from mim.run.checkpoint_files import AtomicCheckpointIO, checkpoint_step, newest_good
 from mim.run.trainer import build_trainer
+from mim.run.words import duration
 from mim.transfer.measurement import PRETRAINED
 
 _QUIET = 30.0

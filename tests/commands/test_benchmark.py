@@ -241,7 +241,7 @@ def test_an_option_of_another_measurement_is_refused_instead_of_ignored(command,
     own = {"pareto": ["--weights=test_vit"], "pareto_finetuned": ["--finetuned=runs"]}.get(command, [])
     for option in foreign:
         assert main(command, [*own, f"--{option}=1"]) == 2
-        assert f"there is no setting {option}" in capsys.readouterr().err
+        assert f"there is no option --{option}" in capsys.readouterr().err
 
 
 def test_a_recipe_that_is_not_there_is_refused():
