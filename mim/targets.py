@@ -175,7 +175,7 @@ class FeatureTarget(Target):
         if projection and not isinstance(self.encoder.vit.head, nn.Linear):
             raise UserError(
                 f"--model.init_args.target.init_args.projection: {model} has no linear head",
-                hint="--model.init_args.target.init_args.projection false",
+                hint="projection: false   or a model with a head, such as CLIP's",
             )
         expected = self.encoder.statistics if own_normalisation else (mean, std)
         given_mean, given_std, own_mean, own_std = (

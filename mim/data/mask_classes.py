@@ -173,9 +173,9 @@ def refuse_absent(numbers: ClassNumbers, found: set[int], names: Sequence[str], 
     if not absent:
         return
     place = absent[0]
-    more = f" and {len(absent) - 1} more classes" if len(absent) > 1 else ""
-    what = f"value {numbers.scored[place]} ({names[place]}){more}"
-    error = f"--data {data}: {what} occurs in none of the {masks:,} masks"
+    more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+    what = f"the class {numbers.scored[place]} ({names[place]})"
+    error = f"--data {data}: {what} occurs in none of the {masks:,} masks{more}"
     if black_and_white(found, numbers.ignore):
         raise _black_and_white(error)
     present = [value for value in numbers.scored if value in found]

@@ -4,9 +4,9 @@ import inspect
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from lightning import Trainer
@@ -147,6 +147,7 @@ def parse_saved(file: Path) -> Namespace:
 
 def instantiate(config: Namespace) -> Namespace:
     """Builds what a parsed config describes; what a constructor refuses becomes a :class:`UserError`."""
+    _refuse_lists(config.model)
     try:
         with known_class_paths():
             objects: Namespace = build_parser().instantiate(config)
@@ -159,6 +160,16 @@ def instantiate(config: Namespace) -> Namespace:
         why = "a list stands where named settings belong" if "must be a mapping" in str(cause) else None
         raise UserError(str(cause)[:300] if not why else "the config has a wrong shape", why=why, hint=_HELP) from error
     return objects
+
+
+def _refuse_lists(model: Namespace) -> None:
+    """Refuses a list where a method takes named settings: jsonargparse would leave it and take the defaults."""
+    module, _, name = model.class_path.rpartition(".")
+    hints = get_type_hints(getattr(sys.modules[module], name).__init__)
+    for setting, kind in hints.items():
+        if is_dataclass(kind) and isinstance(model.init_args.get(setting), list):
+            why = "a list stands where named settings belong"
+            raise UserError(f"--model.init_args.{setting} has a wrong shape", why=why, hint=_HELP)
 
 
 def run_options(config: Namespace) -> RunOptions:

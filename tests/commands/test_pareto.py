@@ -21,7 +21,7 @@ def pareto(weights, photos, *args):
 
 
 def test_every_rate_is_a_point_beside_the_whole_model(weights, photos, tmp_path, capsys):
-    make_shapes.run(tmp_path / "masks", train=4, val=2, size=32)
+    make_shapes.run(tmp_path / "masks", train=10, val=5, size=32)
     options = ["--reduction", "tome,random", "--shares", "0.8,0.6", "--masks", str(tmp_path / "masks")]
     assert pareto(weights, photos, *options) == 0
     result = json.loads(Path("page/metrics.json").read_text())
@@ -66,7 +66,7 @@ def test_fine_tunings_are_points_of_one_page(weights, photos, tmp_path, capsys):
     """Classification and segmentation each beside a fine-tuning without reduction, with what each has learnt."""
     assert finetuned(weights, photos, "whole") == 0
     assert finetuned(weights, photos, "cropr", "--reduction", "cropr:2") == 0
-    make_shapes.run(tmp_path / "masks", train=4, val=2, size=32)
+    make_shapes.run(tmp_path / "masks", train=10, val=5, size=32)
     segment = ["--weights", weights, "--data", "masks", "--steps", "2", "--batch_size", "4", "--finetune", "true"]
     segment += ["--device", "cpu", "--num_workers", "0", "--devices", "1", "--pictures", "0"]
     assert main("segment", [*segment, "--out", "tuned/segment"]) == 0

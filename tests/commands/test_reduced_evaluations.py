@@ -37,7 +37,7 @@ def result(folder):
 
 @pytest.fixture
 def masks(tmp_path):
-    make_shapes.run(tmp_path / "masks", train=8, val=4, size=32)
+    make_shapes.run(tmp_path / "masks", train=10, val=5, size=32)
     return tmp_path / "masks"
 
 

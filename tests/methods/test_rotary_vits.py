@@ -131,7 +131,7 @@ def test_ibot_draws_what_there_is_where_attention_cannot_be_read():
 def test_features_of_a_rotary_vit_can_be_the_target(tmp_path):
     frozen = FeatureTarget.__new__(FeatureTarget)
     torch.nn.Module.__init__(frozen)
-    frozen.encoder = encoder().eval()
+    frozen.encoder, frozen.projection = encoder().eval(), False
     frozen.register_buffer("scale", torch.ones(3, 1, 1))
     frozen.register_buffer("shift", torch.zeros(3, 1, 1))
     places = torch.tensor([[0, 5]])
