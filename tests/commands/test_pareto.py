@@ -38,7 +38,7 @@ def test_every_rate_is_a_point_beside_the_whole_model(weights, photos, tmp_path,
     assert Path("page/pareto.md").read_text().count("\n") == 7
     assert Image.open("page/pareto.png").width == 1300
     assert "speed, wall" in capsys.readouterr().out
-    common = ["--weights", weights, "--data", str(photos), "--num_workers", "0", "--seeds", "0", "--pool", "mean"]
+    common = ["--weights", weights, "--data", str(photos), "--num_workers", "0", "--seeds", "0"]
     assert main("knn", [*common, "--k", "[20]", "--out", "knn"]) == 0
     neighbours = json.loads(Path("knn/metrics.json").read_text())["metrics"]["20-NN top-1"]
     assert neighbours == [result["metrics"]["none"]["20-NN top-1"]]

@@ -157,8 +157,13 @@ def test_black_and_white_masks_name_the_way_to_read_them(tmp_path, options):
         ([[0, 38]], {}, "no mask holds value 1-37, others go up to 38", "--mask_values 0,38 "),
         ([[0, 128, 250]], {}, "do not hold class numbers", "--mask_values 0,128,250 "),
         ([[0, 1, 3]], {}, "no mask holds value 2, others go up to 3", "--mask_values 0,1,3 "),
-        ([[0, 1]], {"num_classes": 3}, r"value 2 \(class 2\) occurs in none of the 4 masks", "--mask_values 0,1 "),
-        ([[0, 3]], {"num_classes": 4}, r"value 1 \(class 1\) and 1 more", "--mask_values 0,3 "),
+        ([[0, 1]], {"num_classes": 3}, r"the class 2 \(class 2\) occurs in none of the 4 masks", "--mask_values 0,1 "),
+        (
+            [[0, 3]],
+            {"num_classes": 4},
+            r"the class 1 \(class 1\) occurs in none of the 4 masks \(and",
+            "--mask_values 0,3 ",
+        ),
     ],
 )
 def test_a_class_that_occurs_nowhere_is_refused(tmp_path, values, options, error, hint):

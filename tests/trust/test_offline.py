@@ -23,7 +23,7 @@ def watch(event, args):
         if "/sbin/ldconfig" not in str(args[0]):  # how the standard library looks for a shared library
             seen.append(f"{event} {args[:1]}")
     elif event == "open" and WATCH_ALL and isinstance(args[1], str) and set(args[1]) & set("wax+"):
-        nothing = str(args[0]) == "/dev/null"  # dill, which comes with datasets, asks it for the types of files
+        nothing = str(args[0]) == "/dev/null"  # dill asks it for types of files
         if not nothing and not str(args[0]).endswith(".pyc") and "__pycache__" not in str(args[0]):
             seen.append(f"{event} {args[:2]}")
 sys.addaudithook(watch)
