@@ -34,7 +34,7 @@ from mim.run.config import (
 )
 from mim.run.failures import diverged, failure_of_a_step, lost_process
 from mim.run.folder import UNWRITABLE, RunFolder, git_commit, quieten, versions
-from mim.run.resuming import remember_moved_data, resumed_arguments
+from mim.run.resuming import check_number_of_images, remember_moved_data, resumed_arguments
 from mim.run.trainer import build_trainer
 from mim.run.weights import ModelCard, export_backbone, init_backbone, load_method
 from mim.run.words import conclusion, device_name, introduction, parameters, random_start
@@ -113,6 +113,8 @@ class Pretraining:
                 raise
             hint = f"--resume {self.resumed.path} --data NEW --allow_change data.path   if they have moved"
             raise UserError(error.error, why="the run was started with these images", hint=hint) from error
+        if self.resumed is not None and "data.path" not in self.config.allow_change.split(","):
+            check_number_of_images(self.resumed, len(self.data.source))
 
     def run(self, args: Sequence[str]) -> int:
         """Trains to the end, to a signal or to a failure; a disk that takes no more is a mistake of the user."""

@@ -46,6 +46,17 @@ def _counted(rows: Sequence[str]) -> str:
     return "1 setting differs" if len(rows) == 1 else f"{len(rows)} settings differ"
 
 
+def check_number_of_images(run: RunFolder, images: int) -> None:
+    """Refuses data that have more or fewer images than when the run began: its order and its length follow from them."""
+    before = run.read_summary().get("images", images)
+    if before != images:
+        raise UserError(
+            f"--resume {run.path}: the data hold {images:,} images, the run began with {before:,}",
+            why="the order of the images and the length of the run follow from their number",
+            hint=f"--resume {run.path} --allow_change data.path   or start fresh:  --init {run.path}",
+        )
+
+
 def remember_moved_data(run: RunFolder, config: Namespace) -> None:
     """Writes into the run's settings where its images are now, if the user has allowed that to change."""
     saved, path = parse_saved(run.config), absolute(config.data.path)

@@ -257,3 +257,15 @@ def test_a_published_name_as_the_model_is_said_to_start_from_random_weights(tmp_
     model = "test_vit.r160_in1k"
     assert train(tmp_path / "run", "--epochs", "0.05", "--model", model) == 0
     assert f"note: --model {model} trains from random weights; --init {model} starts" in capsys.readouterr().out
+
+
+def test_data_that_lost_an_image_do_not_go_on_in_another_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    for number in range(16):
+        to_pil_image(torch.full((3, 40, 40), number / 16)).save(f"images/{number}.png")
+    assert train("run", "--data", "images") == 0
+    Path("images/3.png").unlink()
+    assert main("pretrain", ["--resume", "run"]) == 2
+    assert "the data hold 15 images, the run began with 16" in capsys.readouterr().err
+    assert main("pretrain", ["--resume", "run", "--allow_change", "data.path"]) == 0
