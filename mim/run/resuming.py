@@ -47,7 +47,7 @@ def _counted(rows: Sequence[str]) -> str:
 
 
 def check_number_of_images(run: RunFolder, images: int) -> None:
-    """Refuses data that have more or fewer images than when the run began: its order and its length follow from them."""
+    """Refuses data that hold more or fewer images than when the run began: its order and length follow from them."""
     before = run.read_summary().get("images", images)
     if before != images:
         raise UserError(
