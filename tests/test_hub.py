@@ -51,6 +51,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub(monkeypatch):
     server = HTTPServer(("127.0.0.1", 0), Hub)
     server.asked, server.address = [], f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the server is on this machine
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
     monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", server.address)
     monkeypatch.setenv("HF_TOKEN", "hf_not_a_token")
