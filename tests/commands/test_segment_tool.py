@@ -117,7 +117,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights(weights, masks, stop_aft
     whole, resumed = (json.loads(Path(name, "metrics.json").read_text())["metrics"] for name in ("whole", "stopped"))
     assert whole == resumed
     assert Path("stopped/overlay_0.png").exists()
-    assert load_head(Path("whole/export/head.safetensors")).taps == [2, 3, 4, 5]
+    assert load_head(Path("whole/export/head.safetensors")).taps == [0, 2, 3, 5]  # a quarter of six blocks each
     assert not list(Path("stopped").rglob("*.ckpt"))
 
 
