@@ -66,7 +66,7 @@ def test_policies_stand_side_by_side(weights):
     assert visualize(weights, "--policy", "all") == 0
     assert list(read_strip(Path("visualize.png"))) == [
         *("input", "attention"),
-        *("random", "block", "high", "hint", "low"),
+        *("random", "block", "inverse", "high", "hint", "low"),
     ]
 
 
