@@ -6,6 +6,7 @@ from mim.interop.layouts import named_tensors, to_timm
 from mim.interop.misfit import misfit
 from mim.interop.reading import check_timm_folder, load_weights, read_vit, refuse_compressed, scale_of, weights_in
 from mim.interop.rotary import likely_rotary, to_rotary
+from mim.interop.sharded import deepspeed_weights
 from mim.interop.timm_folder import ModelCard, export_backbone
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "adapt",
     "arguments_of",
     "check_timm_folder",
+    "deepspeed_weights",
     "differences",
     "export_backbone",
     "hf_folder",

@@ -23,6 +23,7 @@ from mim.interop import (
     adapt,
     arguments_of,
     check_timm_folder,
+    deepspeed_weights,
     differences,
     export_backbone,
     hf_folder,
@@ -212,19 +213,25 @@ def _build(
     """The encoder that weights of no run belong to, as they themselves tell, with random weights."""
     dynamic = dynamic_img_size or None
     folder = Path(weights.removeprefix("local-dir:"))
-    if model is None and folder.is_dir() and not hf_folder(folder):
-        home = _weights_in(folder, "--weights")[0].parent
-        check_timm_folder(home, "--weights")
-        return Encoder(f"local-dir:{home}", img_size, dynamic_img_size=dynamic)
     if not folder.exists():
         if model is None:
             check_published(weights, "--weights")
         return Encoder(model or weights, img_size, dynamic_img_size=dynamic)
-    if folder.is_dir() and not hf_folder(folder):
-        return Encoder(cast(str, model), img_size, dynamic_img_size=dynamic)
+    if (home := _timm_home(folder)) is not None:
+        if model is None:
+            check_timm_folder(home, "--weights")
+        return Encoder(model or f"local-dir:{home}", img_size, dynamic_img_size=dynamic)
     name, arguments = foreign_model(weights, model, img_size, trust=trust)
     size, channels = arguments.pop("img_size", None), arguments.pop("in_chans", None)
     return Encoder(name, size, in_chans=channels, dynamic_img_size=dynamic, kwargs=arguments)
+
+
+def _timm_home(folder: Path) -> Path | None:
+    """The timm folder that a folder is, or that lies in a run; None for what others wrote."""
+    if not folder.is_dir() or hf_folder(folder):
+        return None
+    home = _weights_in(folder, "--weights")[0].parent
+    return home if (home / "config.json").is_file() else None
 
 
 def init_backbone(vit: ViT, weights: str, *, trust: bool = False, option: str = "--init") -> str:
@@ -279,23 +286,25 @@ def _find_weights(weights: str, trust: bool, option: str) -> tuple[str, dict[str
         return _published(weights, option)
     grid = grid or _recorded_grid(path.parent) or _grid_of_run(path.parent.parent)
     path = path.resolve()  # last.ckpt is a link to a checkpoint, beside which its hash lies
-    if sidecar(path).is_file() and (reason := verify(path)) and path.suffix == ".ckpt":
+    if path.match("step-*.ckpt") and sidecar(path).is_file() and (reason := verify(path)):
         raise UserError(f"{option} {path} is damaged", why=reason, hint="the checkpoint before it")
     return *read_vit(path, trust=trust, option=option), grid
 
 
 def _weights_in(folder: Path, option: str) -> tuple[Path, tuple[int, int] | None]:
-    """The weight file of a timm folder or a run, the export before the last checkpoint."""
+    """The weight file of a folder or a run, the export before the last checkpoint."""
     for home in (folder, folder / "export" / "backbone"):
         if (home / "config.json").is_file():
             return weights_in(home), _recorded_grid(home)
-    last = folder / "checkpoints" / "last.ckpt"
-    if not last.is_file():
+    last, alone = folder / "checkpoints" / "last.ckpt", weights_in(folder)
+    found = next(filter(Path.is_file, (last, alone)), None) or deepspeed_weights(folder, option)
+    if found is None:
         raise UserError(
             f"{option} {folder} holds no weights",
-            why="it is neither a timm folder (config.json) nor a run (export/backbone or checkpoints/last.ckpt)",
+            why="it is no timm or Hugging Face folder (config.json beside model.safetensors or pytorch_model.bin), no "
+            "run (export/backbone or checkpoints/last.ckpt) and no checkpoint of DeepSpeed",
         )
-    return last, None
+    return found, None
 
 
 def _recorded_grid(folder: Path) -> tuple[int, int] | None:
