@@ -1,5 +1,6 @@
 """Weights of other programs, in and out: safe reading, layouts, fitting, the timm folder."""
 
+from mim.interop.built import Built, built, built_otherwise, refuse_otherwise
 from mim.interop.fit import adapt, arguments_of, differences, likely_model
 from mim.interop.hf_folder import hf_folder
 from mim.interop.layouts import named_tensors, to_timm
@@ -10,9 +11,12 @@ from mim.interop.sharded import deepspeed_weights
 from mim.interop.timm_folder import ModelCard, export_backbone
 
 __all__ = [
+    "Built",
     "ModelCard",
     "adapt",
     "arguments_of",
+    "built",
+    "built_otherwise",
     "check_timm_folder",
     "deepspeed_weights",
     "differences",
@@ -25,6 +29,7 @@ __all__ = [
     "named_tensors",
     "read_vit",
     "refuse_compressed",
+    "refuse_otherwise",
     "scale_of",
     "to_rotary",
     "to_timm",

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from pathlib import Path
 from pickle import UnpicklingError
-from zipfile import BadZipFile, ZipFile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import timm
 import torch
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mim.errors import UserError
+from mim.interop.hf_folder import MODEL_TYPES
 from mim.interop.layouts import NoViTError, named_tensors, to_timm
 from mim.interop.sharded import INDEX, refuse_part, shards_of
 from mim.interop.unpickling import unpickled
@@ -21,7 +22,16 @@ from mim.interop.unpickling import unpickled
 CHECKSUMS = "SHA256SUMS"
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _WEIGHT_FILES = (*_WHOLE, *(f"{name}{INDEX}" for name in _WHOLE))
+_OTHER_KINDS = {
+    ".npz": "a file of NumPy arrays, such as weights of JAX",
+    ".h5": "a file of TensorFlow's weights",
+    ".msgpack": "a file of Flax's weights",
+    ".onnx": "an ONNX graph with its weights",
+    ".gguf": "a file of quantised weights",
+    ".tflite": "a TensorFlow Lite graph with its weights",
+}
 _SPREAD = 4  # weights may take so many times their file's bytes: fp8 as fp32
+_ADAPTER = re.compile(r"(?:^|[._])lora_[abAB](?:[._]|$)")
 _SMALL = 1 << 26  # 64 MiB, below which nobody has to account for memory
 _DEPTH = 1000  # blocks of a model that a folder may ask for
 
@@ -54,7 +64,7 @@ def _of_file(path: Path, trust: bool, option: str) -> dict[str, Tensor]:
     _refuse_stand_in(path, option)
     _check_sum(path, option)
     try:
-        safe = path.suffix == ".safetensors"
+        safe = _is_safetensors(path)
         if not safe:
             refuse_compressed(path)
         checkpoint = load_file(path) if safe else unpickled(path, trust=trust)
@@ -88,6 +98,12 @@ def read_vit(path: Path, *, trust: bool = False, option: str = "--init") -> tupl
         UserError: as :func:`load_weights`, and if there is no ViT in the file.
     """
     tensors = load_weights(path, trust=trust, option=option)
+    if adapters := [name for name in tensors if _ADAPTER.search(name)]:
+        raise UserError(
+            f"{option} {path} holds LoRA adapters that are not merged into the weights",
+            why=f"such as {adapters[0]}; without them it is another model",
+            hint=f"torch.save(model.merge_and_unload().state_dict(), '{path.stem}-merged.pth')   with peft",
+        )
     try:
         return to_timm(tensors)
     except NoViTError as error:
@@ -129,6 +145,8 @@ def check_timm_folder(folder: Path, option: str) -> None:
     config, weights = folder / "config.json", weights_in(folder)
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
+        if "model_type" in settings and "architecture" not in settings:
+            raise ValueError(f"a {settings['model_type']} of Hugging Face is not read; {', '.join(MODEL_TYPES)} are")
         if int(settings.get("model_args", {}).get("depth", 0)) > _DEPTH:
             raise ValueError(f"it asks for a model of more than {_DEPTH} blocks")
         with torch.device("meta"):
@@ -199,7 +217,22 @@ def _refuse_stand_in(path: Path, option: str) -> None:
         )
 
 
+def _is_safetensors(path: Path) -> bool:
+    """By its first bytes, length of a header and the header, whatever it is called; by its name if it is damaged."""
+    with path.open("rb") as file:
+        length, brace = int.from_bytes(file.read(8), "little"), file.read(1)
+    if path.suffix == ".safetensors":
+        return not is_zipfile(path)
+    return brace == b"{" and 2 <= length <= path.stat().st_size - 8
+
+
 def _unreadable(path: Path, option: str, problem: Exception) -> UserError:
+    if (kind := _OTHER_KINDS.get(path.suffix.lower())) is not None:
+        return UserError(
+            f"{option} {path} is {kind}, which are not read",
+            why="read are what torch.save wrote (.pth, .pt, .ckpt, .bin) and .safetensors",
+            hint=f"torch.save(model.state_dict(), '{path.with_suffix('.pth').name}')   in the program that opens it",
+        )
     foreign = re.search(r"GLOBAL ([\w.]+)", str(problem))
     if foreign:
         return UserError(

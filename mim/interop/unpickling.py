@@ -84,15 +84,20 @@ def unpickled(path: Path, *, trust: bool) -> object:
         Exception: almost any, if the file is damaged, hostile or holds objects of unknown classes.
     """
     if trust:
-        return _without_modules(torch.load(path, map_location="cpu", weights_only=False))
+        return _without_modules(_load(path, weights_only=False))
     kinds = {name: _Ignored if name.startswith("numpy.") else _Attributes for name in _harmless(path)}
     try:
         with safe_globals([(type("StandIn", (kind,), {}), name) for name, kind in kinds.items()]):
-            return _without_modules(torch.load(path, map_location="cpu", weights_only=True))
+            return _without_modules(_load(path))
     except Exception:
         if not kinds:
             raise
-    return torch.load(path, map_location="cpu", weights_only=True)  # which names what it does not know
+    return _load(path)  # which names what it does not know
+
+
+def _load(path: Path, weights_only: bool = True) -> Any:  # noqa: ANN401 - whatever is in the file
+    with path.open("rb") as file:  # of a path torch looks at the ending, too
+        return torch.load(file, map_location="cpu", weights_only=weights_only)
 
 
 def _without_modules(value: Any, depth: int = 4) -> Any:  # noqa: ANN401 - whatever is in the file

@@ -19,9 +19,12 @@ from mim.errors import UserError
 from mim.evaluation.features import Pool
 from mim.hub import missing_published
 from mim.interop import (
+    Built,
     ModelCard,
     adapt,
     arguments_of,
+    built,
+    built_otherwise,
     check_timm_folder,
     deepspeed_weights,
     differences,
@@ -32,6 +35,7 @@ from mim.interop import (
     load_weights,
     misfit,
     read_vit,
+    refuse_otherwise,
     scale_of,
     to_rotary,
     weights_in,
@@ -203,7 +207,7 @@ def foreign_model(
         vit = Encoder(name, size).vit
     if isinstance(vit, Eva):
         tensors = to_rotary(tensors, vit)
-    arguments = arguments_of(tensors, vit)
+    arguments = arguments_of(tensors, vit) | (built_otherwise(foreign.built, vit) if foreign else {})
     return name, arguments | ({"img_size": size} if size else {})
 
 
@@ -247,6 +251,7 @@ def init_backbone(vit: ViT, weights: str, *, trust: bool = False, option: str = 
         UserError: if nothing is found, or a tensor would stay random, or be left out, that every feature depends on.
     """
     layout, tensors, grid = _find_weights(weights, trust, option)
+    refuse_otherwise(_built_of(weights), vit, weights, option)
     found, own = _rotary(vit, weights, tensors, option) if isinstance(vit, Eva) else tensors, vit.state_dict()
     tensors, notes = adapt(found, vit, grid)
     matched = {name: tensors[name] for name in own if _same_kind(tensors.get(name), own[name])}
@@ -260,6 +265,22 @@ def init_backbone(vit: ViT, weights: str, *, trust: bool = False, option: str = 
     unused = len(tensors.keys() - matched.keys())
     notes += [f"{unused} of its tensors not used"] if unused else []
     return ", ".join([f"init: {len(matched)} of {len(own)} tensors from {weights} ({layout} layout)", *notes])
+
+
+def _built_of(weights: str) -> Built:
+    """How the model of some weights was built, as far as a folder, a run or timm's name tells."""
+    path = Path(weights.removeprefix("local-dir:"))
+    home = path if path.is_dir() else path.parent
+    if foreign := hf_folder(home):
+        return foreign.built
+    try:
+        with torch.device("meta"):
+            if path.exists() and (run := run_of(weights)) and not (home / "config.json").is_file():
+                encoder = parse_saved(run / "config.yaml").model.init_args.encoder
+                return built(Encoder(encoder.model, kwargs=encoder.kwargs).vit)
+            return built(timm.create_model(f"local-dir:{home}" if path.exists() else weights, num_classes=0))
+    except Exception:  # a folder of anybody's, which need not say anything
+        return Built()
 
 
 def _rotary(vit: Eva, weights: str, tensors: dict[str, Tensor], option: str) -> dict[str, Tensor]:
@@ -295,7 +316,7 @@ def _weights_in(folder: Path, option: str) -> tuple[Path, tuple[int, int] | None
     """The weight file of a folder or a run, the export before the last checkpoint."""
     for home in (folder, folder / "export" / "backbone"):
         if (home / "config.json").is_file():
-            return weights_in(home), _recorded_grid(home)
+            return _present(weights_in(home), option), _recorded_grid(home)
     last, alone = folder / "checkpoints" / "last.ckpt", weights_in(folder)
     found = next(filter(Path.is_file, (last, alone)), None) or deepspeed_weights(folder, option)
     if found is None:
@@ -305,6 +326,22 @@ def _weights_in(folder: Path, option: str) -> tuple[Path, tuple[int, int] | None
             "run (export/backbone or checkpoints/last.ckpt) and no checkpoint of DeepSpeed",
         )
     return found, None
+
+
+def _present(weights: Path, option: str) -> Path:
+    """The same; refuses a folder whose ``config.json`` has no weights beside it, and says what is there instead."""
+    if weights.is_file():
+        return weights
+    others = sorted(
+        file.name for file in weights.parent.iterdir() if file.suffix in (".msgpack", ".h5", ".onnx", ".npz")
+    )
+    raise UserError(
+        f"{option} {weights.parent} holds no weights",
+        why=f"it has {', '.join(others)}; " * bool(others) + "read are model.safetensors or pytorch_model.bin",
+        hint=f"from_pretrained(...).save_pretrained('{weights.parent}')   with the program that reads them"
+        if others
+        else None,
+    )
 
 
 def _recorded_grid(folder: Path) -> tuple[int, int] | None:
