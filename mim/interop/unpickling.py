@@ -84,7 +84,7 @@ def unpickled(path: Path, *, trust: bool) -> object:
         Exception: almost any, if the file is damaged, hostile or holds objects of unknown classes.
     """
     if trust:
-        return _without_modules(_load(path, weights_only=False))
+        return _without_modules(_load(path, trust=True))
     kinds = {name: _Ignored if name.startswith("numpy.") else _Attributes for name in _harmless(path)}
     try:
         with safe_globals([(type("StandIn", (kind,), {}), name) for name, kind in kinds.items()]):
@@ -95,9 +95,9 @@ def unpickled(path: Path, *, trust: bool) -> object:
     return _load(path)  # which names what it does not know
 
 
-def _load(path: Path, weights_only: bool = True) -> Any:  # noqa: ANN401 - whatever is in the file
+def _load(path: Path, trust: bool = False) -> Any:  # noqa: ANN401 - whatever is in the file
     with path.open("rb") as file:  # of a path torch looks at the ending, too
-        return torch.load(file, map_location="cpu", weights_only=weights_only)
+        return torch.load(file, map_location="cpu", weights_only=not trust)
 
 
 def _without_modules(value: Any, depth: int = 4) -> Any:  # noqa: ANN401 - whatever is in the file
