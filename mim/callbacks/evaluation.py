@@ -128,7 +128,7 @@ class Evaluation(Callback):
                 self.run_log.metrics.add(step, epoch, values)
                 for logger in trainer.loggers:
                     logger.log_metrics(values, step)
-                self._draw(method, epoch)
+                self._draw(method, method.plan.passes(step))
                 self._say(method, step, values)
                 write_report(self.run_log.run.path)
             trainer.strategy.barrier()
