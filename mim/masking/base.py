@@ -63,7 +63,8 @@ class Masking(nn.Module):
         Args:
             batch_size: number of images ``B``.
             grid: ``(h, w)`` patches per side, ``N = h*w``.
-            scores: ``(B, N)``, higher is hidden first; only guided policies look at them.
+            scores: ``(B, N)``, higher is hidden first; only guided policies look at them. Patches of ``-inf`` come
+                last, whatever a policy makes of scores.
             progress: share of training done, 0 to 1.
             generator: random numbers of each row; fresh ones, seeded by torch's global generator, if not given.
             device: where the masks are wanted; where they are drawn, the generator's device, if not given.
