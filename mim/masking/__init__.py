@@ -5,6 +5,7 @@ from mim.masking.base import Masking
 from mim.masking.block import BlockMasking
 from mim.masking.grid import GridMasking
 from mim.masking.hard_patch import HardPatchMasking
+from mim.masking.rectangle import RectangleMasking
 from mim.masking.uniform import RandomMasking, VaryingRandomMasking
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "HardPatchMasking",
     "Masking",
     "RandomMasking",
+    "RectangleMasking",
     "VaryingRandomMasking",
 ]
