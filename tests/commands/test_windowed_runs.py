@@ -36,6 +36,7 @@ def train(out, *args):
     return main("pretrain", ["--config", str(TINY), "--out", str(out), "--in_chans", "2", *SMALL, *map(str, args)])
 
 
+@pytest.mark.middle
 def test_a_run_on_windows_resumes_to_the_same_bits_and_keeps_its_grid(scenes, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     whole, part = tmp_path / "whole", tmp_path / "part"
@@ -62,9 +63,9 @@ def test_check_data_counts_windows_and_the_list_that_it_writes_can_be_trained_on
     look = ["--data", str(scenes), "--channels", "2", "--windows", "64", "--stride", "32", "--nodata", "0"]
     assert main("check_data", [*look, "--fix", "good.csv"]) == 0
     said = capsys.readouterr().out
-    assert f"{scenes}: 65 windows, no labels, read 65" in said
-    assert "2 of 2 images are cut into windows of 64x64, 32 apart: 65 in all" in said
-    assert "7 of 65 windows are nodata and are passed over in training" in said
+    assert f"{scenes}: 70 windows, no labels, read 70" in said
+    assert "2 of 2 images are cut into windows of 64x64, 32 apart: 70 in all" in said
+    assert "7 of 70 windows are nodata and are passed over in training" in said
     assert f"{scenes}/c.tif: " in said
     assert len(Path("good.csv").read_text().splitlines()) == 3
     run = mim.pretrain(

@@ -78,7 +78,7 @@ def test_the_loss_does_not_see_what_stands_where_nothing_was_measured(standardis
     assert len(rows) == 7
 
 
-# Methods that choose patches by scores, or compare them -----------------------------------------------------------------
+# Methods that choose patches by scores, or compare them -----------------------------------------------------------
 
 
 def corner():
