@@ -29,6 +29,13 @@ class Masking(nn.Module):
         """Whether there must be scores: those of guided policies decide unless their settings leave all to chance."""
         return self.guided
 
+    def fit(self, grid: tuple[int, int]) -> None:
+        """Told once, before the first mask, how many patches per side there are; settings that depend on it settle.
+
+        Raises:
+            ValueError: if the policy cannot serve such a grid.
+        """
+
     def visible_count(self, patches: int) -> int | None:
         """How many of ``patches`` stay visible in every image; None if that differs between images."""
         return None
@@ -63,8 +70,8 @@ class Masking(nn.Module):
         Args:
             batch_size: number of images ``B``.
             grid: ``(h, w)`` patches per side, ``N = h*w``.
-            scores: ``(B, N)``, higher is hidden first; only guided policies look at them. Patches of ``-inf`` come
-                last, whatever a policy makes of scores.
+            scores: ``(B, N)``, higher is hidden first; only guided policies look at them. A patch of ``-inf``
+                holds next to nothing: policies that hide by scores hide it last.
             progress: share of training done, 0 to 1.
             generator: random numbers of each row; fresh ones, seeded by torch's global generator, if not given.
             device: where the masks are wanted; where they are drawn, the generator's device, if not given.
