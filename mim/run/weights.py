@@ -1,7 +1,6 @@
 """Weights in and out: the timm folder that a run ends with, and the files a run may start from."""
 
 import json
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -36,6 +35,7 @@ from mim.interop import (
     weights_in,
 )
 from mim.methods import Method
+from mim.options.timm_names import check_home, no_such_weights
 from mim.program import called
 from mim.run.checkpoint_files import AtomicCheckpointIO, newest_good, sidecar, verify
 from mim.run.config import instantiate, parse_saved
@@ -286,16 +286,11 @@ def _find_weights(weights: str, trust: bool, option: str) -> tuple[str, dict[str
 
 def _weights_in(folder: Path, option: str) -> tuple[Path, tuple[int, int] | None]:
     """The weight file of a timm folder or a run, the export before the last checkpoint."""
+    check_home(folder, option)
     for home in (folder, folder / "export" / "backbone"):
         if (home / "config.json").is_file():
             return weights_in(home), _recorded_grid(home)
-    last = folder / "checkpoints" / "last.ckpt"
-    if not last.is_file():
-        raise UserError(
-            f"{option} {folder} holds no weights",
-            why="it is neither a timm folder (config.json) nor a run (export/backbone or checkpoints/last.ckpt)",
-        )
-    return last, None
+    return folder / "checkpoints" / "last.ckpt", None
 
 
 def _recorded_grid(folder: Path) -> tuple[int, int] | None:
@@ -341,11 +336,7 @@ def check_published(name: str, option: str) -> None:
     """Refuses what is neither there nor known to timm, addresses among it; raises ``UserError``."""
     if is_model_pretrained(name):
         return
-    close = get_close_matches(name, timm.list_pretrained("vit_*"), n=2)
-    raise UserError(
-        f"{option} {name}: no such file, folder or timm weights",
-        hint=" or ".join(f"{option} {other}" for other in close) or f"{option} FILE, {option} RUN or a timm name",
-    )
+    raise no_such_weights(name, option, timm.list_pretrained("vit_*"))
 
 
 def _same_kind(tensor: Tensor | None, own: Tensor) -> bool:
