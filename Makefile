@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The tests of a file share what one of them has trained. Files with many tests are not the long ones.
 IN_PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-middle test-slow test-versions audit lock lint types install clean
+.PHONY: demo test test-middle test-slow test-versions audit lock lint types docs install clean
 
 demo: install
 	$(BIN)/python tools/pretrain.py
@@ -41,6 +41,10 @@ lint: install
 
 types: install
 	$(BIN)/mypy
+
+# The documentation as a site, in build/docs.
+docs: install
+	$(BIN)/sphinx-build -q -W --keep-going docs build/docs
 
 install: $(VENV)/.installed
 

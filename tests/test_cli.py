@@ -11,6 +11,7 @@ from hints import check_hint, known_options
 from mim.cli import COMMANDS, EXAMPLES, PRETRAIN, help_page, main, translate
 from mim.errors import UserError
 from mim.options.grammar import read
+from mim.options.recipes import method_names
 
 TINY = str(Path(__file__).with_name("tiny.yaml"))
 RESUMES = ("finetune", "segment")
@@ -201,7 +202,7 @@ def test_a_config_of_another_method_is_refused(config, method, own):
     assert mistake.value.hint == f"--method {own}"
 
 
-@pytest.mark.parametrize("method", ["mae", "ibot", "attmask", "hpm", "momentum_mae"])
+@pytest.mark.parametrize("method", method_names())
 def test_a_config_of_the_method_itself_is_taken(method):
     assert translate(["--config", f"{method}/default", "--method", method]) == [f"--config={method}/default"]
 

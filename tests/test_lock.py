@@ -10,7 +10,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = {name: lines for name, lines in PROJECT["optional-dependencies"].items() if name != "hf"}  # not in the lock
+EXTRAS = PROJECT["optional-dependencies"]
 ASKED = [*PROJECT["dependencies"], *(line for lines in EXTRAS.values() for line in lines)]
 LOCKED = {
     canonicalize_name(name): (version, hashes)

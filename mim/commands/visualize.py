@@ -128,11 +128,12 @@ def _policies(names: str, loaded: "LoadedEncoder", batch: "Tensor") -> "Image.Im
 
 def _known_policies() -> "dict[str, Masking]":
     """With the papers' largest ratios, in every image: what is never hidden says little."""
-    from mim.masking import AttentionMasking, BlockMasking, RandomMasking
+    from mim.masking import AttentionMasking, BlockMasking, RandomMasking, RectangleMasking
 
     return {
         "random": RandomMasking(0.75),
         "block": BlockMasking(low=0.5, high=0.5, unmasked_share=0.0),
+        "inverse": RectangleMasking(0.65),
         "high": AttentionMasking("high", low=0.5, high=0.5, unmasked_share=0.0),
         "hint": AttentionMasking("hint", low=0.5, high=0.5, unmasked_share=0.0),
         "low": AttentionMasking("low", low=0.5, high=0.5, unmasked_share=0.0),

@@ -29,7 +29,7 @@ Precision = Literal[
 GROUPS: dict[str, dict[str, Option]] = {
     "What to train on": {
         "data": Option("PATH", "folder, list.csv, 'name-{00..99}.tar', builtin or shapes", "builtin", "data.path"),
-        "method": Option("NAME", "the recipe of a method: mae, ibot, attmask, hpm, momentum_mae", "mae"),
+        "method": Option("NAME", "the recipe of a method; info configs lists them", "mae"),
         "model": Option("NAME", "any timm Vision Transformer", "vit_small_patch16_224", f"{_ENCODER}.model"),
         "init": Option("WEIGHTS", "start from a timm name, a folder, a run or a checkpoint file", target="init"),
         "continue": Option(

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers.mlp import Mlp
+from timm.layers.weight_init import trunc_normal_, trunc_normal_tf_
 from torch import Tensor, nn
 
 from mim.reduction.attention import Attending
 from mim.reduction.base import TokenReduction
-from mim.reduction.masks import mask_cross_entropy
+from mim.reduction.masks import patch_cross_entropy
 from mim.reduction.pruning import split
 from mim.reduction.schedule import PerBlock
 from mim.reduction.similarity import product
@@ -34,7 +35,8 @@ class Cropr(TokenReduction):
         num_classes: of the auxiliary classifiers.
         r: patches that each block but the last two takes away; the paper has 8 for ViT-L at 224 px.
         queries: of each router; 1 for classification, one per patch for masks.
-        masks: classes are those of pixels: each query answers for the patch of its number.
+        masks: classes are those of pixels: each query answers for the patch of its number, whose class is that of its
+            first pixel, as in the reference.
     """
 
     reads_attention = False
@@ -74,7 +76,7 @@ class Cropr(TokenReduction):
         if not self.masks:
             return F.cross_entropy(logits.mean(dim=1), labels)
         assert tokens.grid is not None
-        return mask_cross_entropy(logits, tokens.grid, labels)
+        return patch_cross_entropy(logits, tokens.grid, labels)
 
 
 class _Router(nn.Module):
@@ -87,11 +89,13 @@ class _Router(nn.Module):
     def __init__(self, dim: int, num_classes: int, queries: int) -> None:
         super().__init__()
         self.queries = nn.Parameter(torch.empty(queries, dim))
-        nn.init.trunc_normal_(self.queries, std=dim**-0.5)
-        self.mlp_norm: nn.LayerNorm | None = nn.LayerNorm(dim)
+        trunc_normal_tf_(self.queries, std=dim**-0.5)
+        self.mlp_norm: nn.LayerNorm | None = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, 4 * dim)
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
+        trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
 
     @property
     def scorer(self) -> Tensor:

@@ -1,7 +1,7 @@
 """Decouple and merge: what the class token looks at is merged in pairs, all else in clusters (BAT, arXiv:2211.11315).
 
-The paper's repository holds no code of the model; this is what its text says, with density peaks
-(DPC-KNN, as in arXiv:2204.08680) for the clusters.
+The paper's repository holds no code of the model; this is what its abstract and figure say, with density peaks
+(DPC-KNN, as in arXiv:2204.08680) for the clusters. Shares of clusters and pairs are ours.
 """
 
 import torch

@@ -4,7 +4,8 @@ How many stay is up to each image, so tokens are hidden, not taken out: nothing 
 :meth:`LearnedThresholds.static` turns what was learnt into fixed numbers.
 
 Deviations: the paper prunes words of BERT and counts attention of padding, too, which makes its thresholds depend on
-the length of a batch; here only live patches are asked. Prefix tokens are neither asked nor ever hidden.
+the length of a batch; here only live patches are asked. Prefix tokens are neither asked nor ever hidden. The threshold
+of the first block, which the official code leaves at 0, learns here, too.
 """
 
 from dataclasses import replace
@@ -36,11 +37,16 @@ class LearnedThresholds(TokenReduction):
     """
 
     def __init__(self, depth: int, weight: float = 0.1, temperature: float = 1e-3, hard: bool = False) -> None:
-        super().__init__(KeepRate(1.0))
+        super().__init__(KeepRate(1.0), "middle" if hard else "after")
         if weight < 0 or temperature <= 0:
             raise ValueError(f"weight {weight} and temperature {temperature} must be positive")
         self.depth, self.weight, self.temperature, self.hard = depth, weight, temperature, hard
         self.thresholds = nn.Parameter(0.01 * torch.arange(depth) / depth)
+
+    def train(self, mode: bool = True) -> "LearnedThresholds":
+        """Soft masks multiply what a block gives, hard ones hide tokens already from its MLP."""
+        self.place = "after" if mode and not self.hard else "middle"
+        return super().train(mode)
 
     def acts(self, before: int, after: int, layer: int) -> bool:
         """Every block looks at its tokens."""
@@ -50,13 +56,13 @@ class LearnedThresholds(TokenReduction):
         """See :meth:`TokenReduction.reduce`."""
         assert attending is not None
         scores = attending.received_attention(alive=tokens.alive)  # (B, K)
-        threshold = self.thresholds[layer].clamp(min=1e-5)
+        threshold = self.thresholds[layer]
         if self.training and not self.hard:
             stays = ((scores - threshold) / self.temperature).sigmoid()
             mask = F.pad(stays, (tokens.num_prefix, 0), value=1.0)[..., None].to(tokens.x.dtype)
             return replace(tokens, x=tokens.x * mask, auxiliary=(*tokens.auxiliary, stays.mean(dim=1)))
         best = scores == scores.amax(dim=1, keepdim=True)  # one stays whatever the threshold
-        return tokens.hiding((scores >= threshold) | best)
+        return tokens.hiding((scores >= threshold.clamp(min=1e-5)) | best)
 
     def auxiliary_loss(self, tokens: Tokens, labels: Tensor) -> Tensor:
         """The share of tokens that stay, summed over blocks, times the weight."""

@@ -66,7 +66,7 @@ def test_policies_stand_side_by_side(weights):
     assert visualize(weights, "--policy", "all") == 0
     assert list(read_strip(Path("visualize.png"))) == [
         *("input", "attention"),
-        *("random", "block", "high", "hint", "low"),
+        *("random", "block", "inverse", "high", "hint", "low"),
     ]
 
 
@@ -115,7 +115,7 @@ def test_mistakes_end_in_lines_that_help(weights, args, line, capsys):
 def test_without_class_token_no_policy_follows_attention(capsys):
     model = ["--model", "test_vit2", "--img_size", "32", "--images", "1"]
     assert main("visualize", ["--policy", "all", *model]) == 0
-    assert list(read_strip(Path("visualize.png"))) == ["input", "random", "block"]
+    assert list(read_strip(Path("visualize.png"))) == ["input", "random", "block", "inverse"]
     assert main("visualize", ["--policy", "high", *model]) == 2
     assert "no class token whose attention" in capsys.readouterr().err
 

@@ -55,6 +55,25 @@ def test_those_surer_than_a_threshold_are_hidden(images):
     assert not (last.alive & ~first.alive).any()
 
 
+def test_two_stages_finalise_the_tokens_that_the_reference_does(images):
+    """Among live tokens surer than the threshold all leave but the surest few of each class, stage by stage."""
+    model = wrapper(threshold=0.4, context=2).eval()
+    for head in model.reduction.heads:  # so that no two are equally sure
+        head[1].weight.data *= 0.1
+    first, second = after(model, images, 0, 2)
+    for row in range(3):
+        alive = [True] * 25
+        for state, head in ((first, 0), (second, 1)):
+            sure, answer = model.reduction.heads[head](state.patches[row]).softmax(1).max(1)
+            leaving = [n for n in range(25) if alive[n] and sure[n] > 0.4]
+            for label in {answer[n].item() for n in leaving}:
+                own = sorted((n for n in leaving if answer[n] == label), key=lambda n: -sure[n].item())
+                leaving = [n for n in leaving if n not in own[:2]]
+            alive = [alive[n] and n not in leaving for n in range(25)]
+            assert state.alive[row].tolist() == alive
+        assert 0 < sum(alive) < 25
+
+
 def test_answers_given_early_are_never_overwritten(images):
     for settings in ({}, {"threshold": 0.6}):
         model = wrapper(**settings).eval()

@@ -47,6 +47,27 @@ def test_a_hidden_token_is_one_that_is_not_there(images):
         torch.testing.assert_close(last.patches[row, last.alive[row]], expected[0, 1:], rtol=1e-4, atol=1e-4)
 
 
+def test_in_training_a_soft_mask_multiplies_what_each_block_gives(images):
+    """The first stage, block by block, in a loop; thresholds below zero take part."""
+    model = wrapper(0.0, temperature=0.01).train()
+    model.reduction.thresholds.data = torch.tensor([-0.01, 0.03, 0.038, 0.045])
+    x = model.vit._pos_embed(model.vit.patch_embed(images))
+    (last,) = model.reduction.after_blocks([3], model.vit.blocks, x, 1)
+    for block, threshold in zip(model.vit.blocks, model.reduction.thresholds, strict=True):
+        queries, keys = block.attn.qkv(block.norm1(x)).unflatten(2, (3, block.attn.num_heads, -1)).unbind(2)[:2]
+        attention = torch.einsum("bqhd,bkhd->bhqk", queries * block.attn.scale, keys).softmax(-1)
+        scores = attention[:, :, 1:, 1:].mean((1, 2))  # by patches, of patches
+        mask = torch.sigmoid((scores - threshold) / 0.01)
+        x = block(x) * torch.cat([torch.ones(len(images), 1), mask], dim=1)[..., None]
+    torch.testing.assert_close(last.x, x, rtol=1e-4, atol=1e-4)
+
+
+def test_a_threshold_below_zero_learns(images):
+    model = wrapper(-0.01, temperature=0.01).train()
+    model.auxiliary_loss(model.forward_tokens(images), torch.tensor([0, 1, 2])).backward()
+    assert (model.reduction.thresholds.grad != 0).all()
+
+
 def test_an_impossible_threshold_leaves_one_token(images):
     assert wrapper(2.0).forward_tokens(images).alive.sum(1).tolist() == [1, 1, 1]
     assert wrapper(2.0)(torch.zeros_like(images)).isfinite().all()
