@@ -24,7 +24,6 @@ MISTAKES = [
     ("pretrain", "--data a-{0..1}.tar", "a-0.tar"),
     ("pretrain", "--model vit_tinny_patch16_224", "--model vit_tiny_patch16_224"),
     ("pretrain", "--init nowhere.pth", "--init nowhere.pth: no such file, folder or timm weights"),
-    ("pretrain", "--init empty", "--init empty holds no weights"),
     ("pretrain", "--continue vit_smal_patch16_dinov3.lvd1689m", "--continue vit_small_patch16_dinov3.lvd1689m"),
     ("pretrain", "--out used", "--out used holds a run already"),
     ("pretrain", "--out photo.zip/run", "--out photo.zip/run cannot be written"),

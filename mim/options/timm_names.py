@@ -39,24 +39,11 @@ def check_weights(weights: str, option: str = "--weights") -> None:
     """Refuses what is neither on this disk, nor a name of timm's.
 
     Raises:
-        UserError: also for a folder without weights.
+        UserError: that names those that are spelt alike.
     """
-    path = Path(weights.removeprefix("local-dir:"))
-    if path.is_dir():
-        check_home(path, option)
-    elif not path.exists() and not _may_be_known(weights):
+    if not Path(weights.removeprefix("local-dir:")).exists() and not _may_be_known(weights):
         published = sorted(key for key in _keys() if "." in key and not key.endswith(".untrained"))
         raise no_such_weights(weights, option, published)
-
-
-def check_home(folder: Path, option: str) -> None:
-    """Refuses a folder that is neither a timm folder nor a run that has saved something."""
-    homes = ("config.json", "export/backbone/config.json", "checkpoints/last.ckpt")
-    if not any((folder / file).is_file() for file in homes):
-        raise UserError(
-            f"{option} {folder} holds no weights",
-            why="it is neither a timm folder (config.json) nor a run (export/backbone or checkpoints/last.ckpt)",
-        )
 
 
 def no_such_model(name: str, option: str = "--model") -> UserError:
