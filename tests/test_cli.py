@@ -275,14 +275,31 @@ def test_continue_takes_the_recipe_for_good_weights_and_the_model_that_they_are_
     assert recipe == "--config=ibot/continue-dinov3_vit_small"
     assert model == "--model.init_args.encoder.model=vit_base_patch16_dinov3"
     assert origin == "--continue=vit_base_patch16_dinov3.lvd1689m"
-    (tmp_path / "export" / "backbone").mkdir(parents=True)
-    (tmp_path / "export" / "backbone" / "config.json").touch()
-    assert translate(["--continue", str(tmp_path)])[1].endswith(f"=local-dir:{tmp_path}/export/backbone")
+    home = tmp_path / "export" / "backbone"
+    home.mkdir(parents=True)
+    (home / "config.json").write_text('{"model_type": "dinov3_vit"}')
+    assert len(translate(["--continue", str(home)])) == 2  # nor does a folder of Hugging Face
+    (home / "config.json").write_text('{"architecture": "test_vit"}')
+    for folder in (tmp_path, home):
+        assert translate(["--continue", str(folder), "--img_size=64"])[1:] == [
+            f"--model.init_args.encoder.model=local-dir:{home}",
+            "--model.init_args.encoder.img_size=null",  # its own, unless another one is given
+            f"--continue={folder}",
+            "--model.init_args.encoder.img_size=64",
+        ]
     assert len(translate(["--continue", __file__])) == 2  # a file does not tell its model
     assert translate(["--continue=x.y", "--model=test_vit"])[1:] == [
         "--continue=x.y",
         "--model.init_args.encoder.model=test_vit",
     ]
+
+
+def test_a_run_that_has_exported_nothing_cannot_be_continued_as_a_model(tmp_path, capsys):
+    (tmp_path / "config.yaml").touch()
+    assert main("pretrain", ["--continue", str(tmp_path)]) == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == f"error: --continue {tmp_path}: this run has exported no model yet"
+    assert f"export --run {tmp_path}   writes" in hint
 
 
 @pytest.mark.parametrize(

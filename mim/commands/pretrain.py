@@ -14,6 +14,7 @@ from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from mim.callbacks import Checkpoints, Evaluation, NaNDump, RunLog, Signals
+from mim.data.pixels import EIGHT_BIT
 from mim.data.pretrain import PretrainData
 from mim.distributed.devices import best_precision
 from mim.distributed.processes import INTERRUPTED, process_rank
@@ -36,7 +37,7 @@ from mim.run.failures import diverged, failure_of_a_step, lost_process
 from mim.run.folder import UNWRITABLE, RunFolder, git_commit, quieten, versions
 from mim.run.resuming import check_number_of_images, remember_moved_data, resumed_arguments
 from mim.run.trainer import build_trainer
-from mim.run.weights import ModelCard, export_backbone, init_backbone, load_method
+from mim.run.weights import ModelCard, check_published, export_backbone, init_backbone, load_method, pixels_of
 from mim.run.words import conclusion, device_name, introduction, parameters, random_start
 from mim.targets import Target
 from mim.vit import compile_blocks
@@ -72,12 +73,21 @@ class Pretraining:
         self.folder = resumed or RunFolder(Path(config.out or "runs"))
         if self.options.threads:
             torch.set_num_threads(self.options.threads)
-        objects = self._instantiate(self.options.seed)
+        self.origin: str | None = config["continue"] or config.init
+        if self.origin and resumed is None:
+            check_published(self.origin, self.origin_option)
+        if config["continue"]:
+            self._read_as_the_weights_do()
+        try:
+            objects = self._instantiate(self.options.seed)
+        except UserError as error:
+            unnamed = str(config["continue"]).partition(".")[0]  # a model that was meant by its weights alone
+            known = error.error.startswith(f"--model {unnamed} ")
+            raise (error.about("--continue", instead_of="--model") if known else error) from error
         self.method: Method = objects.model
         self.data: PretrainData = objects.data
         self.method.check()
         encoder = self.method.evaluated
-        self.origin: str | None = config["continue"] or config.init
         if config["continue"]:
             self._check_continued(encoder)
         if self.options.pool == "cls" and not encoder.has_class_token:
@@ -92,6 +102,19 @@ class Pretraining:
             seed=self.options.seed,
             asked=self.options.epochs,
         )
+
+    @property
+    def origin_option(self) -> str:
+        """What names the weights that the run starts from."""
+        return "--continue" if self.config["continue"] else "--init"
+
+    def _read_as_the_weights_do(self) -> None:
+        """Takes over the scale of the numbers that the weights of a folder were trained on, unless one is given."""
+        pixels, data = pixels_of(Path(self.config["continue"].removeprefix("local-dir:"))), self.config.data
+        if pixels != EIGHT_BIT and data.value_range == "auto":
+            data.value_range = None
+            for name, value in pixels.options().items():
+                data[name] = data[name] or value
 
     def _check_continued(self, encoder: Encoder) -> None:
         """Images are normalised as the weights expect them, unless they are told otherwise."""
@@ -338,13 +361,16 @@ class Pretraining:
     def _load_start(self, method: Method) -> str:
         """Gives a method's encoder the weights that the run starts from; says what matched."""
         assert self.origin is not None
-        option = "--continue" if self.config["continue"] else "--init"
-        return init_backbone(method.encoder.vit, self.origin, trust=self.config.trust, option=option)
+        return init_backbone(method.encoder.vit, self.origin, trust=self.config.trust, option=self.origin_option)
 
-    def _started(self) -> Encoder:
-        """The encoder as it was before its first step, with the weights that the run started from."""
+    def _started(self) -> Encoder | None:
+        """The encoder as it was before its first step, with the weights that the run started from; None if lost."""
         method: Method = self._instantiate(self.options.seed).model
-        self._load_start(method)
+        try:
+            self._load_start(method)
+        except UserError as error:  # nobody promised to keep the file until now
+            self._say(f"note: the start cannot be measured beside the result: {error.error}")
+            return None
         return method.encoder
 
     def _untrained(self, seed: int) -> Encoder:
