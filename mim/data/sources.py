@@ -5,18 +5,20 @@ asked for. The index of a million images is a few flat arrays: it is sent to loa
 share it.
 """
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
 
+from mim.data.files import read_file
 from mim.data.folders import Unclear, class_home, folder_classes, holds_images, images_in, scan
-from mim.data.images import ImageError, read_image
+from mim.data.images import Header, ImageError, read_header, read_image, stored_type
 from mim.data.layouts import HELD_OUT, counted, find_layout, mask_folders, same_name, subfolders
 from mim.data.loading import reading
 from mim.data.pixels import EIGHT_BIT, Pixels
@@ -53,10 +55,27 @@ class Source(Protocol):
         ...
 
 
+class Examined(NamedTuple):
+    """An image, and what else can be told of it.
+
+    Attributes:
+        image: ``(C, H, W)``.
+        header: of its file.
+        kind: type of the numbers in its file.
+        digest: the same for copies.
+    """
+
+    image: Tensor
+    header: Header
+    kind: str
+    digest: bytes
+
+
 class FileSource(ABC):
     """A ``Source`` of image files, readable or not.
 
     Attributes:
+        unit: what its items are called.
         pixels: what the files hold; 8 bit until somebody says otherwise.
         ignored: files that were passed over, counted by type.
         damaged: files that the index already knows to be unreadable; they are not counted in ``len``.
@@ -65,6 +84,8 @@ class FileSource(ABC):
         part: what messages call this part of the data; empty for all of it.
         tables: lists beside the images, which may know their labels.
     """
+
+    unit = "images"
 
     def __init__(self, name: str, paths: Iterable[str], class_names: Sequence[str] | None, channels: int) -> None:
         self.name, self.channels = name, channels
@@ -104,6 +125,31 @@ class FileSource(ABC):
         name = self.describe(index)
         with reading(name):
             return read_image(self.encoded(index), self.channels, name, self.pixels)
+
+    def kind(self, index: int, image: Tensor) -> str:
+        """Type of the numbers in the file that gave ``image``; raises ``ImageError``."""
+        return stored_type(self.encoded(index), image, self.channels, self.pixels)
+
+    def examine(self, index: int) -> Examined:
+        """An image with its numbers as they are; what cannot be kept so, as a picture among pictures would be read.
+
+        Raises:
+            ImageError: if it cannot be read.
+        """
+        encoded, name = self.encoded(index), self.describe(index)
+        try:
+            content = encoded if isinstance(encoded, bytes) else read_file(encoded)
+        except (OSError, ValueError) as error:
+            raise ImageError(name, getattr(error, "strerror", None) or str(error)) from None
+        try:
+            image = read_image(content, self.channels, name, self.pixels)
+        except ImageError as error:
+            if error.channels is not None or self.pixels.bands:
+                raise
+            image = read_image(content, self.channels, name, EIGHT_BIT)
+        header = read_header(content, self.channels, name, self.pixels)
+        kind = stored_type(content, image, self.channels, self.pixels)
+        return Examined(image, header, kind, hashlib.blake2b(content, digest_size=16).digest())
 
     @abstractmethod
     def encoded(self, index: int) -> Path | bytes:
