@@ -57,7 +57,8 @@ def introduction(
     damaged = getattr(source, "damaged", [])
     lines = [
         f"mim {__version__}  {name} on {model}   run {folder.path}",
-        f"  data    {data.path}: {len(source):,} images, {labels}" + (f"; ignored: {ignored}" if ignored else ""),
+        f"  data    {data.path}: {len(source):,} {getattr(source, 'unit', 'images')}, {labels}"
+        + (f"; ignored: {ignored}" if ignored else ""),
         f"          checked {count:,}: {len(data.bad_files.reasons)} unreadable, smallest {width}x{height}",
         f"  model   {backbone / 1e6:.1f} M parameters, {trainable / 1e6:.1f} M trained with its heads; "
         f"{size} px / {patch} = {grid[0]}x{grid[1]} = {patches} patches",
