@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from mim.callbacks import Checkpoints, Evaluation, NaNDump, RunLog, Signals
 from mim.data.pretrain import PretrainData
@@ -26,6 +25,7 @@ from mim.report import write_report
 from mim.run.checkpoint_files import AtomicCheckpointIO, check_room, checkpoint_step, newest_good
 from mim.run.config import (
     changes,
+    flatten,
     instantiate,
     parse,
     run_options,
@@ -35,6 +35,7 @@ from mim.run.config import (
 from mim.run.failures import diverged, failure_of_a_step, lost_process
 from mim.run.folder import UNWRITABLE, RunFolder, git_commit, quieten, versions
 from mim.run.resuming import check_number_of_images, remember_moved_data, resumed_arguments
+from mim.run.trackers import build_trackers, check_trackers, track_report
 from mim.run.trainer import build_trainer
 from mim.run.weights import ModelCard, export_backbone, init_backbone, load_method
 from mim.run.words import conclusion, device_name, introduction, parameters, random_start
@@ -72,6 +73,7 @@ class Pretraining:
         self.folder = resumed or RunFolder(Path(config.out or "runs"))
         if self.options.threads:
             torch.set_num_threads(self.options.threads)
+        check_trackers(self.options.log)
         objects = self._instantiate(self.options.seed)
         self.method: Method = objects.model
         self.data: PretrainData = objects.data
@@ -228,7 +230,7 @@ class Pretraining:
         dump = NaNDump(self.folder, self.data)
         trainer.callbacks += [signals, log, evaluation, dump, checkpoints]  # type: ignore[attr-defined]  # set by Lightning
         if self.rank == 0:
-            trainer.logger = TensorBoardLogger(self.folder.path, name="tensorboard", version="")
+            trainer.loggers = build_trackers(options.log, self.folder, flatten(self.config))
         return evaluation, checkpoints
 
     def _trainer(self) -> Trainer:
@@ -310,6 +312,7 @@ class Pretraining:
             status="done", rankme=table.last("val/rankme"), probe=probe, export=str(folder.backbone), **facts
         )
         report = write_report(folder.path)
+        track_report(trainer.loggers, report)
         self._say(conclusion(folder, facts, probe, report, difference, self.origin))
         return 0
 

@@ -78,6 +78,7 @@ GROUPS: dict[str, dict[str, Option]] = {
     "Looking on": {
         "eval_every": Option("X", "epochs between probes and pictures", "10 over the run", "eval_every", Positive),
         "save_every": Option("X", "epochs between checkpoints", "20 over the run", "save_every", Positive),
+        "log": Option("NAMES", "who keeps curves: tensorboard, wandb, mlflow", "tensorboard", "log", lists="always"),
         "log_every": Option("N", "steps between lines of metrics.csv", "10", "log_every", Count),
         "pool": Option("mean|cls", "features that probes measure: of the patch tokens, or cls", "mean", "pool"),
         "probe_images": Option("N", "most images that a probe learns from", "5000", "probe_images", Count),
