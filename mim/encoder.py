@@ -203,6 +203,11 @@ class Encoder(nn.Module):
         normed: Tensor = self.vit.norm(tokens.x)
         return normed
 
+    def embed(self, images: Tensor) -> Tensor:
+        """Patches before positions, prefix and blocks: ``(B, C, H, W)`` to ``(B, N, D)``."""
+        self._check(images, None)
+        return cast(Tensor, self.vit.patch_embed(images)).flatten(1, -2)
+
     def forward_tokens(self, images: Tensor) -> Tokens:
         """As :meth:`forward`, with the map that tells what a reduction made of each patch."""
         self._check(images, None)
@@ -228,16 +233,25 @@ class Encoder(nn.Module):
         (tokens,) = self.after_blocks(images, [self.depth - 1])
         return self.dense(tokens)
 
-    def after_blocks(self, images: Tensor, layers: Collection[int]) -> list[Tokens]:
+    def after_blocks(
+        self,
+        images: Tensor,
+        layers: Collection[int],
+        mask: Tensor | None = None,
+        visible_count: int | None = None,
+    ) -> list[Tokens]:
         """Tokens after each of some blocks, before the final norm; blocks behind the last of them do not run.
 
         Args:
             images: ``(B, C, H, W)``.
             layers: numbers of the blocks, from 0.
+            mask: ``(B, N)`` bool, True = dropped, as for :meth:`forward`.
+            visible_count: as for :meth:`forward`.
         """
-        self._check(images, None)
+        self._check(images, mask)
         run = self.reduction or TokenReduction(KeepRate(1.0))  # which calls block after block
-        start, checkpointing = self._start(images), bool(self.vit.grad_checkpointing)
+        start = self._start(images, mask, visible_count=visible_count)
+        checkpointing = bool(self.vit.grad_checkpointing)
         return run.after_blocks(
             layers,
             cast(nn.Sequential, self.vit.blocks),
@@ -246,6 +260,7 @@ class Encoder(nn.Module):
             start.grid,
             start.rope,
             checkpointing=checkpointing,
+            visible=start.visible,
         )
 
     def dense(self, tokens: Tokens) -> Tensor:

@@ -11,6 +11,7 @@ from hints import check_hint, known_options
 from mim.cli import COMMANDS, EXAMPLES, PRETRAIN, help_page, main, translate
 from mim.errors import UserError
 from mim.options.grammar import read
+from mim.options.recipes import method_names
 
 TINY = str(Path(__file__).with_name("tiny.yaml"))
 RESUMES = ("finetune", "segment")
@@ -201,7 +202,7 @@ def test_a_config_of_another_method_is_refused(config, method, own):
     assert mistake.value.hint == f"--method {own}"
 
 
-@pytest.mark.parametrize("method", ["mae", "ibot", "attmask", "hpm", "momentum_mae"])
+@pytest.mark.parametrize("method", method_names())
 def test_a_config_of_the_method_itself_is_taken(method):
     assert translate(["--config", f"{method}/default", "--method", method]) == [f"--config={method}/default"]
 
@@ -274,14 +275,31 @@ def test_continue_takes_the_recipe_for_good_weights_and_the_model_that_they_are_
     assert recipe == "--config=ibot/continue-dinov3_vit_small"
     assert model == "--model.init_args.encoder.model=vit_base_patch16_dinov3"
     assert origin == "--continue=vit_base_patch16_dinov3.lvd1689m"
-    (tmp_path / "export" / "backbone").mkdir(parents=True)
-    (tmp_path / "export" / "backbone" / "config.json").touch()
-    assert translate(["--continue", str(tmp_path)])[1].endswith(f"=local-dir:{tmp_path}/export/backbone")
+    home = tmp_path / "export" / "backbone"
+    home.mkdir(parents=True)
+    (home / "config.json").write_text('{"model_type": "dinov3_vit"}')
+    assert len(translate(["--continue", str(home)])) == 2  # nor does a folder of Hugging Face
+    (home / "config.json").write_text('{"architecture": "test_vit"}')
+    for folder in (tmp_path, home):
+        assert translate(["--continue", str(folder), "--img_size=64"])[1:] == [
+            f"--model.init_args.encoder.model=local-dir:{home}",
+            "--model.init_args.encoder.img_size=null",  # its own, unless another one is given
+            f"--continue={folder}",
+            "--model.init_args.encoder.img_size=64",
+        ]
     assert len(translate(["--continue", __file__])) == 2  # a file does not tell its model
     assert translate(["--continue=x.y", "--model=test_vit"])[1:] == [
         "--continue=x.y",
         "--model.init_args.encoder.model=test_vit",
     ]
+
+
+def test_a_run_that_has_exported_nothing_cannot_be_continued_as_a_model(tmp_path, capsys):
+    (tmp_path / "config.yaml").touch()
+    assert main("pretrain", ["--continue", str(tmp_path)]) == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == f"error: --continue {tmp_path}: this run has exported no model yet"
+    assert f"export --run {tmp_path}   writes" in hint
 
 
 @pytest.mark.parametrize(

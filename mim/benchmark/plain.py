@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mim.encoder import Encoder
-from mim.layers.decoder import FillMasked, Trunk
+from mim.errors import UserError
+from mim.layers.decoder import Decoder, FillMasked, Trunk
 from mim.methods import HPM, IBOT, MAE, Batch, Method
 from mim.methods.ibot import STUDENT_TEMPERATURE, Head
 from mim.patches import gather_tokens, visible_indices
@@ -19,6 +20,10 @@ from mim.patches import gather_tokens, visible_indices
 def plain_mae_loss(method: MAE, batch: Batch) -> Tensor:
     """MAE as the paper describes it, nothing saved: embed all, shuffle, predict all, weigh errors by the mask."""
     (images,) = batch[0]
+    if not isinstance(method.decoder, Decoder):
+        raise UserError(
+            "--against plain: MAE has no plain formulation with cross-attention", hint="--against OTHER.yaml"
+        )
     mask = method.masking(len(images), method.encoder.grid, generator=method.row_generator(len(images), 0))  # (B, N)
     sequence = _filled(method.encoder, method.decoder.fill, images, mask, method.visible_count)
     prediction = _all_predictions(method.decoder.trunk, sequence)  # (B, N, p*p*C)

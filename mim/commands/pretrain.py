@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 from lightning import Trainer
 
 from mim.callbacks import Checkpoints, Evaluation, NaNDump, RunLog, Signals
+from mim.data.pixels import EIGHT_BIT
 from mim.data.pretrain import PretrainData
 from mim.distributed.devices import best_precision
 from mim.distributed.processes import INTERRUPTED, process_rank
@@ -37,8 +38,8 @@ from mim.run.folder import UNWRITABLE, RunFolder, git_commit, quieten, versions
 from mim.run.resuming import check_number_of_images, remember_moved_data, resumed_arguments
 from mim.run.trackers import build_trackers, check_trackers, track_report
 from mim.run.trainer import build_trainer
-from mim.run.weights import ModelCard, export_backbone, init_backbone, load_method
-from mim.run.words import conclusion, device_name, introduction, parameters, random_start
+from mim.run.weights import ModelCard, check_published, export_backbone, init_backbone, load_method, pixels_of
+from mim.run.words import conclusion, device_name, introduction, parameters, random_start, shape
 from mim.targets import Target
 from mim.vit import compile_blocks
 
@@ -74,12 +75,21 @@ class Pretraining:
         if self.options.threads:
             torch.set_num_threads(self.options.threads)
         check_trackers(self.options.log)
-        objects = self._instantiate(self.options.seed)
+        self.origin: str | None = config["continue"] or config.init
+        if self.origin and resumed is None:
+            check_published(self.origin, self.origin_option)
+        if config["continue"]:
+            self._read_as_the_weights_do()
+        try:
+            objects = self._instantiate(self.options.seed)
+        except UserError as error:
+            unnamed = str(config["continue"]).partition(".")[0]  # a model that was meant by its weights alone
+            known = error.error.startswith(f"--model {unnamed} ")
+            raise (error.about("--continue", instead_of="--model") if known else error) from error
         self.method: Method = objects.model
         self.data: PretrainData = objects.data
         self.method.check()
         encoder = self.method.evaluated
-        self.origin: str | None = config["continue"] or config.init
         if config["continue"]:
             self._check_continued(encoder)
         if self.options.pool == "cls" and not encoder.has_class_token:
@@ -94,6 +104,19 @@ class Pretraining:
             seed=self.options.seed,
             asked=self.options.epochs,
         )
+
+    @property
+    def origin_option(self) -> str:
+        """What names the weights that the run starts from."""
+        return "--continue" if self.config["continue"] else "--init"
+
+    def _read_as_the_weights_do(self) -> None:
+        """Takes over the scale of the numbers that the weights of a folder were trained on, unless one is given."""
+        pixels, data = pixels_of(Path(self.config["continue"].removeprefix("local-dir:"))), self.config.data
+        if pixels != EIGHT_BIT and data.value_range == "auto":
+            data.value_range = None
+            for name, value in pixels.options().items():
+                data[name] = data[name] or value
 
     def _check_continued(self, encoder: Encoder) -> None:
         """Images are normalised as the weights expect them, unless they are told otherwise."""
@@ -215,7 +238,7 @@ class Pretraining:
         """Adds everything that writes into the run's folder."""
         options, plan = self.options, self.plan
         log = RunLog(self.folder, options.log_every)
-        every = options.eval_every * plan.steps_per_epoch if options.eval_every else plan.max_steps / 10
+        every = options.eval_every * plan.steps_per_epoch if options.eval_every else max(plan.max_steps / 10, 50)
         evaluation = Evaluation(
             run_log=log,
             data=self.data,
@@ -268,6 +291,7 @@ class Pretraining:
             status="running",
             method=method.name,
             model=model,
+            shape=shape(method.evaluated),
             data=data.path,
             images=len(data.source),
             classes=len(data.source.classes) if data.source.labels else 0,
@@ -341,13 +365,16 @@ class Pretraining:
     def _load_start(self, method: Method) -> str:
         """Gives a method's encoder the weights that the run starts from; says what matched."""
         assert self.origin is not None
-        option = "--continue" if self.config["continue"] else "--init"
-        return init_backbone(method.encoder.vit, self.origin, trust=self.config.trust, option=option)
+        return init_backbone(method.encoder.vit, self.origin, trust=self.config.trust, option=self.origin_option)
 
-    def _started(self) -> Encoder:
-        """The encoder as it was before its first step, with the weights that the run started from."""
+    def _started(self) -> Encoder | None:
+        """The encoder as it was before its first step, with the weights that the run started from; None if lost."""
         method: Method = self._instantiate(self.options.seed).model
-        self._load_start(method)
+        try:
+            self._load_start(method)
+        except UserError as error:  # nobody promised to keep the file until now
+            self._say(f"note: the start cannot be measured beside the result: {error.error}")
+            return None
         return method.encoder
 
     def _untrained(self, seed: int) -> Encoder:

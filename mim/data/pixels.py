@@ -69,6 +69,14 @@ class Pixels:
         """As plain types, for JSON; :meth:`of` reads them."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
+    def options(self) -> dict[str, Any]:
+        """As settings of a data set, which then reads its files like this."""
+        pairs = [list(pair) for pair in zip(self.low, self.high, strict=True)]
+        ends = "per_file" if self.type == "per_file" else pairs[0] if len(pairs) == 1 else pairs
+        type_ = None if self.type == "per_file" else self.type
+        bands = list(self.bands) or None
+        return {"value_range": ends, "pixel_type": type_, "clip": self.clip, "bands": bands, "nodata": self.nodata}
+
     @classmethod
     def of(cls, facts: object) -> "Pixels":
         """What :meth:`facts` wrote; 8 bit if there is nothing, raises ValueError if it is something else."""

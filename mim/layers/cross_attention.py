@@ -1,9 +1,14 @@
 """Blocks of cross-attention: queries look at other tokens and never at each other (CrossMAE, arXiv:2401.14391)."""
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from timm.layers.mlp import Mlp
 from timm.layers.norm import LayerNorm
 from torch import Tensor, nn
+
+from mim.layers.positions import sincos_positions
 
 
 class CrossAttention(nn.Module):
@@ -54,3 +59,59 @@ class CrossBlock(nn.Module):
         queries = queries + self.attn(self.norm1(queries), context)
         refined: Tensor = queries + self.mlp(self.norm2(queries))
         return refined
+
+
+class Mix(nn.Module):
+    """Linear combinations of the tokens of several layers, each behind a norm of its own.
+
+    Args:
+        dim: width ``D`` of the tokens.
+        layers: how many there are to combine, ``k``.
+        count: how many combinations are wanted.
+    """
+
+    def __init__(self, dim: int, layers: int, count: int) -> None:
+        super().__init__()
+        self.shares = nn.Parameter(torch.empty(count, layers).normal_(std=layers**-0.5))
+        self.norms = nn.ModuleList(LayerNorm(dim) for _ in range(count))
+
+    def forward(self, layers: Sequence[Tensor]) -> list[Tensor]:
+        """``k`` times ``(B, K, D)`` to as many of the same shape as there are combinations."""
+        mixed = torch.einsum("ck,kbnd->cbnd", self.shares, torch.stack(list(layers)))
+        return [norm(tokens) for norm, tokens in zip(self.norms, mixed, strict=True)]
+
+
+class CrossDecoder(nn.Module):
+    """Predicts patches one by one from what the encoder saw: mask tokens that look at its tokens, never at each other.
+
+    Args:
+        dim: encoder width ``D``.
+        grid: ``(h, w)`` patches per side.
+        out_dim: values predicted for a patch.
+        width: decoder width ``E``.
+        depth: number of blocks.
+        heads: attention heads.
+        mixed: layers of the encoder that every block sees its own combination of; 1 for the last one alone.
+    """
+
+    positions: Tensor
+
+    def __init__(
+        self, dim: int, grid: tuple[int, int], out_dim: int, width: int, depth: int, heads: int, mixed: int = 1
+    ) -> None:
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
+        self.register_buffer("positions", sincos_positions(grid, width)[0], persistent=False)  # (N, E)
+        self.mix = Mix(dim, mixed, depth) if mixed > 1 else None
+        self.blocks = nn.ModuleList(CrossBlock(width, heads, dim) for _ in range(depth))
+        self.norm = LayerNorm(width)
+        self.predict = nn.Linear(width, out_dim)
+
+    def forward(self, layers: Sequence[Tensor], indices: Tensor) -> Tensor:
+        """The patches ``indices (B, M)`` from the tokens ``(B, P + K, D)`` of each mixed layer: ``(B, M, out_dim)``."""
+        contexts = self.mix(layers) if self.mix else [layers[-1]] * len(self.blocks)
+        queries = self.mask_token + F.embedding(indices, self.positions)  # (B, M, E)
+        for block, context in zip(self.blocks, contexts, strict=True):
+            queries = block(queries, context)
+        prediction: Tensor = self.predict(self.norm(queries))
+        return prediction

@@ -29,6 +29,13 @@ class Masking(nn.Module):
         """Whether there must be scores: those of guided policies decide unless their settings leave all to chance."""
         return self.guided
 
+    def fit(self, grid: tuple[int, int]) -> None:
+        """Told once, before the first mask, how many patches per side there are; settings that depend on it settle.
+
+        Raises:
+            ValueError: if the policy cannot serve such a grid.
+        """
+
     def visible_count(self, patches: int) -> int | None:
         """How many of ``patches`` stay visible in every image; None if that differs between images."""
         return None

@@ -1,9 +1,25 @@
 """The methods, one file each."""
 
+from mim.methods.adamae import AdaMAE
 from mim.methods.base import Batch, Method, NonFiniteError, OptimConfig, Plan
 from mim.methods.hpm import HPM
 from mim.methods.ibot import IBOT
 from mim.methods.mae import MAE
 from mim.methods.momentum_mae import MomentumMAE
+from mim.methods.mp3 import MP3
+from mim.methods.simmim import SimMIM
 
-__all__ = ["HPM", "IBOT", "MAE", "Batch", "Method", "MomentumMAE", "NonFiniteError", "OptimConfig", "Plan"]
+__all__ = [
+    "HPM",
+    "IBOT",
+    "MAE",
+    "MP3",
+    "AdaMAE",
+    "Batch",
+    "Method",
+    "MomentumMAE",
+    "NonFiniteError",
+    "OptimConfig",
+    "Plan",
+    "SimMIM",
+]

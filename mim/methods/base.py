@@ -147,6 +147,8 @@ class Method(L.LightningModule):
         self.kind = type(self).__name__  # sharding gives the object a class of its own
         self.encoder = encoder
         self.masking = masking
+        if masking is not None:
+            masking.fit(encoder.grid)
         self.optim = optim
         self.plan = Plan()
         self.start = Teacher(encoder) if optim.anchor.holds else None  # which never moves
@@ -249,6 +251,23 @@ class Method(L.LightningModule):
     def health_warning(self, values: dict[str, float]) -> str | None:
         """What is wrong, and why, judged by the newest numbers that the method logged; None if nothing is."""
         return None
+
+    def fixed_visible_count(self, guides: bool = False) -> int:
+        """How many patches of every image stay visible.
+
+        Args:
+            guides: whether the method has scores for a policy.
+
+        Raises:
+            ValueError: for a policy whose images differ, or one that needs scores where there are none, or the reverse.
+        """
+        masking, count = self.masking, None
+        if masking is not None and masking.guided == guides:
+            count = masking.visible_count(math.prod(self.encoder.grid))
+        if count is None:
+            needs = "guided" if guides else "unguided"
+            raise ValueError(f"{self.name} needs a policy that hides equally many patches, {needs}; not {masking}")
+        return count
 
     def check(self) -> None:
         """Refuses what can never learn, before data are opened; a method with other parts checks those, too.

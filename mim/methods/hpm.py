@@ -24,7 +24,7 @@ from mim.layers.teacher import Teacher
 from mim.masking import HardPatchMasking
 from mim.methods.base import Batch, Method, OptimConfig, single_view
 from mim.options.ranges import Count, Share
-from mim.patches import gather_tokens, replace_patches, visible_indices
+from mim.patches import gather_tokens, visible_indices
 from mim.randomness import RowGenerator
 from mim.schedules import linear
 from mim.targets import Target
@@ -169,14 +169,10 @@ class HPM(Method):
         Random numbers depend on the row alone, so pictures of one batch compare over training. Difficulty is the
         teacher's of every patch; the error of a patch is its mean over several masks that hide it.
         """
-        grid, size = self.encoder.grid, self.encoder.patch_size
-        scores = self.scores(images)
+        grid, scores = self.encoder.grid, self.scores(images)
         mask = self.draw(scores, len(images), RowGenerator.for_rows(0, 0, len(images), images.device))
         prediction, _, hidden = self.predict(images, mask)
-        pictures = {"hidden": replace_patches(images, size, hidden, 0.0)}
-        pixels = self.target.to_pixels(prediction, images, grid, hidden)
-        if pixels is not None:
-            pictures["reconstruction"] = replace_patches(images, size, hidden, pixels)
+        pictures = self.target.pictures(prediction, images, grid, hidden)
         return pictures | {"difficulty": scores.view(-1, *grid), "error": self._error_map(images, scores)}
 
     def _error_map(self, images: Tensor, scores: Tensor) -> Tensor:

@@ -8,19 +8,37 @@ Deviations, none of which changes the function computed:
     raster order instead of a shuffled one; the decoder predicts hidden patches only.
 """
 
+import math
+from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mim.encoder import Encoder
+from mim.layers.cross_attention import CrossDecoder
 from mim.layers.decoder import Decoder
 from mim.layers.initialisation import initialise
 from mim.masking import Masking
 from mim.methods.base import Batch, Method, OptimConfig, single_view
-from mim.options.ranges import Count
-from mim.patches import replace_patches, visible_indices
+from mim.options.ranges import Count, SomeShare
+from mim.patches import visible_indices
 from mim.randomness import RowGenerator
 from mim.targets import PixelTarget, Target
+
+
+@dataclass(frozen=True)
+class CrossConfig:
+    """A decoder of cross-attention alone: hidden patches look at visible ones, not at each other.
+
+    Args:
+        predicted: share of the hidden patches, drawn anew at every step, that is predicted; 1/3 in the paper's fast
+            recipe, a quarter of the image. The learning rate is scaled by it.
+        mixed: last blocks of the encoder whose tokens every block of the decoder combines in its own way; 12 in the
+            paper for a ViT-B, 1 for the encoder's output alone.
+    """
+
+    predicted: SomeShare = 1.0
+    mixed: Count = 1
 
 
 class MAE(Method):
@@ -36,6 +54,7 @@ class MAE(Method):
         decoder_depth: blocks of the decoder; 8 in the paper.
         decoder_heads: attention heads of the decoder; 16 in the paper.
         optim: learning rate, weight decay and warm-up.
+        cross: CrossMAE's decoder in place of the usual one (arXiv:2401.14391); not used if not given.
     """
 
     masking: Masking
@@ -50,23 +69,22 @@ class MAE(Method):
         decoder_depth: Count = 8,
         decoder_heads: Count = 16,
         optim: OptimConfig = OptimConfig(),  # noqa: B008 - frozen
+        cross: CrossConfig | None = None,
     ) -> None:
         super().__init__(encoder, masking, optim)
-        visible_count = masking.visible_count(encoder.grid[0] * encoder.grid[1])
-        if masking.guided != self.guides or visible_count is None:
-            needs = "guided" if self.guides else "unguided"
-            raise ValueError(f"{self.name} needs a policy that hides equally many patches, {needs}; not {masking}")
-        self.visible_count = visible_count
+        self.visible_count = self.fixed_visible_count(self.guides)
         self.target = target or PixelTarget(standardise=True)
-        self.decoder = Decoder(
-            encoder.dim,
-            encoder.grid,
-            encoder.num_prefix,
-            out_dim=self.target.dim(encoder),
-            width=decoder_width,
-            depth=decoder_depth,
-            heads=decoder_heads,
-        )
+        self.cross = cross
+        self.patches = math.prod(encoder.grid)
+        sizes = {"width": decoder_width, "depth": decoder_depth, "heads": decoder_heads}
+        out_dim = self.target.dim(encoder)
+        self.decoder: nn.Module
+        if cross is None:
+            self.decoder = Decoder(encoder.dim, encoder.grid, encoder.num_prefix, out_dim, **sizes)
+        else:
+            if cross.mixed > encoder.depth:
+                raise ValueError(f"cross.mixed {cross.mixed}: the encoder has {encoder.depth} blocks")
+            self.decoder = CrossDecoder(encoder.dim, encoder.grid, out_dim, **sizes, mixed=cross.mixed)
         initialise(self.decoder)
         if not encoder.pretrained:
             initialise(encoder)
@@ -76,7 +94,7 @@ class MAE(Method):
         images, valid = single_view(batch)
         generator = self.row_generator(len(images), batch_idx)
         mask = self.draw(images, generator)  # (B, N)
-        prediction, hidden = self.reconstruct(images, mask)
+        prediction, hidden = self.reconstruct(images, mask, generator)
         target, weights = self.target.measured(images, self.encoder.grid, hidden, valid)
         loss = self.target.loss(prediction, target, weights)
         self.log("train/loss", loss)
@@ -87,11 +105,45 @@ class MAE(Method):
         mask: Tensor = self.masking(len(images), self.encoder.grid, progress=self.progress, generator=generator)
         return mask
 
-    def reconstruct(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Predictions for the hidden patches, ``(B, M, dim)``, and their places, ``(B, M)``."""
-        latent = self.encoder(images, mask, visible_count=self.visible_count)  # (B, P + K, D)
-        hidden = visible_indices(~mask, mask.shape[1] - self.visible_count)  # (B, M)
-        return self.decoder(latent, mask, hidden), hidden
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate after warm-up; that of a part of the hidden patches is scaled by their share."""
+        return super().peak_lr * (self.cross.predicted if self.cross else 1)
+
+    def reconstruct(self, images: Tensor, mask: Tensor, generator: RowGenerator | None = None) -> tuple[Tensor, Tensor]:
+        """Predictions for hidden patches, ``(B, M, dim)``, and their places, ``(B, M)``.
+
+        Args:
+            images: ``(B, C, H, W)``.
+            mask: ``(B, N)``.
+            generator: draws those that are predicted, if not all are.
+        """
+        hidden = visible_indices(~mask, self.patches - self.visible_count)  # (B, M)
+        if self.cross is None:
+            latent = self.encoder(images, mask, visible_count=self.visible_count)  # (B, P + K, D)
+            return self.decoder(latent, mask, hidden), hidden
+        hidden = hidden if generator is None else self.chosen(hidden, generator)
+        return self.decoder(self.layers(images, mask), hidden), hidden
+
+    def chosen(self, hidden: Tensor, generator: RowGenerator) -> Tensor:
+        """A random part of ``hidden (B, M)`` in raster order, if only a part is to be predicted."""
+        count = max(1, round(hidden.shape[1] * (self.cross.predicted if self.cross else 1)))
+        if count == hidden.shape[1]:
+            return hidden
+        return hidden.gather(1, generator.rand(hidden.shape[1]).argsort(dim=1)[:, :count].sort(dim=1).values)
+
+    def layers(self, images: Tensor, mask: Tensor) -> list[Tensor]:
+        """Tokens ``(B, P + K, D)`` of visible patches after the blocks that the decoder looks at, the last one normed.
+
+        The others are normed behind their combination; the encoder's own norm is trained with the last one.
+        """
+        if not self.cross or self.cross.mixed == 1:
+            return [self.encoder(images, mask, visible_count=self.visible_count)]
+        depth = self.encoder.depth
+        tokens = self.encoder.after_blocks(
+            images, range(depth - self.cross.mixed, depth), mask, visible_count=self.visible_count
+        )
+        return [*(layer.x for layer in tokens[:-1]), self.encoder.vit.norm(tokens[-1].x)]
 
     def visualize(self, images: Tensor) -> dict[str, Tensor]:
         """The visible part of ``images``, grey elsewhere, and the same with hidden pixels predicted, if they are.
@@ -101,8 +153,4 @@ class MAE(Method):
         generator = RowGenerator.for_rows(0, 0, len(images), images.device)
         mask = self.draw(images, generator)
         prediction, hidden = self.reconstruct(images, mask)
-        pixels = self.target.to_pixels(prediction, images, self.encoder.grid, hidden)
-        pictures = {"hidden": replace_patches(images, self.encoder.patch_size, hidden, 0.0)}
-        if pixels is not None:
-            pictures["reconstruction"] = replace_patches(images, self.encoder.patch_size, hidden, pixels)
-        return pictures
+        return self.target.pictures(prediction, images, self.encoder.grid, hidden)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mim.encoder import Encoder
 from mim.layers.teacher import Teacher
-from mim.masking import AttentionMasking
+from mim.masking import Masking
 from mim.methods.mae import MAE
 from mim.options.ranges import Share
 from mim.randomness import RowGenerator
@@ -23,7 +23,8 @@ class MomentumMAE(MAE):
 
     Args:
         encoder: the ViT to train, with a class token.
-        masking: ``AttentionMasking`` that hides by one ratio: ``low`` equal to ``high``, and ``unmasked_share: 0``.
+        masking: ``AttentionMasking`` that hides by one ratio, ``low`` equal to ``high`` and ``unmasked_share: 0``, or
+            ``AttentionKeepMasking``.
         momentum: share of the teacher that a step keeps, at the first step; it rises to 1 along half a cosine.
         mae: what else :class:`MAE` takes.
     """
@@ -34,7 +35,7 @@ class MomentumMAE(MAE):
     def __init__(
         self,
         encoder: Encoder,
-        masking: AttentionMasking,
+        masking: Masking,
         momentum: Share = 0.996,
         **mae: Any,  # noqa: ANN401 - checked by MAE
     ) -> None:

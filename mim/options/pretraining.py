@@ -5,6 +5,7 @@ that a run is made of; ``--help_all`` shows it.
 """
 
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mim.options.config_file import check_config_file
 from mim.options.grammar import Option, read
 from mim.options.ranges import Count, Positive, ProperShare, Seed, Share, Threads, Whole
 from mim.options.recipes import CONFIGS, method_names, recipe_file
+from mim.program import called
 
 BUILT_IN = ("builtin", "shapes")
 _ENCODER = "model.init_args.encoder"
@@ -23,7 +25,7 @@ _ENCODER = "model.init_args.encoder"
 GROUPS: dict[str, dict[str, Option]] = {
     "What to train on": {
         "data": Option("PATH", "folder, list.csv, 'name-{00..99}.tar', builtin or shapes", "builtin", "data.path"),
-        "method": Option("NAME", "the recipe of a method: mae, ibot, attmask, hpm, momentum_mae", "mae"),
+        "method": Option("NAME", "the recipe of a method; info configs lists them", "mae"),
         "model": Option("NAME", "any timm Vision Transformer", "vit_small_patch16_224", f"{_ENCODER}.model"),
         "init": Option("WEIGHTS", "start from a timm name, a folder, a run or a checkpoint file", target="init"),
         "continue": Option(
@@ -76,7 +78,9 @@ GROUPS: dict[str, dict[str, Option]] = {
         "max_bad": Option("X", "share of unreadable files that is tolerated", "0.01", "data.max_bad", Share),
     },
     "Looking on": {
-        "eval_every": Option("X", "epochs between probes and pictures", "10 over the run", "eval_every", Positive),
+        "eval_every": Option(
+            "X", "epochs between probes and pictures", "10 over the run, 50 steps at least", "eval_every", Positive
+        ),
         "save_every": Option("X", "epochs between checkpoints", "20 over the run", "save_every", Positive),
         "log": Option("NAMES", "who keeps curves: tensorboard, wandb, mlflow", "tensorboard", "log", lists="always"),
         "log_every": Option("N", "steps between lines of metrics.csv", "10", "log_every", Count),
@@ -169,12 +173,29 @@ def _continued_recipe(method: str, names: Mapping[str, str]) -> list[str]:
         why = f"there is one for {', '.join(known)}"
         raise UserError(f"--continue: {method} has no recipe for it", why=why, hint=f"--method {known[0]}")
     config = [f"--config={method}/{_CONTINUED}"]
-    folder = Path(names["continue"].removeprefix("local-dir:"))
-    if "model" in names or f"{_ENCODER}.model" in names or folder.is_file():
+    if "model" in names or f"{_ENCODER}.model" in names:
         return config
-    homes = [home for home in (folder, folder / "export" / "backbone") if (home / "config.json").is_file()]
-    name = f"local-dir:{homes[0]}" if homes else names["continue"].partition(".")[0]
-    return config if folder.is_dir() and not homes else [*config, f"--{_ENCODER}.model={name}"]
+    weights = names["continue"]
+    folder = Path(weights.removeprefix("local-dir:"))
+    if not folder.exists():
+        name = weights if ":" in weights else weights.partition(".")[0]
+        return [*config, f"--{_ENCODER}.model={name}"]
+    homes = [home for home in (folder, folder / "export" / "backbone") if _is_timm_folder(home)]
+    if not homes and (folder / "config.yaml").is_file():
+        export = f"{called('export')} --run {folder}   writes what it has so far"
+        raise UserError(f"--continue {weights}: this run has exported no model yet", hint=export)
+    # Folders are made for a size of their own, which the recipe does not know.
+    own = (f"--{_ENCODER}.model=local-dir:{homes[0]}", f"--{_ENCODER}.img_size=null") if homes else ()
+    return [*config, *own]
+
+
+def _is_timm_folder(folder: Path) -> bool:
+    """Whether a folder tells timm, not only transformers, how to build its model."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "architecture" in content
 
 
 def _check_method(method: str) -> None:

@@ -123,7 +123,7 @@ def load_encoder(
     if len(mean) != encoder.in_chans:  # those of the architecture, which say nothing about these weights
         mean, std = PretrainData(weights).statistics(encoder.in_chans)
         note += f", normalised by {mean[0]:g} and {std[0]:g}, as it does not say by what"
-    return LoadedEncoder(encoder.eval(), mean, std, note, pool, _pixels_of(folder))
+    return LoadedEncoder(encoder.eval(), mean, std, note, pool, pixels_of(folder))
 
 
 def _from_checkpoint(
@@ -164,7 +164,7 @@ def untrained_encoder(
         return method.evaluated.eval()
 
 
-def _pixels_of(folder: Path) -> Pixels:
+def pixels_of(folder: Path) -> Pixels:
     """The scale that an exported folder, or that of a run, names; 8 bit if there is none."""
     homes = (folder, folder / "export" / "backbone")
     home = next((home for home in homes if (home / "config.json").is_file()), folder)
@@ -339,7 +339,7 @@ def _published(name: str, option: str) -> tuple[str, dict[str, Tensor], tuple[in
 
 def check_published(name: str, option: str) -> None:
     """Refuses what is neither there nor known to timm, addresses among it; raises ``UserError``."""
-    if is_model_pretrained(name):
+    if Path(name.removeprefix("local-dir:")).exists() or is_model_pretrained(name):
         return
     close = get_close_matches(name, timm.list_pretrained("vit_*"), n=2)
     raise UserError(

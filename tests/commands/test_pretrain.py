@@ -6,6 +6,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -14,7 +15,11 @@ from strikes import ROOT, checkpoints, differences, final_state, start, wait_for
 from torchvision.transforms.v2.functional import to_pil_image
 
 from mim.cli import main
+from mim.commands.pretrain import Pretraining
+from mim.data.pixels import Pixels
 from mim.interop import ModelCard, export_backbone
+from mim.options.pretraining import translate
+from mim.run.config import parse
 
 # Too few images of each class for probes, which would take longer than the run.
 TINY = ["--config", str(ROOT / "tests" / "tiny.yaml"), "--probe_images", "40"]
@@ -239,6 +244,41 @@ def test_a_run_goes_on_from_good_weights_and_stands_beside_them(dinov3, tmp_path
     checkpoints(part)[-1].unlink()
     assert main("pretrain", ["--resume", str(part)]) == 0
     assert differences(whole, part) == []
+
+
+ABSENT = ("vit_smal_patch16_dinov3", "vit_small_patch16_dinov3.lvd", "nowhere/model.pth", "https://example.org/x.pth")
+
+
+@pytest.mark.parametrize("weights", ABSENT)
+@pytest.mark.parametrize("option", ["--continue", "--init"])
+def test_weights_that_are_not_there_are_refused_under_the_option_that_named_them(option, weights, capsys):
+    assert main("pretrain", [f"{option}={weights}", "--data=shapes"]) == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == f"error: {option} {weights}: no such file, folder or timm weights"
+    assert hint.startswith(f"try:   {option} ")
+
+
+def test_a_model_that_was_meant_by_its_weights_alone_is_refused_under_their_option(capsys):
+    assert main("pretrain", ["--continue=resnet50", "--data=shapes"]) == 2
+    error, _, hint = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: --continue resnet50 is neither a plain nor a rotary ViT")
+    assert hint == "try:   --continue vit_small_patch16_224   or   --continue vit_small_patch16_dinov3"
+
+
+def test_what_goes_on_from_an_export_reads_numbers_on_its_scale_unless_told_otherwise(tmp_path):
+    vit = timm.create_model("test_vit", img_size=32, patch_size=8, in_chans=2, num_classes=0)
+    pixels = Pixels((-30.0, 0.0), (5.0, 1.0), "float32", nodata=-9999.0)
+    statistics = {"mean": [0.4, 0.6], "std": [0.1, 0.2]}
+    export_backbone(vit, tmp_path / "x", card=ModelCard("MAE", "radar"), pixels=pixels.facts(), **statistics)
+    for number in range(8):
+        np.save(tmp_path / f"{number}.npy", np.full((2, 32, 32), number, np.float32))
+    call = [f"--data={tmp_path}", f"--continue={tmp_path / 'x'}"]
+    run = Pretraining(parse(translate(call)), None)
+    assert run.data.pixels == pixels
+    assert (run.data.mean, run.data.std) == (statistics["mean"], statistics["std"])
+    assert run.method.encoder.img_size == (32, 32)
+    other = Pretraining(parse(translate([*call, "--value_range=0,10"])), None)
+    assert other.data.pixels == Pixels((0.0,), (10.0,), "any")
 
 
 def test_a_run_resumes_from_any_working_directory(tmp_path, monkeypatch):

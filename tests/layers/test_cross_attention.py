@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from mim.layers.cross_attention import CrossAttention, CrossBlock
+from mim.layers.cross_attention import CrossAttention, CrossBlock, CrossDecoder, Mix
 from mim.layers.initialisation import initialise
+from mim.patches import gather_tokens
 
 
 def test_attention_equals_a_slow_loop():
@@ -49,3 +50,21 @@ def test_it_works_in_reduced_precision():
 def test_heads_that_do_not_divide_the_width_are_refused(heads):
     with pytest.raises(ValueError, match=f"cross-attention of width 8 cannot have {heads} heads"):
         CrossAttention(8, heads)
+
+
+def test_every_block_of_the_decoder_sees_its_own_combination_of_layers():
+    mix = Mix(6, layers=3, count=2)
+    layers = [torch.randn(2, 5, 6) for _ in range(3)]
+    for number, mixed in enumerate(mix(layers)):
+        plain = sum(share * tokens for share, tokens in zip(mix.shares[number], layers, strict=True))
+        torch.testing.assert_close(mixed, mix.norms[number](plain))
+    assert mix.shares.shape == (2, 3)
+
+
+def test_a_patch_is_predicted_alike_whatever_else_is_asked_for():
+    decoder = CrossDecoder(6, (2, 3), out_dim=4, width=8, depth=2, heads=2)
+    layers = [torch.randn(2, 5, 6)]
+    everything = decoder(layers, torch.arange(6).expand(2, -1))
+    some = torch.tensor([[4, 1], [0, 5]])
+    torch.testing.assert_close(decoder(layers, some), gather_tokens(everything, some))
+    assert "positions" not in decoder.state_dict()

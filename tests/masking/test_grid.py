@@ -62,3 +62,43 @@ def test_mae_trains_with_it():
     method.log = lambda *_, **__: None
     method.training_step(([torch.randn(2, 3, 32, 32)], torch.zeros(2)), 0).backward()
     assert encoder.vit.reg_token.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("grid", "cell"),
+    [
+        ((14, 14), 2),  # 224 px in patches of 16: squares of 32 px
+        ((28, 28), 4),  # patches of 8
+        ((7, 7), 1),  # patches of 32
+        ((16, 16), 2),  # 224 px in patches of 14: squares of 28 px
+        ((56, 56), 8),
+        ((8, 8), 1),  # 32 px in patches of 4
+        ((4, 4), 1),
+        ((6, 6), 1),
+        ((14, 28), 2),
+        ((5, 7), 1),
+    ],
+)
+def test_squares_left_open_are_a_seventh_of_the_image_whatever_the_patch_size(grid, cell):
+    policy = GridMasking(0.6, None)
+    policy.fit(grid)
+    assert policy.cell == cell
+    assert policy(2, grid).sum(1).tolist() == [policy.most_hidden(grid[0] * grid[1])] * 2
+
+
+def test_squares_left_open_are_settled_by_the_method():
+    encoder = Encoder("vit_tiny_patch16_224", 224, 16, kwargs={"embed_dim": 16, "depth": 1, "num_heads": 2})
+    method = MAE(encoder, GridMasking(0.6, None), decoder_width=16, decoder_depth=1, decoder_heads=2)
+    assert method.masking.cell == 2
+    assert method.visible_count == 76  # 19 of 49 squares
+
+
+def test_squares_left_open_without_a_grid_are_refused():
+    with pytest.raises(ValueError, match="left open"):
+        GridMasking(0.6, None)(2, (4, 4))
+
+
+@pytest.mark.parametrize(("grid", "cell"), [((1, 3), None), ((4, 4), 4), ((2, 4), 2)])
+def test_fewer_than_four_squares_are_refused(grid, cell):
+    with pytest.raises(ValueError, match="fewer than 4"):
+        GridMasking(0.6, cell).fit(grid)

@@ -55,7 +55,7 @@ def test_the_loss_does_not_see_what_stands_where_nothing_was_measured(standardis
         target=PixelTarget(standardise),
     )
     method.log = lambda *_: None
-    method.reconstruct = lambda images, mask: (torch.ones(2, 4, 192), torch.arange(4).expand(2, -1))
+    method.reconstruct = lambda images, mask, generator: (torch.ones(2, 4, 192), torch.arange(4).expand(2, -1))
     losses = []
     for number in (0.0, 5.0):
         filled = torch.where(valid, images, number)

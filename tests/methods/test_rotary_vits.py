@@ -8,10 +8,19 @@ import torch
 from torch.utils.data import DataLoader
 
 from mim.encoder import Encoder
-from mim.masking import AttentionMasking, BlockMasking, HardPatchMasking, RandomMasking
-from mim.methods import HPM, IBOT, MAE, MomentumMAE, OptimConfig, Plan
+from mim.masking import (
+    AttentionMasking,
+    BlockMasking,
+    GridMasking,
+    HardPatchMasking,
+    RandomMasking,
+    SampledMasking,
+)
+from mim.methods import HPM, IBOT, MAE, AdaMAE, MomentumMAE, OptimConfig, Plan, SimMIM
+from mim.methods.adamae import SamplerConfig
 from mim.methods.hpm import DifficultyConfig
 from mim.methods.ibot import HeadConfig, TeacherConfig
+from mim.methods.mae import CrossConfig
 from mim.pictures.strips import strip
 from mim.targets import FeatureTarget, PixelTarget
 
@@ -40,6 +49,13 @@ METHODS = {
     ),
     "hpm": lambda model=DINOV3: HPM(
         encoder(model), HardPatchMasking(start=0.5), PixelTarget(), DifficultyConfig(units=2), 16, 1, 2, OPTIM
+    ),
+    "simmim": lambda model=DINOV3: SimMIM(encoder(model), GridMasking(0.6, None), optim=OPTIM),
+    "adamae": lambda model=DINOV3: AdaMAE(
+        encoder(model), SampledMasking(), None, SamplerConfig(heads=2), 16, 1, 2, OPTIM
+    ),
+    "crossmae": lambda model=DINOV3: MAE(
+        encoder(model), RandomMasking(), None, 16, 2, 2, OPTIM, CrossConfig(predicted=0.5, mixed=2)
     ),
     "ibot": lambda model=DINOV3: ibot(BlockMasking(unmasked_share=0.0), model),
     "attmask": lambda model=DINOV3: ibot(ATTENTION, model),
@@ -131,7 +147,7 @@ def test_ibot_draws_what_there_is_where_attention_cannot_be_read():
 def test_features_of_a_rotary_vit_can_be_the_target(tmp_path):
     frozen = FeatureTarget.__new__(FeatureTarget)
     torch.nn.Module.__init__(frozen)
-    frozen.encoder, frozen.projection = encoder().eval(), False
+    frozen.encoder, frozen.projection, frozen.distance = encoder().eval(), False, "direction"
     frozen.register_buffer("scale", torch.ones(3, 1, 1))
     frozen.register_buffer("shift", torch.zeros(3, 1, 1))
     places = torch.tensor([[0, 5]])

@@ -18,6 +18,7 @@ HAND_MADE = {
     "ibot": ["--config", "tests/tiny-ibot.yaml", "--model.init_args.masking", "BlockMasking"],
     "attmask": ["--config", "tests/tiny-ibot.yaml"],
     "hpm": ["--config", "tests/tiny_hpm.yaml"],
+    "mp3": ["--config", "tests/tiny_mp3.yaml"],
 }
 ENCODER = "--model.init_args.encoder."
 SMALL = {

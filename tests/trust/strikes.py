@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,6 +172,7 @@ class Trial:
         accumulate: micro-batches.
         aimed: strike while a checkpoint is being written.
         number: the signal to strike with.
+        extra: further arguments of the command.
     """
 
     method: str
@@ -179,6 +181,7 @@ class Trial:
     accumulate: int = 1
     aimed: bool = False
     number: signal.Signals = signal.SIGKILL
+    extra: tuple[str, ...] = ()
     redone: int = 0
     hits: int = 0
     statuses: list[int] = field(default_factory=list)
@@ -186,11 +189,12 @@ class Trial:
 
     @property
     def settings(self) -> list[str]:
-        return [*SETTINGS[self.method], *(["--accumulate", str(self.accumulate)] if self.accumulate > 1 else [])]
+        accumulate = ["--accumulate", str(self.accumulate)] if self.accumulate > 1 else []
+        return [*SETTINGS[self.method], *self.extra, *accumulate]
 
     def whole(self) -> Path:
         """An undisturbed run of the same settings, made once."""
-        run = self.folder / f"whole-{self.method}-{self.accumulate}"
+        run = self.folder / f"whole-{self.method}-{self.accumulate}-{zlib.crc32(' '.join(self.extra).encode()):x}"
         if not done(run):
             status, output = finish(*self.settings, "--out", run)
             assert status == 0, output

@@ -15,6 +15,7 @@ from strikes import (
     Trial,
     checkpoints,
     differences,
+    final_state,
     finish,
     leftovers,
     start,
@@ -48,6 +49,27 @@ def test_a_signal_loses_no_step_and_ends_with_75(method, number, folder):
     trial.play(2, random.Random(repr((method, number))))
     assert trial.problems == []
     assert trial.redone == 0
+
+
+DINOV3 = (
+    "--model",
+    "vit_small_patch16_dinov3",
+    "--model.init_args.encoder.kwargs",
+    '{"depth": 2}',
+    "--epochs",
+    "0.375",
+)
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_dinov3_of_two_blocks_goes_on_exactly_after_a_kill_in_its_24_steps(method, folder):
+    trial = Trial(method, folder, extra=DINOV3)
+    trial.play(1, random.Random(method))
+    assert len(trial.statuses) == 1
+    assert trial.problems == []
+    state = final_state(trial.whole())
+    assert state["global_step"] == 24
+    assert state["state_dict"]["encoder.vit.reg_token"].shape == (1, 4, 384)
 
 
 @pytest.mark.parametrize("moment", [0.5, 2, 4, 6, 8])

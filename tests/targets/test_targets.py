@@ -35,6 +35,20 @@ def test_the_error_of_pixels_is_their_mean_squared_difference():
     torch.testing.assert_close(error, (prediction.float() - target).square().mean(-1))
 
 
+@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0]).expand(2, 3, 5)])
+def test_the_absolute_error_of_pixels_is_the_mean_of_differences(weights):
+    prediction, target = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    expected = (prediction - target).abs()[..., slice(None) if weights is None else [0, 2, 3]].mean(-1)
+    absolute = PixelTarget(distance="absolute")
+    torch.testing.assert_close(absolute.error(prediction, target, weights), expected)
+    torch.testing.assert_close(absolute.loss(prediction, target, weights), expected.mean())
+
+
+def test_a_distance_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="distance cubed is none of squared, absolute"):
+        PixelTarget(distance="cubed")
+
+
 @pytest.mark.parametrize("standardise", [False, True])
 def test_a_perfect_prediction_is_shown_as_the_image(images, standardise):
     target = PixelTarget(standardise)
@@ -121,6 +135,17 @@ def test_the_error_of_features_is_twice_one_minus_the_cosine(folder):
     cosine = F.cosine_similarity(prediction, wanted, dim=-1)
     torch.testing.assert_close(target.error(prediction, wanted), 2 - 2 * cosine)
     torch.testing.assert_close(target.error(7 * wanted, wanted), torch.zeros(2, 3))
+
+
+def test_smooth_features_are_standardised_and_their_error_grows_straight_from_one_on(images, folder):
+    target = FeatureTarget(f"local-dir:{folder}", distance="smooth")
+    values = target(images, GRID, INDICES)
+    torch.testing.assert_close(values.mean(-1), torch.zeros(2, 3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(values.var(-1, unbiased=False), torch.ones(2, 3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(target.error(values + 0.5, values), torch.full((2, 3), 0.125))
+    torch.testing.assert_close(target.error(values + 3, values), torch.full((2, 3), 2.5))
+    with pytest.raises(ValueError, match="distance cubed"):
+        FeatureTarget(f"local-dir:{folder}", distance="cubed")
 
 
 def test_features_show_no_pixels(images, folder):

@@ -1,0 +1,8 @@
+"""What a decoder has to predict for hidden patches: their pixels, edges, or what another network makes of them."""
+
+from mim.targets.base import Target
+from mim.targets.features import FeatureTarget
+from mim.targets.hog import HOGTarget
+from mim.targets.pixels import PixelTarget
+
+__all__ = ["FeatureTarget", "HOGTarget", "PixelTarget", "Target"]
