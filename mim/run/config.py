@@ -49,7 +49,7 @@ class RunOptions:
         epochs: passes over the images.
         seed: of everything random.
         save_every: epochs between checkpoints; 20 checkpoints over the run unless given.
-        eval_every: epochs between probes and pictures; 10 times over the run, and at least 50 steps apart, unless given.
+        eval_every: epochs between probes and pictures; 10 times over the run, 50 steps apart at least, unless given.
         log_every: steps between lines of ``metrics.csv``.
         log: who keeps curves beside ``metrics.csv``.
         pictures: images in the picture strips.
