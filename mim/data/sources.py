@@ -16,9 +16,9 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from mim.data.folders import Unclear, folder_classes, holds_images, images_in, scan
+from mim.data.folders import Unclear, class_home, folder_classes, holds_images, images_in, scan
 from mim.data.images import SUFFIXES, ImageError, read_image
-from mim.data.layouts import HELD_OUT, counted, find_layout, same_name
+from mim.data.layouts import HELD_OUT, counted, find_layout, mask_folders, same_name, subfolders
 from mim.data.loading import reading
 from mim.data.pixels import EIGHT_BIT, Pixels
 from mim.data.shards import expand_shards, read_part, tar_members
@@ -66,6 +66,7 @@ class FileSource(ABC):
         unclear: why there are no labels although something looks like them.
         notes: what was found out about the layout, for the user.
         part: what messages call this part of the data; empty for all of it.
+        tables: lists beside the images, which may know their labels.
     """
 
     def __init__(self, name: str, paths: Iterable[str], class_names: Sequence[str] | None, channels: int) -> None:
@@ -80,6 +81,7 @@ class FileSource(ABC):
         self.unclear: Unclear | None = None
         self.notes: list[str] = []
         self.part = ""
+        self.tables: list[str] = []
 
     def findings(self) -> list[str]:
         """Lines for the user: what was found out about the layout, and why there are no labels if some seem to be."""
@@ -128,6 +130,17 @@ class FolderSource(FileSource):
         class_names, unclear = folder_classes(paths, label_column)
         super().__init__(name or root.resolve().name, (f"{root}/{path}" for path in paths), class_names, channels)
         self.ignored, self.unclear = ignored, unclear
+        self.tables = sorted(
+            f"{root}/{table}" for table in os.listdir(root) if table.lower().endswith((".csv", ".tsv"))
+        )
+        if class_names is not None and label_column is None:
+            home = root / paths[0][: class_home(paths)]
+            empty = sorted(
+                set(map(same_name, subfolders(home))) - set(class_names) - set(mask_folders(subfolders(home)))
+            )
+            self.notes += (
+                [f"no images in {counted([f'{name}/' for name in empty])}: not among the classes"] if empty else []
+            )
 
     def encoded(self, index: int) -> Path:
         """The file."""
@@ -240,7 +253,7 @@ def _open_folder(path: Path, channels: int, label_column: str | None) -> tuple[F
     held: FileSource = FolderSource(layout.held_out, channels, name, label_column)
     train.part, held.part = f"{layout.train.name}/", f"{layout.part}/"
     masks = [mask.name for mask in layout.masks if next(images_in(mask, below=True), None)]
-    train.notes = [f"{held.part} is held out: {len(held):,} images"]
+    train.notes += [f"{held.part} is held out: {len(held):,} images"]
     train.notes += [f"masks in {mask}/ are not read" for mask in masks]
     if layout.others:
         train.notes += [f"not read: {counted([f'{other}/' for other in layout.others])}"]
@@ -291,7 +304,9 @@ def _no_images(
 def _not_a_source(data: str, path: Path, otherwise: str | None) -> UserError:
     if path.is_file():
         why = "a folder, a .txt, .csv or .tsv list, or .tar files are expected"
-        return UserError(f"--data {data} is a file of another type", why=why, hint="unpack it into a folder")
+        packed = path.suffix.lower() in (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+        hint = "unpack it into a folder" if packed else f"--data {path.parent}"
+        return UserError(f"--data {data} is a file of another type", why=why, hint=hint)
     folder = next(parent for parent in path.absolute().parents if os.access(parent, os.R_OK))
     nearby = {f"{name}/" if (folder / name).is_dir() else name for name in sorted(os.listdir(folder))}
     nearby = {name for name in nearby if name.endswith(("/", *LISTS, ".tar")) and not name.startswith(".")}
