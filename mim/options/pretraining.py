@@ -108,8 +108,11 @@ GROUPS: dict[str, dict[str, Option]] = {
         "max_bad": Option("X", "share of unreadable files that is tolerated", "0.01", "data.max_bad", Share),
     },
     "Looking on": {
-        "eval_every": Option("X", "epochs between probes and pictures", "10 over the run", "eval_every", Positive),
+        "eval_every": Option(
+            "X", "epochs between probes and pictures", "10 over the run, 50 steps at least", "eval_every", Positive
+        ),
         "save_every": Option("X", "epochs between checkpoints", "20 over the run", "save_every", Positive),
+        "log": Option("NAMES", "who keeps curves: tensorboard, wandb, mlflow", "tensorboard", "log", lists="always"),
         "log_every": Option("N", "steps between lines of metrics.csv", "10", "log_every", Count),
         "pool": Option(
             "mean|cls",

@@ -4,7 +4,7 @@ import inspect
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -22,6 +22,7 @@ from mim.options.config_file import keeping_old_scale, with_config_files
 from mim.options.old_names import current_arguments
 from mim.options.ranges import MANY, Count, Positive, ProperShare, Seed, Threads, Whole
 from mim.options.refusals import refusal
+from mim.run.trackers import Tracker
 
 _HELP = "--help_all explains every option"
 
@@ -49,8 +50,9 @@ class RunOptions:
         epochs: passes over the images.
         seed: of everything random.
         save_every: epochs between checkpoints; 20 checkpoints over the run unless given.
-        eval_every: epochs between probes and pictures; 10 times over the run unless given.
+        eval_every: epochs between probes and pictures; 10 times over the run, 50 steps apart at least, unless given.
         log_every: steps between lines of ``metrics.csv``.
+        log: who keeps curves beside ``metrics.csv``.
         pictures: images in the picture strips.
         pool: what stands for an image in probes, in the export and in what evaluates it: the class token or the mean of
             the patch tokens.
@@ -65,6 +67,7 @@ class RunOptions:
     save_every: Positive | None = None
     eval_every: Positive | None = None
     log_every: Count = 10
+    log: list[Tracker] = field(default_factory=lambda: list[Tracker](["tensorboard"]))
     pictures: Whole = 8
     pool: Literal["mean", "cls"] = "mean"
     probe_images: Count = 5000
@@ -186,7 +189,7 @@ def run_options(config: Namespace) -> RunOptions:
         raise UserError(f"--accumulate {parts}: one micro-batch per step at least", hint="--accumulate 1")
     if norm is not None and not norm >= 0:
         raise UserError(f"--trainer.gradient_clip_val {norm} is below 0", hint="--trainer.gradient_clip_val 1.0")
-    return RunOptions(**{field.name: config[field.name] for field in fields(RunOptions)})
+    return RunOptions(**{option.name: config[option.name] for option in fields(RunOptions)})
 
 
 BUILT_IN = ("builtin", "shapes")
