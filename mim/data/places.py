@@ -85,8 +85,8 @@ def not_a_source(data: str, path: Path, otherwise: str | None) -> UserError:
     if path.is_file():
         why = "a folder, a .txt, .csv or .tsv list, or .tar files are expected"
         packed = path.suffix.lower() in (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
-        hint = "unpack it into a folder" if packed else f"--data {path.parent}"
-        return UserError(f"--data {data} is a file of another type", why=why, hint=hint)
+        instead = "unpack it into a folder" if packed else f"--data {path.parent}"
+        return UserError(f"--data {data} is a file of another type", why=why, hint=instead)
     folder = next(parent for parent in path.absolute().parents if os.access(parent, os.R_OK))
     nearby = {f"{name}/" if (folder / name).is_dir() else name for name in sorted(os.listdir(folder))}
     nearby = {name for name in nearby if name.endswith(("/", *LISTS, ".tar")) and not name.startswith(".")}

@@ -23,8 +23,18 @@ BUILT_IN = ("builtin", "shapes")
 _ENCODER = "model.init_args.encoder"
 
 Precision = Literal[
-    *("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"),
-    *("transformer-engine", "transformer-engine-float16", "32", "bf16", "16", "64"),
+    "32-true",
+    "bf16-mixed",
+    "16-mixed",
+    "bf16-true",
+    "16-true",
+    "64-true",
+    "transformer-engine",
+    "transformer-engine-float16",
+    "32",
+    "bf16",
+    "16",
+    "64",
 ]
 """What Lightning's trainer computes in."""
 
