@@ -106,6 +106,8 @@ class PretrainOptions(TypedDict, total=False):
     clip: bool
     bands: str | Sequence[int]
     nodata: float
+    windows: int
+    stride: int
     mask_ratio: float
     blr: float
     seed: int

@@ -82,6 +82,11 @@ def patch_statistics(patches: Tensor, weights: Tensor | None = None) -> tuple[Te
     return mean, (var + 1e-6).sqrt()
 
 
+def measured_patches(valid: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
+    """``(B, N)`` bool for ``valid (B, 1, H, W)``: False for a patch that is nodata for more than half."""
+    return patchify(valid.float(), patch_size).mean(dim=-1) >= 0.5
+
+
 def measured_values(
     valid: Tensor, patch_size: int | tuple[int, int], channels: int, indices: Tensor | None = None
 ) -> Tensor:

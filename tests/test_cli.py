@@ -145,7 +145,7 @@ def test_dashes_equal_signs_and_switches_are_understood():
 
 
 def test_negative_values_are_values():
-    assert translate([f"--config={TINY}", "--seed=3", "--blr", "-1"])[-1] == "--model.init_args.optim.blr=-1"
+    assert translate([f"--config={TINY}", "--seed=3", "--nodata", "-1"])[-1] == "--data.nodata=-1"
 
 
 # Recipes -------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from mim.data.sources import Source
 from mim.distributed.sharding import gathered
 from mim.encoder import Encoder
 from mim.errors import UserError
+from mim.evaluation.balance import images_per_class, uneven
 from mim.evaluation.features import POOLED, Pool, extract
 from mim.evaluation.health import feature_std, health_message, rankme
 from mim.evaluation.probe import probe, probe_seeds
@@ -44,6 +45,7 @@ class Evaluation(Callback):
         self.bank = _choose(data.source, probe_images, data.seed, "bank")
         self.queries = _choose(data.evaluation, max(1, probe_images // 5), data.seed, "queries")
         self.labelled = _worth_probing(data.source, data.evaluation, self.bank)
+        self.scored = _scored(data.source, data.evaluation, self.bank, self.queries) if self.labelled else {}
         self._seen = 0
         self._device = torch.device("cpu")
 
@@ -90,15 +92,10 @@ class Evaluation(Callback):
         encoders = [encoder.to(self._device) for encoder in (trained, *untrained, *started)]
         pairs = [probe_seeds(*features) for features in self.features(*encoders)]
         held_out = "separate test images" if self.data.evaluation else "a fifth of the images, held out of the probe"
-        result: dict[str, Any] = {
-            kind: {
-                "trained": pairs[0][f"{kind}_top1"],
-                # One untrained encoder per seed, each probed on that seed's split.
-                "untrained": [pair[f"{kind}_top1"][seed] for seed, pair in enumerate(pairs[1 : 1 + len(untrained)])],
-                **({"start": pairs[-1][f"{kind}_top1"]} if started else {}),
-            }
-            for kind in ("knn", "linear")
-        }
+        result: dict[str, Any] = {kind: _beside(f"{kind}_top1", pairs, len(untrained)) for kind in ("knn", "linear")}
+        if uneven(self.scored):
+            result |= {what: _beside(what, pairs, len(untrained)) for what in ("knn_balanced", "linear_balanced")}
+            result["images_per_class"] = self.scored
         result["pool"] = self.pool
         result["protocol"] = (
             f"frozen encoder, {POOLED[self.pool]}, centre crop, "
@@ -131,7 +128,7 @@ class Evaluation(Callback):
                 self.run_log.metrics.add(step, epoch, values)
                 for logger in trainer.loggers:
                     logger.log_metrics(values, step)
-                self._draw(method, epoch)
+                self._draw(method, method.plan.passes(step))
                 self._say(method, step, values)
                 write_report(self.run_log.run.path)
             trainer.strategy.barrier()
@@ -143,7 +140,8 @@ class Evaluation(Callback):
             if queries is None or truth is None:
                 kept, held = stratified_split(labels, 0.2, self.data.seed, "online probe")
                 bank, labels, queries, truth = bank[kept], labels[kept], bank[held], labels[held]
-            values |= {f"val/{name}": value for name, value in probe(bank, labels, queries, truth).items()}
+            shown = probe(bank, labels, queries, truth)
+            values |= {f"val/{what}": shown[what] for what in shown if what.endswith("top1") or uneven(self.scored)}
         return values
 
     @torch.no_grad()
@@ -174,6 +172,20 @@ class Evaluation(Callback):
 
 
 LABELLED = {"knn": "val/knn_top1", "linear": "val/linear_top1"}
+
+
+def _beside(what: str, pairs: Sequence[dict[str, list[float]]], untrained: int) -> dict[str, list[float]]:
+    """One kind of score of the trained encoder, the untrained ones and the start: the order of ``pairs``."""
+    # One untrained encoder per seed, each probed on that seed's split.
+    random = [pair[what][seed] for seed, pair in enumerate(pairs[1 : 1 + untrained])]
+    start = {"start": pairs[-1][what]} if len(pairs) > 1 + untrained else {}
+    return {"trained": pairs[0][what], "untrained": random, **start}
+
+
+def _scored(source: Source, evaluation: Source | None, bank: list[int], queries: list[int]) -> dict[str, int]:
+    """How many of the images that probes are scored on, or are held out from, each class has."""
+    part, rows = (source, bank) if evaluation is None else (evaluation, queries)
+    return images_per_class([(part.labels or [])[row] for row in rows], part.classes)
 
 
 def _worth_probing(source: Source, evaluation: Source | None, bank: Sequence[int]) -> bool:

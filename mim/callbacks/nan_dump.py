@@ -38,9 +38,10 @@ class NaNDump(Callback):
             trainer.strategy.barrier()
 
     def _write(self, trainer: Trainer, method: Method, step: int, weights: dict[str, torch.Tensor]) -> list[str]:
-        views, labels, names = self.data.batch(step)
+        views, labels, names, valid = self.data.batch(step)
         dump = self.run.nan_dump(step)
         state = {"step": step, "plan": asdict(method.plan), "views": views, "labels": labels, "names": names}
+        state |= {"valid": valid[0]} if valid else {}  # which pixels were measured
         state |= {"accumulate": trainer.accumulate_grad_batches, "processes": trainer.world_size}
         try:
             self.run.debug.mkdir(exist_ok=True)

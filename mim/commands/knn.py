@@ -26,7 +26,7 @@ def run(
         seeds: untrained encoders to compare with.
     """
     # torch is imported when there is something to measure: --help must not wait for it.
-    from mim.evaluation.balance import balanced_accuracy
+    from mim.evaluation.balance import balanced_accuracy, right_per_class
     from mim.evaluation.bank import Bank
     from mim.evaluation.features import Features
     from mim.evaluation.knn import accuracies, knn_answers
@@ -39,25 +39,29 @@ def run(
     encoders += [(UNTRAINED, measurement.untrained(seed)) for seed in range(seeds)]
     banks = [measurement.banks(encoder, features) for _, encoder in encoders]
 
-    def vote(features: tuple[list[Bank], Bank]) -> dict[str, float]:
+    def vote(features: tuple[list[Bank], Bank]) -> tuple[dict[str, float], dict[str, dict[str, int]]]:
         (bank,), queries = features
         asked, truth = (tensor.to(measurement.device) for tensor in queries)
         shares: dict[str, float] = {}
+        right: dict[str, dict[str, int]] = {}
         for neighbours, ranked in knn_answers(*bank, asked, k, temperature).items():
             named = {f"top-{top}": share for top, share in accuracies(ranked, truth).items()}
             if measurement.uneven:
                 named["balanced accuracy"] = balanced_accuracy(ranked[:, 0], truth)
+                right[f"{neighbours}-NN"] = right_per_class(ranked[:, 0], truth, measurement.classes)
             shares |= {f"{neighbours}-NN {name}": share for name, share in named.items()}
-        return shares
+        return shares, right
 
     scores: Scores = {}
-    for (who, _), answer in zip(encoders, share_out(banks, vote), strict=True):
+    answers = share_out(banks, vote)
+    for (who, _), (answer, _) in zip(encoders, answers, strict=True):
         for name, value in answer.items():
             scores.setdefault(name, {}).setdefault(who, []).append(value)
     if measurement.is_main_process:
         votes = f"votes exp(cosine / {temperature:g})"
         protocol = f"frozen encoder, {features.describe()}, {measurement.protocol()}; {votes}."
         folder = measurement.folder("knn")
-        measurement.write(folder, "k-NN classification", protocol, scores, features.pool, measurement.class_sizes())
+        details = measurement.class_sizes(answers[0][1])
+        measurement.write(folder, "k-NN classification", protocol, scores, features.pool, details)
         finish_section(folder)
     return scores

@@ -35,7 +35,7 @@ def run(
     # torch is imported when there is something to measure: --help must not wait for it.
     from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-    from mim.evaluation.balance import balanced_accuracy
+    from mim.evaluation.balance import balanced_accuracy, right_per_class
     from mim.evaluation.bank import Bank
     from mim.evaluation.features import Features
     from mim.evaluation.rate_selection import Outcome, probe_head
@@ -77,7 +77,8 @@ def run(
     if measurement.is_main_process:
         protocol = f"frozen encoder, {features.describe()}, {measurement.protocol()}; {_protocol(recipe, crops)}"
         details = {f"learning rate, {who}": ", ".join(f"{lr:g}" for lr in used) for who, used in rates.items()}
-        details |= measurement.class_sizes()
+        right = right_per_class(outcomes[0].answers, trained[1].labels, measurement.classes)
+        details |= measurement.class_sizes({"seed 0": right})
         folder = measurement.folder(recipe.head)
         measurement.write(folder, _NAMES[recipe.head], protocol, scores, features.pool, details)
         matrix = multiclass_confusion_matrix(outcomes[0].answers, trained[1].labels, num_classes=classes)

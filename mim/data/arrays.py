@@ -1,31 +1,24 @@
-"""Numbers of any type and any count of channels: ``.npy``, TIFF through tifffile, and pictures of more than 8 bit.
+"""Numbers of any type and any count of channels: ``.npy``, and pictures of more than 8 bit; ``tiff.py`` reads TIFF.
 
 Headers are believed only as far as they fit the bytes at hand; sizes are checked before anything is decoded.
 """
 
-import re
 from collections.abc import Sequence
 from io import BytesIO
-from itertools import islice
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mim.data.files import MAX_ARRAY_BYTES, ChannelsError, check_size
-
-if TYPE_CHECKING:
-    from tifffile import TiffFile, TiffPage
 
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 NPY_MAGIC = b"\x93NUMPY"
 JPEG2000_MAGIC = (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
 PNG_MAGIC = b"\x89PNG"
-_BITS, _DESCRIPTION, _SAMPLE_FORMAT, _ORIENTATION, _GDAL_NODATA = 258, 270, 339, 274, 42113  # TIFF tags
-_PALETTE, _SEPARATED, _LAB = 3, 5, 8  # values of TIFF's PhotometricInterpretation
-_COUNTED = 64  # pages of a stack, at most
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # as Pillow turns colours grey
 
 
@@ -47,63 +40,66 @@ class Stored(NamedTuple):
     pages: int = 1
 
 
+class Box(NamedTuple):
+    """A rectangle of pixels: its corner and its sides."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    @property
+    def rows(self) -> slice:
+        """Of the picture."""
+        return slice(self.top, self.top + self.height)
+
+    @property
+    def columns(self) -> slice:
+        """Of the picture."""
+        return slice(self.left, self.left + self.width)
+
+
 def read_npy(data: bytes, channels: int | None) -> Stored:
     """An array with its channels last or first, or with none; ``channels`` are expected, any number if not given."""
-    file = BytesIO(data)
-    version = np.lib.format.read_magic(file)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    shape, fortran, dtype = readers[version](file)
+    shape, fortran, dtype, offset = _npy_header(BytesIO(data))
     check_array(shape, dtype)
-    axis = _channel_axis(shape, channels)
     # A view of the bytes at hand: no pickles, and a header cannot make us allocate what the file does not hold.
-    values = np.frombuffer(data, dtype, prod(shape), file.tell()).reshape(shape, order="F" if fortran else "C")
-    values = values[..., None] if values.ndim == 2 else np.moveaxis(values, axis, -1)
+    values = np.frombuffer(data, dtype, prod(shape), offset).reshape(shape, order="F" if fortran else "C")
+    values = _channels_last(values, channels)
     check_size(values.shape[1], values.shape[0])
     return Stored(values, colours=dtype == np.uint8)
 
 
-def read_tiff(data: bytes, channels: int | None) -> Stored:
-    """The first picture of a TIFF; ``channels`` are expected, any number if not given."""
-    import tifffile  # 0.1 s, and few need it
+class NpyParts:
+    """Boxes of an array in a ``.npy`` file, of which only what they touch is read.
 
-    with tifffile.TiffFile(BytesIO(data)) as file:
-        first: TiffPage = file.pages[0]  # type: ignore[assignment]  # a whole page, as it is the first
-        if first.axes not in ("YX", "YXS", "SYX") or (
-            first.photometric in (_PALETTE, _SEPARATED, _LAB) and channels in (1, 3)
-        ):
-            kind = getattr(first.photometric, "name", first.photometric)
-            raise ValueError(f"a TIFF of axes {first.axes}, {kind}, {first.dtype}, which is not read")
-        check_size(first.imagewidth, first.imagelength)
-        pages = _channel_pages(file, first, channels)
-        if any(page.shape != first.shape or page.dtype != first.dtype for page in pages):
-            raise ValueError("pages of different shapes")
-        check_array((*first.shape, len(pages)) if first.ndim == 2 else first.shape, first.dtype, first.chunks)
-        for page in pages:
-            _check_segments(page, len(data))
-        parts = [np.asarray(page.asarray(maxworkers=1)) for page in pages]
-        parts = [np.moveaxis(part, 0, -1) if first.axes == "SYX" else part for part in parts]
-        values = parts[0] if parts[0].ndim == 3 else np.stack(parts, axis=-1)  # (H, W, C)
-        if first.photometric == 0 and values.dtype.kind == "u":  # white is 0
-            values = values.dtype.type((1 << first.bitspersample) - 1) - values
-        extra = [int(sample) for sample in first.extrasamples or ()]
-        return Stored(
-            turned(values, first.tags.valueof(_ORIENTATION, 1)),
-            nodata=_named_nodata(first),
-            colours=first.photometric in (2, 6),
-            alpha=bool(extra) and extra[-1] in (1, 2),
-            pages=sum(1 for _ in islice(file.pages, _COUNTED)) if len(pages) == 1 else 1,
-        )
+    Args:
+        path: the file.
+        channels: expected, any number if not given.
 
+    Raises:
+        ValueError: for what is no image.
+    """
 
-def is_plain(data: bytes) -> bool:
-    """Whether a TIFF is one of 8 bit per channel that Pillow knows, and no stack whose pages are channels."""
-    try:
-        with Image.open(BytesIO(data), formats=("TIFF",)) as image:
-            tags = image.tag_v2  # type: ignore[attr-defined]  # of a TIFF
-            bits, kinds = tags.get(_BITS, (1,)), tags.get(_SAMPLE_FORMAT, (1,))
-            return max(bits) <= 8 and set(kinds) == {1} and _described_channels(str(tags.get(_DESCRIPTION, "")))[0] == 1
-    except UnidentifiedImageError:
-        return False
+    def __init__(self, path: Path, channels: int | None) -> None:
+        with path.open("rb") as file:
+            shape, fortran, self.dtype, self.offset = _npy_header(file)
+        check_kind(shape, self.dtype)
+        missing = self.offset + prod(shape) * self.dtype.itemsize - path.stat().st_size
+        if missing > 0:
+            raise ValueError(f"image file is truncated: {missing:,} bytes are missing")
+        self.path, self.channels, self.shape = path, channels, shape
+        self.order: Literal["F", "C"] = "F" if fortran else "C"
+        self.height, self.width = self._values().shape[:2]
+
+    def read(self, box: Box) -> Stored:
+        """``box`` of the picture."""
+        return Stored(self._values()[box.rows, box.columns], colours=self.dtype == np.uint8)
+
+    def _values(self) -> NDArray[Any]:
+        """``(H, W, C)`` in the file."""
+        mapped = np.memmap(self.path, self.dtype, "r", self.offset, self.shape, self.order)
+        return _channels_last(mapped, self.channels)
 
 
 def read_wide_picture(data: bytes, image: Image.Image) -> Stored | None:
@@ -197,12 +193,28 @@ def turned(values: NDArray[Any], orientation: object) -> NDArray[Any]:
     return values[:, ::-1] if orientation in (2, 3, 6, 7) else values
 
 
-def check_array(shape: tuple[int, ...], dtype: np.dtype[Any] | None, chunks: tuple[int, ...] = ()) -> None:
-    """Refuses what is not an image of numbers, or too large as a whole or by a tile."""
+def lying(box: Box, height: int, width: int, orientation: object) -> Box:
+    """Where ``box`` of an upright picture of ``height`` and ``width`` lies in one that :func:`turned` makes upright."""
+    top, left, rows, columns = box
+    if orientation in (2, 3, 6, 7):
+        left = width - left - columns
+    if orientation in (3, 4, 7, 8):
+        top = height - top - rows
+    return Box(left, top, columns, rows) if orientation in (5, 6, 7, 8) else Box(top, left, rows, columns)
+
+
+def check_kind(shape: tuple[int, ...], dtype: np.dtype[Any] | None) -> None:
+    """Refuses what is not an image of numbers."""
     if dtype is None or dtype.kind not in "buif":
         raise ValueError(f"an array of {dtype}, not of numbers")
     if len(shape) not in (2, 3) or 0 in shape:
         raise ValueError(f"an array of shape {shape}, not of an image")
+
+
+def check_array(shape: tuple[int, ...], dtype: np.dtype[Any] | None, chunks: tuple[int, ...] = ()) -> None:
+    """Refuses what is not an image of numbers, or too large as a whole or by a tile."""
+    check_kind(shape, dtype)
+    assert dtype is not None
     size = max(prod(shape), prod(chunks)) * dtype.itemsize
     if size > MAX_ARRAY_BYTES:
         raise ValueError(f"an array of {size >> 20} MiB, more than the limit of {MAX_ARRAY_BYTES >> 20} MiB")
@@ -219,6 +231,18 @@ def _missing(values: NDArray[Any], nodata: Sequence[float]) -> NDArray[np.bool_]
     return missing if missing.any() else None
 
 
+def _npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Shape, whether the first axis runs fastest, type, and where the numbers begin."""
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    return *readers[version](file), file.tell()
+
+
+def _channels_last(values: NDArray[Any], channels: int | None) -> NDArray[Any]:
+    """``(H, W, C)``."""
+    return values[..., None] if values.ndim == 2 else np.moveaxis(values, _channel_axis(values.shape, channels), -1)
+
+
 def _channel_axis(shape: tuple[int, ...], channels: int | None) -> int:
     """Axis of the channels, last or first."""
     if len(shape) == 2:
@@ -229,56 +253,6 @@ def _channel_axis(shape: tuple[int, ...], channels: int | None) -> int:
             if shape[axis] == count:
                 return axis
     return smaller
-
-
-def _channel_pages(file: "TiffFile", first: "TiffPage", channels: int | None) -> list["TiffPage"]:
-    """The pages that are channels of the first picture: as ImageJ or OME name them, or all of a plain stack.
-
-    Never the whole chain of pages: in a damaged file it may be a ring.
-    """
-    count, step = _described_channels(first.description)
-    if first.ndim != 2 or (count == 1 and channels in (1, 3)):
-        return [first]
-    if count == 1:  # nobody has said what the pages are: channels, if there are as many
-        pages = list(islice(file.pages, channels + 1 if channels else _COUNTED))
-        return pages if len(pages) > 1 else [first]  # type: ignore[return-value]
-    pages = list(islice(file.pages, 0, (count - 1) * step + 1, step))
-    if len(pages) < count:
-        raise ValueError(f"a stack that names {count} channels and holds {len(pages)} of their pages")
-    return pages  # type: ignore[return-value]
-
-
-def _described_channels(description: str) -> tuple[int, int]:
-    """Channels that ImageJ or OME say a stack has, and the pages from one to the next."""
-    if description.startswith("ImageJ="):
-        found = re.search(r"^channels=(\d{1,4})$", description, re.MULTILINE)
-        return (max(1, int(found[1])) if found else 1), 1
-    pixels = re.search(r"<Pixels\b[^>]{0,4000}>", description) if "OME" in description else None
-    if pixels is None:
-        return 1, 1
-    named = dict(re.findall(r'\b(Size[CZT]|DimensionOrder)="(\w{1,9})"', pixels[0]))
-    sizes = {
-        axis: int(named.get(f"Size{axis}", "1")) if named.get(f"Size{axis}", "1").isdecimal() else 1 for axis in "CZT"
-    }
-    order = named.get("DimensionOrder", "XYCZT")
-    return max(1, sizes["C"]), prod(sizes.get(axis, 1) for axis in order[2 : order.find("C")])
-
-
-def _check_segments(page: "TiffPage", length: int) -> None:
-    """Refuses a page whose data end beyond the file."""
-    ends = [offset + size for offset, size in zip(page.dataoffsets, page.databytecounts, strict=False) if size]
-    if ends and max(ends) > length:
-        raise ValueError(f"image file is truncated: {max(ends) - length:,} bytes are missing")
-    if not ends:
-        raise ValueError("a TIFF without image data")
-
-
-def _named_nodata(page: "TiffPage") -> float | None:
-    """What GDAL has written down."""
-    try:
-        return float(page.tags.valueof(_GDAL_NODATA, ""))
-    except (ValueError, TypeError):
-        return None
 
 
 def _jpeg2000_bits(data: bytes) -> int:

@@ -2,8 +2,11 @@
 
 import shlex
 import warnings
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+from mim.data.files import ImageError
 from mim.errors import UserError
 from mim.program import called
 
@@ -18,10 +21,11 @@ class BadFiles:
         limit: share of all files above which :meth:`stop_if_too_many` raises.
         data: where the files are, as the user gave it.
         go_on: option that lets the command go on where it stopped, for those without a log.
+        reading: options that say how the data are read.
     """
 
-    def __init__(self, limit: float, data: str, go_on: str = "") -> None:
-        self.limit, self.data, self.go_on = limit, data, go_on
+    def __init__(self, limit: float, data: str, go_on: str = "", reading: str = "") -> None:
+        self.limit, self.data, self.go_on, self.reading = limit, data, go_on, reading
         self.total = 0
         self.reasons: dict[str, str] = {}
         self.news: list[Bad] = []  # what the other processes of a run have not been told yet
@@ -65,7 +69,8 @@ class BadFiles:
 
         share = len(self.reasons) / seen
         tolerant = f"{self.go_on} --max_bad {min(1.0, max(0.05, 2 * share)):.2g}".strip()
-        hint = f"{called('check_data')} --data {shlex.quote(self.data)} --fix good.csv   then   --data good.csv"
+        looked = f"{called('check_data')} --data {shlex.quote(self.data)}{self.reading}"
+        hint = f"{looked} --fix good.csv   then   --data good.csv"
         if is_object(self.data):
             hint = "mend the data set"
         elif self._log is not None:
@@ -80,3 +85,25 @@ class BadFiles:
 
 class BadFileWarning(UserWarning):
     """A file was skipped."""
+
+
+def refuse_channels(
+    data: str, errors: Sequence[ImageError], channels: int, count: int, option: str | None = "--in_chans"
+) -> None:
+    """Raises a :class:`UserError` if that is what is wrong with all of ``count`` images, not with some."""
+    found = [error.channels for error in errors if error.channels is not None]
+    if len(found) < count or not found:
+        return
+    number = Counter(found).most_common(1)[0][0]
+    kinds = (
+        f"{number} channel{'s' * (number != 1)}"
+        if min(found) == max(found)
+        else f"{min(found)} to {max(found)} channels"
+    )
+    some = ",".join(str(band) for band in range(min(channels, number), 0, -1))
+    raise UserError(
+        f"--data {data}: the images have {kinds}, the model takes {channels}",
+        hint=f"{option} {number}" + (f"   or   --bands {some}   to choose {channels}" if number > channels else "")
+        if option
+        else "weights that were trained on such images",
+    )

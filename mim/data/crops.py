@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from mim.data.bad_files import Bad
+from mim.data.files import UnmeasuredError
 from mim.data.images import ImageError
 from mim.data.loading import NothingReadableError
 from mim.data.sampler import Key
@@ -39,11 +40,17 @@ class Crops(Dataset[Sample]):
         """What is made of a key, after the image that it was made of: a substitute's if the key's own is unreadable."""
         epoch, index = key
         bad: list[Bad] = []
+        unmeasured = 0
         substitutes = keyed_generator(self.seed, "substitute", epoch, index)
         while True:
             try:
                 image = self.source.read(index)
                 break
+            except UnmeasuredError as error:
+                unmeasured += 1
+                if unmeasured > 1000:
+                    raise NothingReadableError(f"1,000 windows in a row are nodata, last {error}") from error
+                index = int(torch.randint(len(self.source), (1,), generator=substitutes))
             except ImageError as error:
                 bad.append((error.path, error.reason))
                 if len(bad) > 100:

@@ -19,6 +19,8 @@ MAX_PIXELS = 89_478_485
 """Decoded pixels, 256 MiB as RGB: the size above which Pillow itself warns of a decompression bomb."""
 MAX_ARRAY_BYTES = 1 << 29
 """512 MiB: decoded size of a TIFF of many channels."""
+IN_PARTS = "--windows 512 of pretrain and check_data reads it in parts"
+"""What to do about an image that is too large."""
 MAX_ASPECT = 200
 """Longer side over shorter side: resizing a 1x4096 picture by its shorter side takes half a minute."""
 
@@ -39,6 +41,14 @@ class ImageError(Exception):
     def __str__(self) -> str:
         """One line: the path, then the reason."""
         return f"{printable(self.path)}: {self.reason}"
+
+
+class UnmeasuredError(ImageError):
+    """A part of an image in which next to nothing was measured: passed over, and not called unreadable."""
+
+
+class NodataError(ValueError):
+    """Next to nothing was measured."""
 
 
 class ChannelsError(ValueError):
@@ -66,13 +76,19 @@ class Header(NamedTuple):
 
 def read_file(path: Path) -> bytes:
     """The content of an ordinary file of bearable size."""
+    size = check_ordinary(path)
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"{size >> 20} MiB, more than the limit of {MAX_FILE_BYTES >> 20} MiB; {IN_PARTS}")
+    return path.read_bytes()
+
+
+def check_ordinary(path: Path) -> int:
+    """Bytes of an ordinary file; refuses whatever else may be called like one."""
     status = path.stat()  # before opening: a named pipe would wait for a writer for ever
     if not stat.S_ISREG(status.st_mode):
         kinds = {stat.S_IFIFO: "named pipe", stat.S_IFDIR: "folder", stat.S_IFSOCK: "socket"}
         raise ValueError(f"not an ordinary file but a {kinds.get(stat.S_IFMT(status.st_mode), 'device')}")
-    if status.st_size > MAX_FILE_BYTES:
-        raise ValueError(f"{status.st_size >> 20} MiB, more than the limit of {MAX_FILE_BYTES >> 20} MiB")
-    return path.read_bytes()
+    return status.st_size
 
 
 def image_error(name: str, error: BaseException) -> ImageError:
@@ -92,6 +108,6 @@ def name_of(source: Path | bytes) -> str:
 def check_size(width: int, height: int) -> None:
     """Refuses pictures that are too large or too long."""
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{width}x{height} pixels, more than the limit of {MAX_PIXELS / 1e6:.0f} million")
+        raise ValueError(f"{width}x{height} pixels, more than the limit of {MAX_PIXELS / 1e6:.0f} million; {IN_PARTS}")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(f"{width}x{height} pixels, longer than {MAX_ASPECT}:1")

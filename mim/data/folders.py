@@ -6,8 +6,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mim.data.images import SUFFIXES
-from mim.data.layouts import counted, is_junk, mask_folders, mask_twins, part_of, same_inside, same_name
+from mim.data.files import SUFFIXES
+from mim.data.layouts import (
+    are_pieces,
+    counted,
+    is_junk,
+    mask_folders,
+    mask_twins,
+    name_parts,
+    part_of,
+    same_inside,
+    same_name,
+)
 from mim.errors import UserError
 
 
@@ -112,22 +122,48 @@ def folder_classes(paths: Sequence[str], level: str | None = None) -> tuple[list
     Raises:
         UserError: if an image has no folder of that level.
     """
-    start = os.path.commonprefix([min(paths), max(paths)]).rfind("/") + 1  # noqa: RUF071 - cut at the last slash
+    start = class_home(paths)
     if level is not None:
         return _at_level([path[start:] for path in paths], level), None
     parts = [path[start:].partition("/") for path in paths]
     names = [same_name(folder) for folder, slash, _ in parts if slash]
-    if len(names) != len(paths) or len(set(names)) < 2:
+    if len(set(names)) < 2:
         return None, None
-    unclear = _parts_not_classes(sorted(set(names))) or _same_subfolders(names, [rest for *_, rest in parts])
+    if len(names) != len(paths):
+        return None, _strays([path for path, slash, _ in parts if not slash], sorted(set(names)), len(names))
+    classes, rests = sorted(set(names)), [rest for *_, rest in parts]
+    unclear = _parts_not_classes(classes) or _same_subfolders(names, rests) or _pieces_not_classes(classes)
     return (None, unclear) if unclear else (names, None)
 
 
+def class_home(paths: Sequence[str]) -> int:
+    """Length of the beginning that all paths share up to a slash: the folder in which classes would lie."""
+    return os.path.commonprefix([min(paths), max(paths)]).rfind("/") + 1  # noqa: RUF071 - cut at the last slash
+
+
+def _strays(beside: Sequence[str], folders: Sequence[str], inside: int) -> Unclear | None:
+    """A few images beside many in folders are rather left over than a sign that folders mean nothing."""
+    if 5 * len(beside) > inside:
+        return None
+    shown = counted([f"{folder}/" for folder in folders])
+    more = f" and {len(beside) - 1:,} more images lie" if len(beside) > 1 else " lies"
+    why = f"{beside[0]}{more} beside {shown}, so that folders are no classes"
+    return Unclear(why, "move what lies beside them into a folder outside, if they are")
+
+
 def _parts_not_classes(names: Sequence[str]) -> Unclear | None:
-    if not all(map(part_of, names)):
+    if not (all(map(part_of, names)) or name_parts(names)):
         return None
     shown = counted([f"{name}/" for name in names])
     return Unclear(f"{shown} are parts of a data set, not classes", "--label_column 1   if they are the classes")
+
+
+def _pieces_not_classes(names: Sequence[str]) -> Unclear | None:
+    if not are_pieces(names):
+        return None
+    shown = counted([f"{name}/" for name in names])
+    why = f"{shown} look like the numbered pieces of one set, not like classes"
+    return Unclear(why, "--label_column 1   if they are the classes")
 
 
 def _same_subfolders(names: Sequence[str], rests: Sequence[str]) -> Unclear | None:

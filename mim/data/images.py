@@ -20,9 +20,7 @@ from mim.data.arrays import (
     TIFF_MAGIC,
     Stored,
     as_stored,
-    is_plain,
     read_npy,
-    read_tiff,
     read_wide_picture,
     turned,
     with_channels,
@@ -34,6 +32,7 @@ from mim.data.files import (
     ChannelsError,
     Header,
     ImageError,
+    NodataError,
     check_size,
     image_error,
     name_of,
@@ -41,6 +40,7 @@ from mim.data.files import (
 )
 from mim.data.pictures import eight_bit, full_scale, open_picture, orientation, refuse_missing_rows, upright
 from mim.data.pixels import AS_STORED, Pixels
+from mim.data.tiff import is_plain, read_tiff
 
 __all__ = [
     "MAX_FILE_BYTES",
@@ -80,7 +80,7 @@ def read_image(source: Path | bytes, channels: int = 3, name: str = "", pixels: 
         data = source if isinstance(source, bytes) else read_file(source)
         if pixels.type == "per_file":
             return read_eight_bit(data, channels)
-        return _read(data, channels, pixels)
+        return as_image(read_stored(data, channels, pixels), channels, pixels)
     except Exception as error:  # a decoder of random bytes may raise anything: struct.error, TokenError, RuntimeError
         raise image_error(name or name_of(source), error) from None
 
@@ -196,32 +196,36 @@ def stored_type(source: Path | bytes, image: Tensor, channels: int, pixels: Pixe
     if not image.is_floating_point() or not bool(image[0].isnan().any()):
         return str(image.dtype).removeprefix("torch.")
     data = source if isinstance(source, bytes) else read_file(source)
-    return str(as_stored(_values(data, channels, pixels)[0][:1, :1]).dtype)
+    return pixel_type(read_stored(data, channels, pixels))
 
 
-def _read(data: bytes, channels: int, pixels: Pixels) -> Tensor:
-    values, nodata = _values(data, channels, pixels)
+def pixel_type(stored: Stored) -> str:
+    """Type that the numbers have when they are read, whatever nodata makes of some of them."""
+    return as_stored(stored.values[:1, :1, :1]).dtype.name
+
+
+def as_image(stored: Stored, channels: int, pixels: Pixels) -> Tensor:
+    """``(C, H, W)`` in the type of the data set of what a file holds; raises ValueError as :func:`read_image` would."""
+    values = with_channels(stored, channels, pixels.bands)
+    nodata = [number for number in (pixels.nodata, stored.nodata) if number is not None]
     if pixels.type == "uint8" and values.dtype != np.uint8:
         return _tensor(full_scale(values))
-    kind = as_stored(values[:1, :1]).dtype.name
+    kind = pixel_type(stored)
     if pixels.type not in ("any", kind):
         raise ValueError(f"holds {kind}, the other files {pixels.type}; --value_range LOW,HIGH takes both as they are")
-    if kind == "uint8" and not nodata:
+    if values.dtype == np.uint8 and not nodata:
         return _tensor(values)
     known = as_stored(values, nodata)
     if known.dtype.kind == "f" and (share := float(np.isnan(known[..., 0]).mean())) > MAX_NODATA:
-        raise ValueError(f"{share:.0%} of its pixels are nodata, more than the limit of {MAX_NODATA:.0%}")
+        raise NodataError(f"{share:.0%} of its pixels are nodata, more than the limit of {MAX_NODATA:.0%}")
     return _tensor(known)
 
 
-def _values(data: bytes, channels: int, pixels: Pixels) -> tuple[NDArray[Any], list[float]]:
-    """``(H, W, C)`` numbers as the file holds them, and those among them that stand for nodata."""
+def read_stored(data: bytes, channels: int, pixels: Pixels) -> Stored:
+    """What a file holds, upright."""
     if _is_array(data, channels, pixels):
-        stored = _read_array(data, None if pixels.bands else channels)
-    else:
-        stored = _read_picture(data, channels, pixels)
-    values = with_channels(stored, channels, pixels.bands)
-    return values, [number for number in (pixels.nodata, stored.nodata) if number is not None]
+        return _read_array(data, None if pixels.bands else channels)
+    return _read_picture(data, channels, pixels)
 
 
 def _is_array(data: bytes, channels: int, pixels: Pixels) -> bool:

@@ -105,7 +105,9 @@ def open_labelled(
         if source is not None:
             source.pixels = pixels
             if not source.labels:
-                raise _no_labels(data, source)
+                raise _no_labels(data, source, train)
+    if len(train.classes) < 2 and (test is None or test.classes == train.classes):
+        raise _one_class(data, train)
     notes = tuple(train.findings())
     if test is None or train.classes == test.classes:
         return LabelledImages(train, test, train.classes, train.name, notes)
@@ -240,13 +242,27 @@ def _stamp(source: Source, index: int) -> str:
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
-def _no_labels(data: str, source: FileSource | ObjectSource) -> UserError:
+def _one_class(data: str, source: FileSource | ObjectSource) -> UserError:
+    return UserError(
+        f"--data {data}: every image is of the class {source.classes[0]}",
+        why="whatever the features are, every answer would be right",
+        hint=f"{called('check_data')} --data {data}   shows what was found",
+    )
+
+
+def _no_labels(data: str, source: FileSource | ObjectSource, train: FileSource | ObjectSource) -> UserError:
     if isinstance(source, ObjectSource):
         why = "labels are a list `targets` beside the items, as torchvision's data sets have, or a ClassLabel column"
         return UserError(f"--data {data} has no labels", why=why, hint="set dataset.targets")
     error = f"--data {data}: {source.part or data} has no labels"
     if source.unclear:
         return UserError(error, why=source.unclear.why, hint=source.unclear.hint)
+    if train.labels and train.part.endswith("/"):
+        why = f"{train.part} has {len(train.classes)} classes; a share of it can be held out and scored instead"
+        return UserError(error, why=why, hint=f"--data {data}/{train.part.rstrip('/')}")
+    if source.tables:
+        why = "a list beside the images may know their labels"
+        return UserError(error, why=why, hint="   or   ".join(f"--data {table}" for table in source.tables[:3]))
     masks = any(kind.startswith("masks") for kind in source.ignored)
     part = source.part if source.part.endswith("/") else ""
     return UserError(

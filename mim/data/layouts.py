@@ -4,6 +4,7 @@ Folders are judged by the words in their names, without case: ``Training``, ``se
 ``train_images`` are all the training part. Nothing is opened.
 """
 
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,18 @@ PARTS = {
     **dict.fromkeys(("train", "training", "trn"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "validate", "dev", "eval", "evaluation", "holdout"), "val"),
     **dict.fromkeys(("test", "testing", "tst"), "test"),
+    # Spanish and Portuguese, French, Italian, German, Russian, Chinese, Japanese, Korean; accents are taken away.
+    **dict.fromkeys(
+        ("entrenamiento", "treino", "treinamento", "entrainement", "apprentissage", "addestramento"), "train"
+    ),
+    **dict.fromkeys(
+        ("allenamento", "trainingsdaten", "lerndaten", "обучение", "训练", "訓練", "学習", "훈련", "학습"), "train"
+    ),
+    **dict.fromkeys(("validacion", "validacao", "convalida", "validierung", "validierungsdaten", "валидация"), "val"),
+    **dict.fromkeys(("验证", "驗證", "検証", "검증"), "val"),
+    **dict.fromkeys(
+        ("prueba", "pruebas", "teste", "testes", "testdaten", "тест", "测试", "測試", "テスト", "테스트"), "test"
+    ),
 }
 """Words that name a part of a data set, by the part that they mean."""
 HELD_OUT = ("val", "test")
@@ -39,6 +52,19 @@ _WHOLE_NAMES = {
     "testannot": ["test", "masks"],
 }
 _FILLERS = _IMAGE_WORDS | {"set", "data", "dataset", "split", "part", "seg"}
+_PIECES = _FILLERS | {
+    "parts",
+    "batch",
+    "fold",
+    "chunk",
+    "shard",
+    "subset",
+    "dir",
+    "folder",
+    "archive",
+    "volume",
+    "disk",
+}
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+|[^\W\d_]+")
 _TWIN = re.compile(r"(.+)[ _-](?:mask|masks|seg|segmentation|gt|groundtruth)(?:[ _-]?\d+)?\.[^./]+", re.IGNORECASE)
 
@@ -47,6 +73,22 @@ def part_of(name: str) -> str | None:
     """``train``, ``val`` or ``test`` if that is what a folder, list or cell is called."""
     words = [_without_set(word) for word in _words(name) if word not in _FILLERS and not word.isdecimal()]
     return PARTS.get(words[0]) if len(words) == 1 else None
+
+
+def are_pieces(names: Sequence[str]) -> bool:
+    """Whether folders are the numbered pieces of one set, as ``images_001`` and ``images_002``; not ``1`` and ``2``."""
+    kinds = {tuple(word for word in _words(name) if not _counts(word)) for name in names}
+    return len(names) > 1 and len(kinds) == 1 and bool(_PIECES & set(*kinds))
+
+
+def name_parts(names: Sequence[str]) -> bool:
+    """Whether every name has one word for a part in it and they name two parts or more: ``trainA``, ``testA``."""
+    found = [{PARTS[word] for word in map(_without_set, _words(name)) if word in PARTS} for name in names]
+    return all(len(parts) == 1 for parts in found) and len(set.union(*found)) > 1
+
+
+def _counts(word: str) -> bool:
+    return word.isdecimal() or (len(word) == 1 and word.isascii())
 
 
 def find_parts(names: Iterable[str]) -> tuple[str, str] | None:
@@ -98,8 +140,12 @@ def is_junk(name: str) -> bool:
 
 
 def same_name(name: str) -> str:
-    """The name in one spelling of its accents: systems write them as one character or as two."""
-    return name if name.isascii() else unicodedata.normalize("NFC", name)
+    """The name in one spelling of its accents: systems write them as one character, as two, or not in UTF-8."""
+    if name.isascii():
+        return name
+    if any("\udc80" <= letter <= "\udcff" for letter in name):  # bytes that are no UTF-8
+        name = os.fsencode(name).decode("cp1252", errors="replace")
+    return unicodedata.normalize("NFC", name)
 
 
 class Layout(NamedTuple):
@@ -171,6 +217,9 @@ def _whole_words(name: str) -> list[str]:
 
 
 def _words(name: str) -> list[str]:
+    if not name.isascii():
+        letters = unicodedata.normalize("NFKD", name)
+        name = unicodedata.normalize("NFC", "".join(letter for letter in letters if not "\u0300" <= letter <= "\u036f"))
     return [word.lower() for word in _WORD.findall(name)]
 
 
@@ -179,4 +228,5 @@ def _bare(words: Iterable[str]) -> list[str]:
 
 
 def _without_set(word: str) -> str:
-    return word[:-3] if word.endswith("set") and word[:-3] in PARTS else word
+    short = word.removesuffix("set").removesuffix("集").removesuffix("データ").removesuffix("用")
+    return short if short in PARTS else word

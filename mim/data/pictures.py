@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-from mim.data.files import check_size
+from mim.data.files import IN_PARTS, MAX_PIXELS, check_size
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 """Pillow decoders in use (``.npy`` has our own); none starts a program or follows references. JPEG covers MPO."""
@@ -47,6 +47,8 @@ def open_picture(data: bytes) -> Image.Image:
         image = Image.open(BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise ValueError(f"damaged, or not of a readable format (starts with {data[:16]!r})") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"more than the limit of {MAX_PIXELS / 1e6:.0f} million pixels; {IN_PARTS}") from None
     check_size(*image.size)
     if image.format == "PNG":  # Pillow decodes over wrong checksums unless asked
         Image.open(BytesIO(data), formats=FORMATS).verify()

@@ -13,10 +13,11 @@ from typing import Any, Literal, NamedTuple, cast, final
 import lightning as L
 from torch import Tensor
 
-from mim.data.bad_files import BadFiles, BadFileWarning
+from mim.data.bad_files import BadFiles, BadFileWarning, refuse_channels
 from mim.data.builtin import PhotoSource, check_colour
 from mim.data.crops import Centers, Crops, collate, collate_readable
-from mim.data.images import ImageError, read_image, stored_type
+from mim.data.files import UnmeasuredError
+from mim.data.images import ImageError, read_image
 from mim.data.loading import EndlessLoader, WatchedLoader
 from mim.data.measuring import Measured, measure, option, spread
 from mim.data.objects import ObjectSource, is_object, open_object, short_name
@@ -25,6 +26,7 @@ from mim.data.sampler import Shard, StepSampler
 from mim.data.shapes import ShapeSource
 from mim.data.sources import FileSource, Source, open_source
 from mim.data.views import IMAGENET_MEAN, IMAGENET_STD, SingleView, Views
+from mim.data.windows import Windows, WindowSource, cut
 from mim.errors import UserError
 from mim.program import called
 from mim.randomness import RowGenerator
@@ -52,6 +54,9 @@ class PretrainData(L.LightningDataModule):
         clip: keep values within 0 and 1.
         bands: channels to read of each file, counted from 1, as 4,3,2; all unless given.
         nodata: number that stands for "not measured", besides NaN and what a GeoTIFF names.
+        windows: side in pixels of the windows that larger images are cut into, each an image of its own; images are
+            read whole unless given.
+        stride: pixels from one window to the next; as many as a window has unless given.
     """
 
     def __init__(
@@ -70,6 +75,8 @@ class PretrainData(L.LightningDataModule):
         clip: bool = False,
         bands: list[int] | int | str | None = None,
         nodata: float | None = None,
+        windows: int | None = None,
+        stride: int | None = None,
     ) -> None:
         super().__init__()
         workers = 0 if num_workers == "auto" else num_workers
@@ -86,7 +93,8 @@ class PretrainData(L.LightningDataModule):
         self._found = value_range == "auto"
         self.measured: Measured | None = None
         self.channels = 3
-        self.bad_files = BadFiles(max_bad, path)
+        self.windows = Windows.of(windows, stride)
+        self.bad_files = BadFiles(max_bad, path, reading=f" --windows {windows}" if windows else "")
         self.first_step = 0
 
     def open(self, size: tuple[int, int], channels: int, seed: int) -> None:
@@ -103,12 +111,23 @@ class PretrainData(L.LightningDataModule):
                 hint=f"--in_chans {len(self.pixels.bands)}",
             )
         self.source, self.evaluation = _open(self.path, channels, self.label_column)
+        if self.windows:
+            self.source = self._cut(self.source, self.windows)
+            self.evaluation = self.evaluation and self._cut(self.evaluation, self.windows)
         self.channels, self.seed = channels, seed
         self.views.configure(size, IMAGENET_MEAN, IMAGENET_STD)
         if isinstance(self.source, PhotoSource | ShapeSource):
             self.pixels, self.resolved = EIGHT_BIT, True
         self._use(self.pixels, *self.statistics(channels))
         self.bad_files.total = len(self.source)
+
+    def _cut(self, source: Source, windows: Windows) -> WindowSource:
+        """The windows of a source; refuses it if too many of its images cannot be cut."""
+        found = cut(source, self.path, windows, self.pixels)
+        images = BadFiles(self.bad_files.limit, self.path, reading=self.bad_files.reading)
+        images.reasons = _reasons(found)
+        images.stop_if_too_many(seen=len(source))
+        return found
 
     def normalise_by(self, mean: list[float], std: list[float]) -> None:
         """Takes the statistics of a model instead of ImageNet's; before :meth:`open`."""
@@ -150,14 +169,27 @@ class PretrainData(L.LightningDataModule):
             if errors and self.pixels.type == "uint8":  # which takes what cannot be kept as it is
                 more, errors = self._look_at([indices[place] for place in errors])
                 looks += more
+        self._note_unmeasured(errors, count)
         refuse_channels(self.path, list(errors.values()), self.channels, count)
         self.bad_files.add(*((error.path, error.reason) for error in errors.values()))
         self.bad_files.stop_if_too_many(seen=count)
+        for source in filter(None, (self.source, self.evaluation)):
+            if isinstance(source, WindowSource):
+                self.bad_files.add(*_reasons(source).items())
         if not looks:
             raise UserError(f"--data {self.path}: none of the first {count} images can be read")
         if self.pixels.type == "per_file":
             self._warn_of_old_scale(indices)
         return count, (min(look.width for look in looks), min(look.height for look in looks))
+
+    def _note_unmeasured(self, errors: dict[int, ImageError], count: int) -> None:
+        """Takes windows without measurement out of ``errors``, and tells how many there are."""
+        unmeasured = [place for place, error in errors.items() if isinstance(error, UnmeasuredError)]
+        for place in unmeasured:
+            del errors[place]
+        if unmeasured and isinstance(self.source, WindowSource):
+            share = len(unmeasured) / count
+            self.source.notes.append(f"{share:.0%} of the windows are nodata: others are taken in their place")
 
     def setup(self, stage: str) -> None:
         """All processes use the numbers of the first."""
@@ -260,13 +292,17 @@ class PretrainData(L.LightningDataModule):
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )
 
-    def batch(self, step: int) -> tuple[list[Tensor], Tensor, list[str]]:
-        """The global batch of a step as the method saw it, and the names of its files: for looking into a failure."""
+    def batch(self, step: int) -> tuple[list[Tensor], Tensor, list[str], list[list[Tensor]]]:
+        """The global batch of a step as the method saw it: for looking into a failure.
+
+        Returns:
+            Views, labels, names of the files, and what else the batch holds: which pixels were measured, if not all.
+        """
         crops = Crops(self.source, self.views, self.seed)
         loaded = [crops.load(key) for key in self.sampler(range(0)).keys(step)]
-        views, labels, numbers, *_ = collate([sample for _, sample in loaded])
+        views, labels, numbers, _, *valid = collate([sample for _, sample in loaded])
         names = [self.source.describe(index) for index, _ in loaded]
-        return self.views.cpu()(views, RowGenerator(numbers)), labels, names
+        return self.views.cpu()(views, RowGenerator(numbers)), labels, names, valid
 
     def center_batches(
         self, source: Source, indices: Sequence[int], batch_size: int = 64
@@ -305,10 +341,15 @@ class PretrainData(L.LightningDataModule):
             image = self.source.read(index)
             kind = str(image.dtype).removeprefix("torch.")
             if isinstance(self.source, FileSource):
-                kind = stored_type(self.source.encoded(index), image, self.channels, self.pixels)
+                kind = self.source.kind(index, image)
         except ImageError as error:
             return error
         return Look(kind, image.shape[2], image.shape[1])
+
+
+def _reasons(source: WindowSource) -> dict[str, str]:
+    """Why images cannot be cut, by their names."""
+    return {error.path: error.reason for error in source.damaged}
 
 
 class Look(NamedTuple):
@@ -325,28 +366,6 @@ class MixedTypesWarning(BadFileWarning):
 
 class OldScaleWarning(BadFileWarning):
     """A run goes on with the scale of an earlier version."""
-
-
-def refuse_channels(
-    data: str, errors: Sequence[ImageError], channels: int, count: int, option: str | None = "--in_chans"
-) -> None:
-    """Raises a :class:`UserError` if that is what is wrong with all of ``count`` images, not with some."""
-    found = [error.channels for error in errors if error.channels is not None]
-    if len(found) < count or not found:
-        return
-    number = Counter(found).most_common(1)[0][0]
-    kinds = (
-        f"{number} channel{'s' * (number != 1)}"
-        if min(found) == max(found)
-        else f"{min(found)} to {max(found)} channels"
-    )
-    some = ",".join(str(band) for band in range(min(channels, number), 0, -1))
-    raise UserError(
-        f"--data {data}: the images have {kinds}, the model takes {channels}",
-        hint=f"{option} {number}" + (f"   or   --bands {some}   to choose {channels}" if number > channels else "")
-        if option
-        else "weights that were trained on such images",
-    )
 
 
 def _given(
@@ -387,7 +406,7 @@ def check_numbers(data: str, source: Source, channels: int, pixels: Pixels, samp
 
 def _kind_as_stored(source: Source, index: int, channels: int) -> str | None:
     """Type of an image's numbers in its file; None if it cannot be read or is in no file."""
-    if not isinstance(source, FileSource):
+    if not isinstance(source, FileSource) or isinstance(source, WindowSource):
         return None
     try:
         return str(read_image(source.encoded(index), channels).dtype).removeprefix("torch.")

@@ -1,7 +1,6 @@
 """A look at images before training on them: sizes, channels, values, statistics, and what cannot be read."""
 
 import csv
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,13 +18,14 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from mim.data.files import read_file
-from mim.data.images import Header, ImageError, read_header, read_image, stored_type
+from mim.data.bad_files import refuse_channels
+from mim.data.files import UnmeasuredError
+from mim.data.images import Header, ImageError
 from mim.data.measuring import option, percentiles, short, statistics, value_range
 from mim.data.pixels import AS_STORED, EIGHT_BIT, Pixels
-from mim.data.pretrain import refuse_channels
 from mim.data.sources import FileSource, FolderSource, ListSource, open_source
 from mim.data.views import resized
+from mim.data.windows import Windows, WindowSource, cut
 from mim.errors import UserError
 from mim.program import called
 from mim.randomness import keyed_generator
@@ -76,6 +76,7 @@ def scan(
     out: Path,
     label_column: str | None = None,
     pixels: Pixels = AS_STORED,
+    windows: Windows | None = None,
 ) -> None:
     """Reads images as training would and prints what they are like; ``mim.commands.check_data`` explains the arguments.
 
@@ -87,6 +88,7 @@ def scan(
         out: contact sheet to write.
         label_column: column of a table, or number of a folder's level, that holds the labels.
         pixels: bands and nodata.
+        windows: how larger images are cut; read whole unless given.
     """
     otherwise = f"{called('make_shapes')} --out shapes   draws some"
     train, held_out = open_source(data, channels, otherwise=otherwise, label_column=label_column)
@@ -96,6 +98,9 @@ def scan(
         raise UserError(f"--fix {fix} is not a .csv file", hint=f"--fix {fix.with_suffix('.csv')}")
     for source in filter(None, (train, held_out)):
         source.pixels = pixels
+    if windows:
+        train = cut(train, data, windows, pixels, "--channels")
+        held_out = held_out and cut(held_out, data, windows, pixels, "--channels")
     limit = None if fix else sample
     looks = _look_at(train, limit)
     refuse_channels(data, [look.error for look in looks if look.error], channels, len(looks), option="--channels")
@@ -111,7 +116,10 @@ def scan(
         draw_histogram(_values_of(looks, scale.type), scale).save(histogram)
         print(f"  values   {histogram}: how often each value occurs, channel by channel")
     if fix:
-        good = [look.position for look in looks if look.error is None]
+        good = [look.position for look in looks if look.error is None or isinstance(look.error, UnmeasuredError)]
+        if isinstance(train, WindowSource):
+            good = train.whole_files(good)
+            train = train.files
         _write_list(fix, train, good)
         print(f"  list     {fix}: {len(good):,} good files, for  --data {fix}")
 
@@ -130,32 +138,15 @@ def _look_at(source: FileSource, limit: int | None) -> list[Look]:
 
 def _look(source: FileSource, index: int, draw: bool) -> Look:
     try:
-        encoded = source.encoded(index)
-        content = encoded if isinstance(encoded, bytes) else read_file(encoded)
-        image = _read(content, source, index)
-        header = read_header(content, source.channels, pixels=source.pixels)
+        image, header, kind, digest = source.examine(index)
     except ImageError as error:
         return Look(index, error=error)
-    except (OSError, ValueError) as error:
-        return Look(index, error=ImageError(source.describe(index), getattr(error, "strerror", None) or str(error)))
     # Every k-th pixel is enough for statistics, and floats of a large picture would not fit beside other threads'.
     step = max(1, min(image.shape[1:]) // 128)
     values = image[:, ::step, ::step].flatten(1).float().numpy()  # (C, pixels)
-    kind = stored_type(content, image, source.channels, source.pixels)
     thumbnail = _thumbnail(image) if draw else None
     levels = len(np.unique(values[~np.isnan(values)]))
-    return Look(index, header, kind, values, levels, thumbnail, hashlib.blake2b(content, digest_size=16).digest())
-
-
-def _read(content: bytes, source: FileSource, index: int) -> Tensor:
-    """The numbers as they are; what cannot be kept so, as a picture among pictures would be read."""
-    name = source.describe(index)
-    try:
-        return read_image(content, source.channels, name, source.pixels)
-    except ImageError as error:
-        if error.channels is not None or source.pixels.bands:
-            raise
-        return read_image(content, source.channels, name, EIGHT_BIT)
+    return Look(index, header, kind, values, levels, thumbnail, digest)
 
 
 def _thumbnail(image: Tensor) -> Tensor:
@@ -184,7 +175,7 @@ def _print_part(title: str, source: FileSource, looks: Sequence[Look]) -> Pixels
     """Prints a table; returns the scale of the values."""
     headers = [look.header for look in looks if look.header]
     labels = f"{len(source.classes)} classes" if source.labels else "no labels"
-    print(f"{title}: {len(source):,} images, {labels}, read {len(looks):,}")
+    print(f"{title}: {len(source):,} {source.unit}, {labels}, read {len(looks):,}")
     for finding in source.findings():
         _print_row("layout", finding)
     scale = EIGHT_BIT
@@ -199,7 +190,10 @@ def _print_part(title: str, source: FileSource, looks: Sequence[Look]) -> Pixels
         _print_warnings(looks, scale.type)
     if source.ignored:
         _print_row("ignored", ", ".join(f"{kind} {count:,}" for kind, count in source.ignored.most_common()))
-    bad = [*source.damaged, *(look.error for look in looks if look.error)]
+    if nodata := sum(isinstance(look.error, UnmeasuredError) for look in looks):
+        _print_row("nodata", f"{nodata:,} of {len(looks):,} {source.unit} are nodata and are passed over in training")
+    bad = [*source.damaged]
+    bad += [look.error for look in looks if look.error and not isinstance(look.error, UnmeasuredError)]
     _print_row("bad", f"{len(bad):,}" + (f" ({len(bad) / max(1, len(looks)):.1%})" if bad else ""))
     for error in bad:
         print(f"    {error}")

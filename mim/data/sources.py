@@ -5,29 +5,28 @@ asked for. The index of a million images is a few flat arrays: it is sent to loa
 share it.
 """
 
-import difflib
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from mim.data.folders import Unclear, folder_classes, holds_images, images_in, scan
-from mim.data.images import SUFFIXES, ImageError, read_image
-from mim.data.layouts import HELD_OUT, counted, find_layout, same_name
+from mim.data.files import read_file
+from mim.data.folders import Unclear, class_home, folder_classes, holds_images, images_in, scan
+from mim.data.images import Header, ImageError, read_header, read_image, stored_type
+from mim.data.layouts import HELD_OUT, counted, find_layout, mask_folders, same_name, subfolders
 from mim.data.loading import reading
 from mim.data.pixels import EIGHT_BIT, Pixels
+from mim.data.places import OTHERWISE, is_list, is_shards, no_images, not_a_source
 from mim.data.shards import expand_shards, read_part, tar_members
 from mim.data.tables import Table, read_list
 from mim.data.tar_samples import sort_members
 from mim.errors import UserError, printable
-
-LISTS = (".txt", ".csv", ".tsv")
-"""Endings of files that list images."""
 
 
 class Source(Protocol):
@@ -56,17 +55,37 @@ class Source(Protocol):
         ...
 
 
+class Examined(NamedTuple):
+    """An image, and what else can be told of it.
+
+    Attributes:
+        image: ``(C, H, W)``.
+        header: of its file.
+        kind: type of the numbers in its file.
+        digest: the same for copies.
+    """
+
+    image: Tensor
+    header: Header
+    kind: str
+    digest: bytes
+
+
 class FileSource(ABC):
     """A ``Source`` of image files, readable or not.
 
     Attributes:
+        unit: what its items are called.
         pixels: what the files hold; 8 bit until somebody says otherwise.
         ignored: files that were passed over, counted by type.
         damaged: files that the index already knows to be unreadable; they are not counted in ``len``.
         unclear: why there are no labels although something looks like them.
         notes: what was found out about the layout, for the user.
         part: what messages call this part of the data; empty for all of it.
+        tables: lists beside the images, which may know their labels.
     """
+
+    unit = "images"
 
     def __init__(self, name: str, paths: Iterable[str], class_names: Sequence[str] | None, channels: int) -> None:
         self.name, self.channels = name, channels
@@ -80,6 +99,7 @@ class FileSource(ABC):
         self.unclear: Unclear | None = None
         self.notes: list[str] = []
         self.part = ""
+        self.tables: list[str] = []
 
     def findings(self) -> list[str]:
         """Lines for the user: what was found out about the layout, and why there are no labels if some seem to be."""
@@ -106,6 +126,31 @@ class FileSource(ABC):
         with reading(name):
             return read_image(self.encoded(index), self.channels, name, self.pixels)
 
+    def kind(self, index: int, image: Tensor) -> str:
+        """Type of the numbers in the file that gave ``image``; raises ``ImageError``."""
+        return stored_type(self.encoded(index), image, self.channels, self.pixels)
+
+    def examine(self, index: int) -> Examined:
+        """An image with its numbers as they are; what cannot be kept so, as a picture among pictures would be read.
+
+        Raises:
+            ImageError: if it cannot be read.
+        """
+        encoded, name = self.encoded(index), self.describe(index)
+        try:
+            content = encoded if isinstance(encoded, bytes) else read_file(encoded)
+        except (OSError, ValueError) as error:
+            raise ImageError(name, getattr(error, "strerror", None) or str(error)) from None
+        try:
+            image = read_image(content, self.channels, name, self.pixels)
+        except ImageError as error:
+            if error.channels is not None or self.pixels.bands:
+                raise
+            image = read_image(content, self.channels, name, EIGHT_BIT)
+        header = read_header(content, self.channels, name, self.pixels)
+        kind = stored_type(content, image, self.channels, self.pixels)
+        return Examined(image, header, kind, hashlib.blake2b(content, digest_size=16).digest())
+
     @abstractmethod
     def encoded(self, index: int) -> Path | bytes:
         """The file, or its content; raises ``ImageError`` if there is none."""
@@ -124,10 +169,21 @@ class FolderSource(FileSource):
     def __init__(self, root: Path, channels: int = 3, name: str | None = None, label_column: str | None = None) -> None:
         paths, ignored, folders = scan(root)
         if not paths:
-            raise _no_images(root, ignored, folders)
+            raise no_images(root, ignored, folders)
         class_names, unclear = folder_classes(paths, label_column)
         super().__init__(name or root.resolve().name, (f"{root}/{path}" for path in paths), class_names, channels)
         self.ignored, self.unclear = ignored, unclear
+        self.tables = sorted(
+            f"{root}/{table}" for table in os.listdir(root) if table.lower().endswith((".csv", ".tsv"))
+        )
+        if class_names is not None and label_column is None:
+            home = root / paths[0][: class_home(paths)]
+            empty = sorted(
+                set(map(same_name, subfolders(home))) - set(class_names) - set(mask_folders(subfolders(home)))
+            )
+            self.notes += (
+                [f"no images in {counted([f'{name}/' for name in empty])}: not among the classes"] if empty else []
+            )
 
     def encoded(self, index: int) -> Path:
         """The file."""
@@ -172,7 +228,7 @@ class TarSource(FileSource):
         found = sort_members(member for shard in shards for member in tar_members(shard, damaged))
         images, ignored = found.images, found.ignored
         if not images:
-            raise _no_images(pattern, ignored, len(shards), "tar file", damaged)
+            raise no_images(pattern, ignored, len(shards), "tar file", damaged)
         labels = {} if label_column else found.labels
         unclear = None
         if labels:
@@ -201,7 +257,7 @@ def open_source(
     data: str,
     channels: int = 3,
     same_classes: bool = True,
-    otherwise: str | None = "leave --data out for the built-in images",
+    otherwise: str | None = OTHERWISE,
     label_column: str | None = None,
 ) -> tuple[FileSource, FileSource | None]:
     """What ``--data`` names: training images, and held-out ones if the data sets some apart.
@@ -221,12 +277,12 @@ def open_source(
     path = Path(data).expanduser()
     if path.is_dir():
         train, held = _open_folder(path, channels, label_column)
-    elif path.suffix.lower() in LISTS and path.is_file():
+    elif is_list(path):
         train, held = _open_list(path, channels, label_column)
-    elif path.suffix.lower() == ".tar" and (path.is_file() or "{" in data):
+    elif is_shards(path):
         return TarSource(str(path), channels, label_column), None
     else:
-        raise _not_a_source(data, path, otherwise)
+        raise not_a_source(data, path, otherwise)
     if held is not None and same_classes:
         _check_classes(data, train, held)
     return train, held
@@ -240,7 +296,7 @@ def _open_folder(path: Path, channels: int, label_column: str | None) -> tuple[F
     held: FileSource = FolderSource(layout.held_out, channels, name, label_column)
     train.part, held.part = f"{layout.train.name}/", f"{layout.part}/"
     masks = [mask.name for mask in layout.masks if next(images_in(mask, below=True), None)]
-    train.notes = [f"{held.part} is held out: {len(held):,} images"]
+    train.notes += [f"{held.part} is held out: {len(held):,} images"]
     train.notes += [f"masks in {mask}/ are not read" for mask in masks]
     if layout.others:
         train.notes += [f"not read: {counted([f'{other}/' for other in layout.others])}"]
@@ -272,39 +328,6 @@ def _rows_of(table: Table, part: str) -> Table:
 
 
 # Mistakes ------------------------------------------------------------------------------------------------------------
-
-
-def _no_images(
-    data: object, ignored: Counter[str], places: int, place: str = "folder", damaged: Sequence[ImageError] = ()
-) -> UserError:
-    found = ", ".join(f"{kind} {count}" for kind, count in ignored.most_common(5)) or "no files"
-    hint = "convert the images, for example to .jpg" if ignored else None
-    if ".tar" in ignored:
-        hint = f"--data '{data}/NAME-{{0000..0099}}.tar'"
-    return UserError(
-        f"--data {data}: 0 images in {places} {place}{'s' * (places != 1)}",
-        why=str(damaged[0]) if damaged else f"found {found}; readable types are {' '.join(SUFFIXES)}",
-        hint=hint,
-    )
-
-
-def _not_a_source(data: str, path: Path, otherwise: str | None) -> UserError:
-    if path.is_file():
-        why = "a folder, a .txt, .csv or .tsv list, or .tar files are expected"
-        return UserError(f"--data {data} is a file of another type", why=why, hint="unpack it into a folder")
-    folder = next(parent for parent in path.absolute().parents if os.access(parent, os.R_OK))
-    nearby = {f"{name}/" if (folder / name).is_dir() else name for name in sorted(os.listdir(folder))}
-    nearby = {name for name in nearby if name.endswith(("/", *LISTS, ".tar")) and not name.startswith(".")}
-    wanted = path.absolute().relative_to(folder).parts[0]
-    close = difflib.get_close_matches(wanted, sorted(nearby), n=3, cutoff=0.5)
-    hint = otherwise
-    if close:
-        # Shown as the user would type it: relative if the mistake was.
-        best = Path(*path.parts[: len(path.parts) - len(path.absolute().relative_to(folder).parts)], close[0])
-        hint = f"--data {best}        (found here: {', '.join(close)})"
-        hint += f"      or   {otherwise}" if otherwise else ""
-    what = "file" if path.suffix else "folder"
-    return UserError(f"--data {data}: no such {what}", hint=hint)
 
 
 def _check_classes(data: str, train: FileSource, held: FileSource) -> None:

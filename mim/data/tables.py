@@ -25,6 +25,14 @@ LABEL_NAMES = ("label", "class", "target", "category", "classname", "labelname",
 PART_NAMES = ("split", "subset", "partition", "set", "dataset", "datasplit", "phase", "part", "fold")
 """Headings of the column that says which rows are for training."""
 
+_ASKED = {
+    **dict.fromkeys(("isvalid", "isval", "isvalidation", "valid", "val", "validation"), ("val", "train")),
+    **dict.fromkeys(("istest", "test"), ("test", "train")),
+    **dict.fromkeys(("istrain", "istraining", "train", "training"), ("train", "val")),
+}
+"""Headings of columns that ask whether a row belongs to a part: what yes means, and what no."""
+_YES, _NO = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no", "")
+
 EMPTY = "(empty)"
 """Class of rows without a label, where the column of labels is named by the user."""
 _SAMPLE = 20
@@ -64,7 +72,7 @@ def read_list(file: Path, label_column: str | None = None) -> Table:
         rows = _lines(text, folder)
     else:
         rows = [[_trimmed(folder, cell) for cell in row] for row in _rows(text, folder, file)]
-    rows = [row for row in rows if any(row)]
+    rows = _without_remarks([row for row in rows if any(row)], folder)
     if not rows:
         raise UserError(f"--data {file}: 0 images", why="the list is empty", hint="a path in each line")
     width = max(map(len, rows))
@@ -92,16 +100,19 @@ class _Columns:
         located = _locate(self.folder, self[path])
         self._refuse_lost(located, self.names[path])
         part = self._part_column(path)
-        parts = None if part is None else [part_of(cell) or "" for cell in self[part]]
+        parts = None if part is None else self._parts_of(part)
         given = None if label_column is None else self._given(label_column)
         if given is not None:
             labels, empty = self._labels(given), self._labels(given).count("")
             note = (f"{empty:,} rows without a label are the class {EMPTY}",) if empty else ()
-            return Table(located, [label or EMPTY for label in labels], parts, notes=note)
+            return Table(located, [label or EMPTY for label in labels], parts, notes=(*note, *_repeated(located)))
         others = [place for place in self.places if place not in (path, part) and not self._is_index(place, path)]
         pictures = [place for place in others if self._holds_files(place)]
         notes = [f"column {self.names[place]} names other files and is not read" for place in pictures]
         found, unclear, more = self._find_labels([place for place in others if place not in pictures], path)
+        if found is not None:
+            unclear = _contradiction(located, found)
+            found, more = (None, more) if unclear else (found, [*more, *_repeated(located)])
         return Table(located, found, parts, unclear, (*notes, *more))
 
     def __getitem__(self, place: int) -> list[str]:
@@ -133,17 +144,21 @@ class _Columns:
             why = "they start at a drive of another machine; " + why
         elif not any(map(is_image, sample)):
             why = f"column {name} holds no file names; {why}"
-        first = printable(sample[0])
-        raise UserError(f"--data {self.file}: none of the first {len(sample)} files exists ({first})", why=why)
+        first, hint = printable(sample[0]), None
+        if home := _home_of(os.path.relpath(sample[0], self.folder), self.folder):
+            why, hint = f"it is in {home}; {why}", f"cp {self.file} {home}   then   --data {home / self.file.name}"
+        raise UserError(
+            f"--data {self.file}: none of the first {len(sample)} files exists ({first})", why=why, hint=hint
+        )
 
     def _part_column(self, path: int) -> int | None:
         """The column whose every cell is train, val or test; one called split that is not is refused."""
         for place in self.places:
-            named = _rank(self.keys[place], PART_NAMES)
+            named = _rank(self.keys[place], PART_NAMES) or self._asks_for_part(place)
             if place == path or not (named or not self.headed):
                 continue
             cells = set(self[place])
-            if all(map(part_of, cells)):
+            if all(map(part_of, cells)) or self._asks_for_part(place):
                 return place
             if self.keys[place] in ("split", "subset", "partition"):
                 shown = counted(sorted(cell or "(empty)" for cell in cells if not part_of(cell)))
@@ -153,6 +168,18 @@ class _Columns:
                     hint="train, val and test in that column, or take it out of the table",
                 )
         return None
+
+    def _asks_for_part(self, place: int) -> bool:
+        """Whether a column answers ``is_valid``, ``is_test`` or ``is_train`` by true and false or 1 and 0."""
+        cells = {cell.lower() for cell in self[place]}
+        return self.keys[place] in _ASKED and len(cells) == 2 and cells <= {*_YES, *_NO}
+
+    def _parts_of(self, place: int) -> list[str]:
+        """``train``, ``val`` or ``test`` of each row."""
+        if not self._asks_for_part(place):
+            return [part_of(cell) or "" for cell in self[place]]
+        yes, no = _ASKED[self.keys[place]]
+        return [yes if cell.lower() in _YES else no for cell in self[place]]
 
     def _given(self, column: str) -> int:
         if column in self.names:
@@ -184,7 +211,9 @@ class _Columns:
         if chosen is not None:
             labels = self._labels(chosen)
             note = [] if named or not self.headed else [f"labels from column {self.names[chosen]}"]
-            unclear = self._several(labels, chosen) or self._all_different(labels, chosen)
+            unclear = (
+                self._several(labels, chosen) or self._all_different(labels, chosen) or self._minus(labels, chosen)
+            )
             if unclear or not any(labels):
                 return None, unclear, []
             self._refuse_gaps(labels, chosen, path)
@@ -244,8 +273,47 @@ class _Columns:
         name = self.names[place]
         return Unclear(f"column {name} has another value in every row", f"--label_column {_quoted(name)}   if it must")
 
+    def _minus(self, labels: Sequence[str], place: int) -> Unclear | None:
+        """Where classes count from 0, -1 means none in most programs."""
+        if "-1" not in labels or not {"0", "1"} <= set(labels) or not all(map(_is_number, labels)):
+            return None
+        why = f"column {self.names[place]} counts classes from 0, and -1 is none of them in most programs"
+        return Unclear(why, f"--label_column {_quoted(self.names[place])}   if -1 is a class, else take those rows out")
+
     def _labels(self, place: int) -> list[str]:
-        return [same_name(cell) for cell in self[place]]
+        return ["" if cell.lower() == "nan" else same_name(cell) for cell in self[place]]
+
+
+def _without_remarks(rows: list[list[str]], folder: Path) -> list[list[str]]:
+    """The rows behind lines at the top that begin with ``#``, unless such a line names a file."""
+    first = next((n for n, row in enumerate(rows) if not row[0].startswith("#") or _exists(folder, row[0])), len(rows))
+    return rows[first:]
+
+
+def _contradiction(paths: Sequence[str], labels: Sequence[str]) -> Unclear | None:
+    """A reason if an image is listed twice with different labels, as tables of boxes and of several labels do."""
+    known: dict[str, str] = {}
+    for path, label in zip(paths, labels, strict=True):
+        if known.setdefault(path, label) != label:
+            names = f"{known[path]} and {label}"
+            why = f"{printable(path)} is listed as {names}: several labels; probes know one per image"
+            return Unclear(why, "a list with one row for each image")
+    return None
+
+
+def _repeated(paths: Sequence[str]) -> list[str]:
+    again = len(paths) - len(set(paths))
+    return [f"{again:,} rows repeat an image, which may then be learnt from and scored"] if again else []
+
+
+def _home_of(path: str, folder: Path) -> Path | None:
+    """A folder near a list from which its first path leads to a file."""
+    below = (home for depth in ("*", "*/*") for home in sorted(folder.glob(depth)))
+    return next((home for home in (*below, folder.parent) if (home / path).is_file()), None)
+
+
+def _is_number(cell: str) -> bool:
+    return cell.removeprefix("-").isdecimal()
 
 
 def _rank(key: str, names: Sequence[str]) -> int:

@@ -32,6 +32,11 @@ def balanced_of(taken_for: Tensor) -> float:
     return float(recall[counts > 0].mean())
 
 
+def right_per_class(answers: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, int]:
+    """How many images of each class are answered right, in the classes' order; arguments as above."""
+    return images_per_class(labels.to(answers.device)[answers == labels.to(answers.device)], classes)
+
+
 def images_per_class(labels: Sequence[int] | Tensor, classes: Sequence[str]) -> dict[str, int]:
     """How many images each class has, in the classes' order; a label of -1, an unreadable image's, does not count."""
     values = torch.as_tensor(labels, dtype=torch.int64).cpu()

@@ -24,7 +24,15 @@ def linear_accuracy(
     l2: Sequence[float] = (1.0, 1e-1, 1e-2, 1e-3),
     seed: int = 0,
 ) -> float:
-    """Accuracy on the queries of a linear classifier fitted to the bank.
+    """Accuracy from 0 to 1 on the queries of :func:`linear_answers`; ``labels (Q,)`` are their true ones."""
+    answers = linear_answers(bank, bank_labels, queries, l2, seed)
+    return int((answers == labels.to(answers.device)).sum()) / len(answers)
+
+
+def linear_answers(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, l2: Sequence[float] = (1.0, 1e-1, 1e-2, 1e-3), seed: int = 0
+) -> Tensor:
+    """Classes of the queries by a linear classifier fitted to the bank.
 
     The L2 strength is the one that does best on a tenth of the bank, held out by a key; the queries have no say in it.
     The classifier is then fitted again to the whole bank. Computed where the bank lies.
@@ -33,16 +41,15 @@ def linear_accuracy(
         bank: ``(M, D)`` features to fit.
         bank_labels: ``(M,)`` labels from 0.
         queries: ``(Q, D)`` features to classify.
-        labels: ``(Q,)`` their true labels.
         l2: strengths to choose from, strongest first; see :func:`logistic_regression`.
         seed: names the held-out part.
 
     Returns:
-        Accuracy from 0 to 1.
+        ``(Q,)`` classes.
     """
     strength = _best_l2(bank, bank_labels, l2, seed) if len(l2) > 1 else l2[0]
     fitted, asked = standardise(bank, queries)
-    return _accuracy(logistic_regression(fitted, bank_labels, strength), asked, labels)
+    return _answers(logistic_regression(fitted, bank_labels, strength), asked)
 
 
 def standardise(bank: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,11 +114,10 @@ def _best_l2(bank: Tensor, labels: Tensor, l2: Sequence[float], seed: int) -> fl
     weight, scores = None, []
     for strength in l2:
         weight = logistic_regression(fitted, labels[kept], strength, weight)
-        scores.append(_accuracy(weight, asked, labels[held]))
+        scores.append(int((_answers(weight, asked) == labels[held].to(asked.device)).sum()) / len(asked))
     return l2[scores.index(max(scores))]
 
 
-def _accuracy(weight: Tensor, features: Tensor, labels: Tensor) -> float:
-    """Share of rows whose largest logit is their label's; ``weight`` as from :func:`logistic_regression`."""
-    answers = (features @ weight[:-1] + weight[-1]).argmax(1)
-    return int((answers == labels.to(answers.device)).sum()) / len(answers)
+def _answers(weight: Tensor, features: Tensor) -> Tensor:
+    """The largest logit of every row; ``weight`` as from :func:`logistic_regression`."""
+    return (features @ weight[:-1] + weight[-1]).argmax(1)

@@ -4,17 +4,31 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from mim.evaluation.knn import knn_accuracy
-from mim.evaluation.logistic import linear_accuracy
+from mim.evaluation.balance import balanced_accuracy
+from mim.evaluation.knn import accuracies, knn_answers
+from mim.evaluation.logistic import linear_answers
 from mim.evaluation.splits import stratified_split
 
 
 def probe(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, seed: int = 0) -> dict[str, float]:
-    """Accuracies from 0 to 1 as ``{"knn_top1": .., "linear_top1": ..}``; arguments as in :func:`linear_accuracy`."""
-    return {
-        "knn_top1": knn_accuracy(bank, bank_labels, queries, labels),
-        "linear_top1": linear_accuracy(bank, bank_labels, queries, labels, seed=seed),
+    """Shares from 0 to 1: ``knn_top1``, ``linear_top1``, and ``knn_balanced``, ``linear_balanced`` over classes.
+
+    Args:
+        bank: see :func:`mim.evaluation.logistic.linear_accuracy`, as all others.
+        bank_labels: of the bank.
+        queries: to be classified.
+        labels: of the queries.
+        seed: names the held-out part.
+    """
+    answers = {
+        "knn": knn_answers(bank, bank_labels, queries, (20,), top=1)[20],
+        "linear": linear_answers(bank, bank_labels, queries, seed=seed)[:, None],
     }
+    top1 = {f"{kind}_top1": accuracies(own, labels, (1,))[1] for kind, own in answers.items()}
+    balanced = {
+        f"{kind}_balanced": balanced_accuracy(own[:, 0], labels.to(own.device)) for kind, own in answers.items()
+    }
+    return top1 | balanced
 
 
 def probe_seeds(

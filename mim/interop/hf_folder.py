@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mim.interop.built import Built, built_of_hugging_face
+
 MODEL_TYPES = ("vit", "vit_mae", "vit_msn", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "ijepa")
 """Kinds of models whose weights are read."""
 
@@ -16,12 +18,14 @@ class HFFolder(NamedTuple):
         grid: ``(h, w)`` patches per side.
         mean: per channel, of pixels in 0..1; None if the folder does not tell.
         std: as ``mean``.
+        built: heads and activation.
     """
 
     img_size: tuple[int, int]
     grid: tuple[int, int]
     mean: list[float] | None
     std: list[float] | None
+    built: Built = Built()
 
 
 def hf_folder(folder: Path) -> HFFolder | None:
@@ -32,7 +36,8 @@ def hf_folder(folder: Path) -> HFFolder | None:
             return None
         size, patch = _pair(config["image_size"]), _pair(config["patch_size"])
         mean, std = ([float(value) for value in pictures.get(f"image_{kind}") or ()] for kind in ("mean", "std"))
-        return HFFolder(size, (size[0] // patch[0], size[1] // patch[1]), mean or None, std or None)
+        grid = size[0] // patch[0], size[1] // patch[1]
+        return HFFolder(size, grid, mean or None, std or None, built_of_hugging_face(config))
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
 

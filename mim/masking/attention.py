@@ -68,5 +68,7 @@ class AttentionMasking(Masking):
             noise = generator.rand(int(patches * self.show_max))  # (B, top)
             revealed = noise.argsort(dim=1).argsort(dim=1) < int(patches * self.show_max * shown)
             ranked[:, : noise.shape[1]] &= ~revealed
+        if self.mode == "low":
+            scores = scores.masked_fill(scores == -torch.inf, torch.inf)
         order = scores.argsort(dim=1, descending=self.mode != "low", stable=True)
         return torch.empty_like(ranked).scatter(1, order, ranked)

@@ -70,7 +70,8 @@ class Masking(nn.Module):
         Args:
             batch_size: number of images ``B``.
             grid: ``(h, w)`` patches per side, ``N = h*w``.
-            scores: ``(B, N)``, higher is hidden first; only guided policies look at them.
+            scores: ``(B, N)``, higher is hidden first; only guided policies look at them. A patch of ``-inf``
+                holds next to nothing: policies that hide by scores hide it last.
             progress: share of training done, 0 to 1.
             generator: random numbers of each row; fresh ones, seeded by torch's global generator, if not given.
             device: where the masks are wanted; where they are drawn, the generator's device, if not given.

@@ -43,18 +43,17 @@ class BoxMasking(RandomMasking):
         """``(B, N)`` bool, True = hidden; see :meth:`Masking.draw`."""
         patches = grid[0] * grid[1]
         covered = self._covered(grid).to(generator.device)  # (boxes, N)
-        turn = (
-            generator.rand(len(covered))[..., None].where(covered, 2.0).amin(dim=1)
-        )  # (B, N), when a patch's box comes
+        turn = generator.rand(len(covered))[..., None].where(covered, 2.0).amin(dim=1)  # (B, N), of a patch's first box
         turn = turn.where(turn < 2, 1 + generator.rand(patches))
         # The first in turn are hidden; of one box the first in raster order, which a stable sort keeps.
         order = turn.argsort(dim=1, stable=True)[:, : patches - self.visible_count(patches)]
-        return torch.zeros_like(turn, dtype=torch.bool).scatter(1, order, True)
+        hidden: Tensor = torch.zeros_like(turn, dtype=torch.bool).scatter(1, order, True)
+        return hidden
 
     def _covered(self, grid: tuple[int, int]) -> Tensor:
         """``(boxes, N)`` bool: which patches share area with which box."""
         left, top, right, bottom = torch.tensor(self._boxes, dtype=torch.float64).T[..., None]
-        row, column = (torch.arange(side, dtype=torch.float64) / side for side in grid)
-        rows = (row < bottom) & (row + 1 / grid[0] > top)  # (boxes, h)
-        columns = (column < right) & (column + 1 / grid[1] > left)
+        row, column = (torch.arange(side + 1, dtype=torch.float64) / side for side in grid)  # edges of patches
+        rows = (row[:-1] < bottom) & (row[1:] > top)  # (boxes, h)
+        columns = (column[:-1] < right) & (column[1:] > left)
         return (rows[:, :, None] & columns[:, None, :]).flatten(1)

@@ -20,6 +20,7 @@ from mim.layers.anchor import AnchorConfig, feature_distance, gram_distance, wei
 from mim.layers.teacher import Teacher
 from mim.masking.base import Masking
 from mim.options.ranges import ShareBelowOne, SomeShare
+from mim.patches import measured_patches
 from mim.randomness import RowGenerator, derive_seed
 from mim.schedules import cosine, warmup_cosine
 from mim.vit import ViT
@@ -35,6 +36,19 @@ def single_view(batch: Batch) -> tuple[Tensor, Tensor | None]:
     """The only view ``(B, C, H, W)`` of a batch, and ``(B, 1, H, W)`` which of its pixels were measured, if not all."""
     (images,) = batch[0]
     return images, batch[2][0] if len(batch) > 2 else None
+
+
+def hidden_last(scores: Tensor, valid: Tensor | None, encoder: Encoder) -> Tensor:
+    """Scores ``(B, N)`` by which patches that are mostly nodata are the last to be hidden.
+
+    Args:
+        scores: of patches.
+        valid: ``(B, 1, H, W)`` bool, which pixels were measured; all if not given.
+        encoder: whose patches they are.
+    """
+    if valid is None:
+        return scores
+    return scores.masked_fill(~measured_patches(valid, encoder.patch_size), -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -104,6 +118,12 @@ class Plan:
         again, so that the last step of a pass is never counted to the pass before.
         """
         return int(step / Fraction(self.steps_per_epoch).limit_denominator())
+
+    def passes(self, step: int) -> float:
+        """Passes over the data after ``step`` steps: a whole number where that is less than a step away."""
+        exact = step / self.max_steps * self.epochs
+        whole = round(exact)
+        return float(whole) if abs(exact - whole) * self.max_steps < self.epochs * (1 - 1e-9) else exact
 
     def epochs_at(self, step: int) -> str:
         """Passes over the data after ``step`` steps, as precisely as the length of the run deserves."""

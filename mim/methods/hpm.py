@@ -22,9 +22,9 @@ from mim.layers.decoder import FillMasked, Trunk
 from mim.layers.initialisation import initialise
 from mim.layers.teacher import Teacher
 from mim.masking import HardPatchMasking
-from mim.methods.base import Batch, Method, OptimConfig, single_view
+from mim.methods.base import Batch, Method, OptimConfig, hidden_last, single_view
 from mim.options.ranges import Count, Share
-from mim.patches import gather_tokens, visible_indices
+from mim.patches import gather_tokens, patch_statistics, visible_indices
 from mim.randomness import RowGenerator
 from mim.schedules import linear
 from mim.targets import Target
@@ -98,19 +98,23 @@ class HPM(Method):
         """Error of the hidden patches plus the loss of their predicted difficulty, one to one."""
         images, valid = single_view(batch)
         scores = self.scores(images) if self.masking.needs_scores else None  # (B, N)
-        mask = self.draw(scores, len(images), self.row_generator(len(images), batch_idx))  # (B, N)
+        guide = None if scores is None else hidden_last(scores, valid, self.encoder)
+        mask = self.draw(guide, len(images), self.row_generator(len(images), batch_idx))  # (B, N)
         prediction, difficulty, hidden = self.predict(images, mask)
         target, weights = self.target.measured(images, self.encoder.grid, hidden, valid)
         error = self.target.errors(prediction, target, weights)  # (B, M)
         truth = error.detach()  # patches must not become easy to rank; the predictor's input is not detached
-        pairs = hidden_pairs(difficulty, truth)
+        counted = None if weights is None else weights.amax(dim=-1)  # (B, M), 0 for patches that are no target
+        pairs = hidden_pairs(difficulty, truth, counted)
         reconstruction = self.target.mean_error(error, weights)
-        ranking = ranking_loss(*pairs) if self.settings.loss == "relative" else regression_loss(difficulty, truth)
+        ranking = (
+            ranking_loss(*pairs) if self.settings.loss == "relative" else regression_loss(difficulty, truth, counted)
+        )
         loss = reconstruction + ranking
         self.log_dict({"train/loss": loss, "train/reconstruction": reconstruction, "train/difficulty": ranking})
         self.log("health/rank_correlation", rank_correlation(*pairs))
         if scores is not None:
-            self.log_dict(self.health(gather_tokens(scores[..., None], hidden)[..., 0], truth))
+            self.log_dict(self.health(gather_tokens(scores[..., None], hidden)[..., 0], truth, counted))
         return self.anchored(loss, images)
 
     @torch.no_grad()
@@ -135,8 +139,10 @@ class HPM(Method):
         sequence = self.fill(latent, mask)  # (B, P + N, E)
         return self.reconstruction(sequence, hidden), _averaged(self.difficulty(sequence, hidden)), hidden
 
-    def health(self, scores: Tensor, error: Tensor) -> dict[str, Tensor]:
+    def health(self, scores: Tensor, error: Tensor, counted: Tensor | None = None) -> dict[str, Tensor]:
         """Whether the teacher's ``scores (B, M)`` of hidden patches are worth following, given their ``error (B, M)``.
+
+        Patches that ``counted (B, M)`` gives 0 are in no pair; in the means their error is 0.
 
         Returns:
             Rank correlation of the two; share of the hidden patches that were chosen as the hardest; and the error of
@@ -144,7 +150,7 @@ class HPM(Method):
         """
         hard, hidden = self.masking.hard_count(self.patches, self.progress), error.shape[1]
         values = {
-            "health/teacher_rank_correlation": rank_correlation(*hidden_pairs(scores, error)),
+            "health/teacher_rank_correlation": rank_correlation(*hidden_pairs(scores, error, counted)),
             "health/hard_share": error.new_full((), hard / hidden),
         }
         if hard < hidden:
@@ -187,12 +193,13 @@ class HPM(Method):
         return (total / times.clamp(min=1)).view(-1, *self.encoder.grid)
 
 
-def hidden_pairs(difficulty: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+def hidden_pairs(difficulty: Tensor, error: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Every pair of patches of an image once: each patch with the ``M // 2`` that follow it, beginning anew at the end.
 
     Args:
         difficulty: ``(B, M)`` float32, as predicted.
         error: ``(B, M)`` float32, as it came.
+        counted: ``(B, M)``, 1 for a patch that is a target and 0 for one that is not; all are if not given.
 
     Returns:
         By how much the follower is predicted to be harder, ``(B, M, M // 2)``, and whether it was: 1, -1, or 0 for
@@ -202,7 +209,7 @@ def hidden_pairs(difficulty: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
     order = order.sign()
     if error.shape[1] % 2 == 0:  # opposite patches follow each other
         order[:, error.shape[1] // 2 :, -1] = 0
-    return gap, order
+    return gap, order if counted is None else order * counted[..., None] * _followers(counted)
 
 
 def ranking_loss(gap: Tensor, order: Tensor) -> Tensor:
@@ -211,10 +218,17 @@ def ranking_loss(gap: Tensor, order: Tensor) -> Tensor:
     return (F.softplus(-order * gap) * counts).sum() / counts.sum().clamp(min=1)
 
 
-def regression_loss(difficulty: Tensor, error: Tensor) -> Tensor:
-    """Squared distance of ``difficulty (B, M)`` from ``error (B, M)`` standardised within each image."""
-    var, mean = torch.var_mean(error, dim=1, keepdim=True)
-    return F.mse_loss(difficulty, (error - mean) / (var + 1e-6).sqrt())
+def regression_loss(difficulty: Tensor, error: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Squared distance of ``difficulty (B, M)`` from ``error (B, M)`` standardised within each image.
+
+    Only over patches that ``counted (B, M)`` gives 1, if it is given.
+    """
+    if counted is None:
+        var, mean = torch.var_mean(error, dim=1, keepdim=True)
+        return F.mse_loss(difficulty, (error - mean) / (var + 1e-6).sqrt())
+    mean, std = patch_statistics(error, counted)
+    distance = (difficulty - (error - mean) / std).square() * counted
+    return distance.sum() / counted.sum().clamp(min=1)
 
 
 @torch.no_grad()

@@ -27,9 +27,9 @@ from mim.distributed.sharding import total
 from mim.encoder import Encoder
 from mim.layers.teacher import Teacher
 from mim.masking import Masking
-from mim.methods.base import Batch, Method, OptimConfig
+from mim.methods.base import Batch, Method, OptimConfig, hidden_last
 from mim.options.ranges import Count, NotNegative, Positive, Share, Whole
-from mim.patches import patchify, unpatchify
+from mim.patches import measured_patches, patchify, unpatchify
 from mim.randomness import RowGenerator
 from mim.schedules import cosine, linear
 
@@ -138,10 +138,13 @@ class IBOT(Method):
         """Cross-entropy of class distributions between views, plus that of hidden patches within a view."""
         views, labels = batch[:2]
         images = torch.cat(views[:2])  # (2B, C, H, W), first view, then second
-        taught = self.teach(images)
+        valid = torch.cat(batch[2][:2]) if len(batch) > 2 else None  # (2B, 1, H, W)
+        taught = self.teach(images, valid)
         mask = self.draw_masks(len(labels), taught.scores, batch_idx)  # (2B, N)
         image, patch, weight = hidden_places(mask, self.masking.most_hidden(mask.shape[1]))  # (M,) each
         mask, image, patch, weight = (send(values, self.device) for values in (mask, image, patch, weight))
+        if taught.measured is not None:
+            weight = measured_weights(weight, image, taught.measured[image, patch], len(images))
 
         tokens = self.encoder(images, mask, self.mask_token)  # (2B, P + N, D)
         classes = [tokens[:, 0]]
@@ -175,20 +178,28 @@ class IBOT(Method):
         return self.anchored(loss, images)
 
     @torch.no_grad()
-    def teach(self, images: Tensor) -> "Taught":
-        """What the teacher says of large crops ``(2B, C, H, W)``; its mean logits are kept for the centres."""
+    def teach(self, images: Tensor, valid: Tensor | None = None) -> "Taught":
+        """What the teacher says of large crops; its mean logits are kept for the centres.
+
+        Args:
+            images: ``(2B, C, H, W)``.
+            valid: ``(2B, 1, H, W)`` bool, which pixels were measured; all if not given.
+        """
         encoder, head = self.evaluated, self.teacher.module["head"]
         scores = None
         if self.masking.guided:
             tokens, scores = encoder.forward_with_attention(images)
+            scores = hidden_last(scores, valid, encoder)
         else:
             tokens = encoder(images)  # (2B, P + N, D)
         classes = F.linear(head(tokens[:, 0]), head.for_classes()).float()  # (2B, K)
         patches = head(tokens[:, encoder.num_prefix :])  # (2B, N, bottleneck)
         # The last layer is linear: the mean of the logits of all patches is the logits of their mean.
-        mean = (head.for_patches() * patches.float().mean(dim=(0, 1))).sum(dim=1)  # (K,); in fp32 under autocast, too
+        measured = None if valid is None else measured_patches(valid, encoder.patch_size)  # (2B, N)
+        middle = patches.float().mean(dim=(0, 1)) if measured is None else measured_mean(patches.float(), measured)
+        mean = (head.for_patches() * middle).sum(dim=1)  # (K,); in fp32 under autocast, too
         self.mean_logits.append(torch.stack([classes.mean(dim=0), mean]))
-        return Taught(classes, patches, scores)
+        return Taught(classes, patches, scores, measured)
 
     def draw_masks(self, batch_size: int, scores: Tensor | None, batch_idx: int) -> Tensor:
         """``(2B, N)``; drawn on the CPU where nothing of the device is needed, since their sizes are then known."""
@@ -317,11 +328,13 @@ class Taught:
         classes: ``(2B, K)`` logits of the class tokens.
         patches: ``(2B, N, bottleneck)``, what is compared with the prototypes.
         scores: ``(2B, N)`` attention, for guided policies only.
+        measured: ``(2B, N)`` bool, False for patches that are mostly nodata; None if all of all images was measured.
     """
 
     classes: Tensor
     patches: Tensor
     scores: Tensor | None
+    measured: Tensor | None = None
 
 
 class Head(nn.Module):
@@ -412,6 +425,25 @@ def hidden_places(mask: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
         image, patch = mask.nonzero(as_tuple=True)
         return image, patch, 1 / mask.sum(dim=1)[image]
     return padded_places(mask, most)
+
+
+def measured_weights(weight: Tensor, image: Tensor, measured: Tensor, images: int) -> Tensor:
+    """``weight (M,)`` of hidden places, 0 where the patch is mostly nodata; those of an image sum to 1 again, or to 0.
+
+    Args:
+        weight: as :func:`hidden_places` gives it.
+        image: ``(M,)``.
+        measured: ``(M,)`` bool.
+        images: how many there are.
+    """
+    kept = weight * measured
+    total = kept.new_zeros(images).index_add(0, image, kept)
+    return kept / total[image].clamp(min=1e-6)
+
+
+def measured_mean(patches: Tensor, measured: Tensor) -> Tensor:
+    """Mean ``(D,)`` of ``(B, N, D)`` over the places where ``measured (B, N)`` is True."""
+    return (patches * measured[..., None]).sum(dim=(0, 1)) / measured.sum().clamp(min=1)
 
 
 def padded_places(mask: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:

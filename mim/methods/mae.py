@@ -93,15 +93,15 @@ class MAE(Method):
         """Error of hidden patches; of pixels, the mean square."""
         images, valid = single_view(batch)
         generator = self.row_generator(len(images), batch_idx)
-        mask = self.draw(images, generator)  # (B, N)
+        mask = self.draw(images, generator, valid)  # (B, N)
         prediction, hidden = self.reconstruct(images, mask, generator)
         target, weights = self.target.measured(images, self.encoder.grid, hidden, valid)
         loss = self.target.loss(prediction, target, weights)
         self.log("train/loss", loss)
         return self.anchored(loss, images)
 
-    def draw(self, images: Tensor, generator: RowGenerator) -> Tensor:
-        """Masks ``(B, N)`` for this point of the run."""
+    def draw(self, images: Tensor, generator: RowGenerator, valid: Tensor | None = None) -> Tensor:
+        """Masks ``(B, N)`` for this point of the run; ``valid (B, 1, H, W)`` says which pixels were measured."""
         mask: Tensor = self.masking(len(images), self.encoder.grid, progress=self.progress, generator=generator)
         return mask
 

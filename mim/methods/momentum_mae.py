@@ -12,6 +12,7 @@ from torch import Tensor
 from mim.encoder import Encoder
 from mim.layers.teacher import Teacher
 from mim.masking import Masking
+from mim.methods.base import hidden_last
 from mim.methods.mae import MAE
 from mim.options.ranges import Share
 from mim.randomness import RowGenerator
@@ -48,10 +49,11 @@ class MomentumMAE(MAE):
         self.teacher = Teacher(encoder)
 
     @torch.no_grad()
-    def draw(self, images: Tensor, generator: RowGenerator) -> Tensor:
-        """Masks ``(B, N)`` by the teacher's attention to the whole image."""
+    def draw(self, images: Tensor, generator: RowGenerator, valid: Tensor | None = None) -> Tensor:
+        """Masks ``(B, N)`` by the teacher's attention to the whole image; patches without measurement come last."""
         _, scores = self.teacher.module.forward_with_attention(images)
         self.skip_step_unless_finite(scores)  # the loss would not tell: masks are drawn from any scores
+        scores = hidden_last(scores, valid, self.encoder)
         mask: Tensor = self.masking(len(images), self.encoder.grid, scores=scores, generator=generator)
         return mask
 

@@ -62,7 +62,7 @@ class MP3(Method):
     """
 
     masking: Masking
-    places: Tensor
+    positions: Tensor
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class MP3(Method):
         self.predict = nn.Linear(encoder.dim, math.prod(encoder.grid))
         rows, columns = encoder.grid
         place = torch.cartesian_prod(torch.arange(float(rows)), torch.arange(float(columns)))  # (N, 2)
-        self.register_buffer("places", place, persistent=False)
+        self.register_buffer("positions", place, persistent=False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy of the place of every patch."""
@@ -89,7 +89,7 @@ class MP3(Method):
         weights = self.weights(tokens.detach(), valid)
         loss = (error * weights).sum() / weights.sum().clamp(min=1e-6)
         self.log("train/loss", loss)
-        self.log_dict(health(logits.detach(), self.places, self.encoder.grid))
+        self.log_dict(health(logits.detach(), self.positions, self.encoder.grid))
         return self.anchored(loss, images)
 
     def draw(self, batch_size: int, generator: RowGenerator) -> Tensor:
@@ -112,8 +112,8 @@ class MP3(Method):
     def labels(self) -> Tensor:
         """What is right for every patch at this point of the run: ``(N, N)``, rows sum to 1."""
         if not (width := linear(self.progress, self.settings.smoothing, 0.0)):
-            return torch.eye(len(self.places), device=self.places.device)
-        return (-(torch.cdist(self.places, self.places) / width).square()).softmax(dim=-1)
+            return torch.eye(len(self.positions), device=self.positions.device)
+        return (-(torch.cdist(self.positions, self.positions) / width).square()).softmax(dim=-1)
 
     def weights(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
         """How much every patch counts, ``(B, N)``; not at all if most of it was not measured."""
@@ -133,12 +133,12 @@ class MP3(Method):
         """
         grid, size = self.encoder.grid, self.encoder.patch_size
         mask = self.draw(len(images), RowGenerator.for_rows(0, 0, len(images), images.device))
-        guess = self.places[self.predict(self.encode(images, mask)).argmax(dim=-1)]  # (B, N, 2)
+        guess = self.positions[self.predict(self.encode(images, mask)).argmax(dim=-1)]  # (B, N, 2)
         hidden = visible_indices(~mask, mask.shape[1] - self.visible_count)
         return {
             "hidden": replace_patches(images, size, hidden, 0.0),
             "position": arrows(images, grid, guess),
-            "distance": (guess - self.places).norm(dim=-1).view(-1, *grid),
+            "distance": (guess - self.positions).norm(dim=-1).view(-1, *grid),
         }
 
 

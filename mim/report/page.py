@@ -174,12 +174,14 @@ def probes(run: Run) -> Html:
         for name, (untrained, trained) in results.items()
     ]
     beside = ["the start", "pretrained", "gain over the start"] if started else ["pretrained", "gain"]
+    counts = probe.get("images_per_class") or {}
     runs = max(len(values) for pair in results.values() for values in pair)
     note = f"Mean ± standard deviation of {runs} seeds." if runs > 1 else "One seed only, so no spread is known."
     return section(
         "What it is worth",
         tag("p", tag("strong", verdict)) if (verdict := _verdict(started, results)) else "",
         table(rows, head=["top-1", "untrained", *beside, "each seed: ○ untrained, ● pretrained"]),
+        folded("Images per class", table((name, str(count)) for name, count in counts.items())) if counts else "",
         lead=f"{probe.get('protocol', '')} {note}".strip(),
     )
 
@@ -191,7 +193,12 @@ def _verdict(started: dict[str, Values], results: dict[str, tuple[Values, Values
     return f"The start was better: {', '.join(worse)}. Take that, or train more gently." if worse else ""
 
 
-PROBES = {"knn": "k-NN", "linear": "linear"}
+PROBES = {
+    "knn": "k-NN",
+    "linear": "linear",
+    "knn_balanced": "k-NN, balanced accuracy",
+    "linear_balanced": "linear, balanced accuracy",
+}
 
 
 def evaluations(run: Run, limit: int) -> list[Html]:

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -150,7 +151,7 @@ def instantiate(config: Namespace) -> Namespace:
     _refuse_lists(config.model)
     try:
         with known_class_paths():
-            objects: Namespace = build_parser().instantiate(config)
+            objects: Namespace = _builder().instantiate(config)
     except (ValueError, TypeError, IndexError, RuntimeError) as error:  # the latter for models beyond all memory
         cause: BaseException = error
         while cause.__cause__ is not None:  # jsonargparse wraps it in a description of the types it has tried
@@ -160,6 +161,12 @@ def instantiate(config: Namespace) -> Namespace:
         why = "a list stands where named settings belong" if "must be a mapping" in str(cause) else None
         raise UserError(str(cause)[:300] if not why else "the config has a wrong shape", why=why, hint=_HELP) from error
     return objects
+
+
+@cache
+def _builder() -> ArgumentParser:
+    """A parser that parses nothing: a run builds its method several times, and the schema takes as long as a model."""
+    return build_parser()
 
 
 def _refuse_lists(model: Namespace) -> None:
@@ -205,7 +212,7 @@ def save_config(config: Namespace, path: Path) -> None:
     header = "# Every setting of this run; feed it back with --config.\n"
     temporary = path.with_suffix(".tmp")
     with known_class_paths():
-        temporary.write_text(header + build_parser().dump(kept, skip_none=False, skip_validation=True))
+        temporary.write_text(header + _builder().dump(kept, skip_none=False, skip_validation=True))
     os.replace(temporary, path)  # whole or absent: a run is a folder with this file in it
 
 

@@ -1,7 +1,6 @@
 """Weights in and out: the timm folder that a run ends with, and the files a run may start from."""
 
 import json
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -19,10 +18,14 @@ from mim.errors import UserError
 from mim.evaluation.features import Pool
 from mim.hub import missing_published
 from mim.interop import (
+    Built,
     ModelCard,
     adapt,
     arguments_of,
+    built,
+    built_otherwise,
     check_timm_folder,
+    deepspeed_weights,
     differences,
     export_backbone,
     hf_folder,
@@ -31,11 +34,13 @@ from mim.interop import (
     load_weights,
     misfit,
     read_vit,
+    refuse_otherwise,
     scale_of,
     to_rotary,
     weights_in,
 )
 from mim.methods import Method
+from mim.options.timm_names import no_such_weights
 from mim.program import called
 from mim.run.checkpoint_files import AtomicCheckpointIO, newest_good, sidecar, verify
 from mim.run.config import instantiate, parse_saved
@@ -202,7 +207,7 @@ def foreign_model(
         vit = Encoder(name, size).vit
     if isinstance(vit, Eva):
         tensors = to_rotary(tensors, vit)
-    arguments = arguments_of(tensors, vit)
+    arguments = arguments_of(tensors, vit) | (built_otherwise(foreign.built, vit) if foreign else {})
     return name, arguments | ({"img_size": size} if size else {})
 
 
@@ -212,19 +217,25 @@ def _build(
     """The encoder that weights of no run belong to, as they themselves tell, with random weights."""
     dynamic = dynamic_img_size or None
     folder = Path(weights.removeprefix("local-dir:"))
-    if model is None and folder.is_dir() and not hf_folder(folder):
-        home = _weights_in(folder, "--weights")[0].parent
-        check_timm_folder(home, "--weights")
-        return Encoder(f"local-dir:{home}", img_size, dynamic_img_size=dynamic)
     if not folder.exists():
         if model is None:
             check_published(weights, "--weights")
         return Encoder(model or weights, img_size, dynamic_img_size=dynamic)
-    if folder.is_dir() and not hf_folder(folder):
-        return Encoder(cast(str, model), img_size, dynamic_img_size=dynamic)
+    if (home := _timm_home(folder)) is not None:
+        if model is None:
+            check_timm_folder(home, "--weights")
+        return Encoder(model or f"local-dir:{home}", img_size, dynamic_img_size=dynamic)
     name, arguments = foreign_model(weights, model, img_size, trust=trust)
     size, channels = arguments.pop("img_size", None), arguments.pop("in_chans", None)
     return Encoder(name, size, in_chans=channels, dynamic_img_size=dynamic, kwargs=arguments)
+
+
+def _timm_home(folder: Path) -> Path | None:
+    """The timm folder that a folder is, or that lies in a run; None for what others wrote."""
+    if not folder.is_dir() or hf_folder(folder):
+        return None
+    home = _weights_in(folder, "--weights")[0].parent
+    return home if (home / "config.json").is_file() else None
 
 
 def init_backbone(vit: ViT, weights: str, *, trust: bool = False, option: str = "--init") -> str:
@@ -240,6 +251,7 @@ def init_backbone(vit: ViT, weights: str, *, trust: bool = False, option: str = 
         UserError: if nothing is found, or a tensor would stay random, or be left out, that every feature depends on.
     """
     layout, tensors, grid = _find_weights(weights, trust, option)
+    refuse_otherwise(_built_of(weights), vit, weights, option)
     found, own = _rotary(vit, weights, tensors, option) if isinstance(vit, Eva) else tensors, vit.state_dict()
     tensors, notes = adapt(found, vit, grid)
     matched = {name: tensors[name] for name in own if _same_kind(tensors.get(name), own[name])}
@@ -253,6 +265,22 @@ def init_backbone(vit: ViT, weights: str, *, trust: bool = False, option: str = 
     unused = len(tensors.keys() - matched.keys())
     notes += [f"{unused} of its tensors not used"] if unused else []
     return ", ".join([f"init: {len(matched)} of {len(own)} tensors from {weights} ({layout} layout)", *notes])
+
+
+def _built_of(weights: str) -> Built:
+    """How the model of some weights was built, as far as a folder, a run or timm's name tells."""
+    path = Path(weights.removeprefix("local-dir:"))
+    home = path if path.is_dir() else path.parent
+    if foreign := hf_folder(home):
+        return foreign.built
+    try:
+        with torch.device("meta"):
+            if path.exists() and (run := run_of(weights)) and not (home / "config.json").is_file():
+                encoder = parse_saved(run / "config.yaml").model.init_args.encoder
+                return built(Encoder(encoder.model, kwargs=encoder.kwargs).vit)
+            return built(timm.create_model(f"local-dir:{home}" if path.exists() else weights, num_classes=0))
+    except Exception:  # a folder of anybody's, which need not say anything
+        return Built()
 
 
 def _rotary(vit: Eva, weights: str, tensors: dict[str, Tensor], option: str) -> dict[str, Tensor]:
@@ -279,23 +307,41 @@ def _find_weights(weights: str, trust: bool, option: str) -> tuple[str, dict[str
         return _published(weights, option)
     grid = grid or _recorded_grid(path.parent) or _grid_of_run(path.parent.parent)
     path = path.resolve()  # last.ckpt is a link to a checkpoint, beside which its hash lies
-    if sidecar(path).is_file() and (reason := verify(path)) and path.suffix == ".ckpt":
+    if path.match("step-*.ckpt") and sidecar(path).is_file() and (reason := verify(path)):
         raise UserError(f"{option} {path} is damaged", why=reason, hint="the checkpoint before it")
     return *read_vit(path, trust=trust, option=option), grid
 
 
 def _weights_in(folder: Path, option: str) -> tuple[Path, tuple[int, int] | None]:
-    """The weight file of a timm folder or a run, the export before the last checkpoint."""
+    """The weight file of a folder or a run, the export before the last checkpoint."""
     for home in (folder, folder / "export" / "backbone"):
         if (home / "config.json").is_file():
-            return weights_in(home), _recorded_grid(home)
-    last = folder / "checkpoints" / "last.ckpt"
-    if not last.is_file():
+            return _present(weights_in(home), option), _recorded_grid(home)
+    last, alone = folder / "checkpoints" / "last.ckpt", weights_in(folder)
+    found = next(filter(Path.is_file, (last, alone)), None) or deepspeed_weights(folder, option)
+    if found is None:
         raise UserError(
             f"{option} {folder} holds no weights",
-            why="it is neither a timm folder (config.json) nor a run (export/backbone or checkpoints/last.ckpt)",
+            why="it is no timm or Hugging Face folder (config.json beside model.safetensors or pytorch_model.bin), no "
+            "run (export/backbone or checkpoints/last.ckpt) and no checkpoint of DeepSpeed",
         )
-    return last, None
+    return found, None
+
+
+def _present(weights: Path, option: str) -> Path:
+    """The same; refuses a folder whose ``config.json`` has no weights beside it, and says what is there instead."""
+    if weights.is_file():
+        return weights
+    others = sorted(
+        file.name for file in weights.parent.iterdir() if file.suffix in (".msgpack", ".h5", ".onnx", ".npz")
+    )
+    raise UserError(
+        f"{option} {weights.parent} holds no weights",
+        why=f"it has {', '.join(others)}; " * bool(others) + "read are model.safetensors or pytorch_model.bin",
+        hint=f"from_pretrained(...).save_pretrained('{weights.parent}')   with the program that reads them"
+        if others
+        else None,
+    )
 
 
 def _recorded_grid(folder: Path) -> tuple[int, int] | None:
@@ -341,11 +387,7 @@ def check_published(name: str, option: str) -> None:
     """Refuses what is neither there nor known to timm, addresses among it; raises ``UserError``."""
     if Path(name.removeprefix("local-dir:")).exists() or is_model_pretrained(name):
         return
-    close = get_close_matches(name, timm.list_pretrained("vit_*"), n=2)
-    raise UserError(
-        f"{option} {name}: no such file, folder or timm weights",
-        hint=" or ".join(f"{option} {other}" for other in close) or f"{option} FILE, {option} RUN or a timm name",
-    )
+    raise no_such_weights(name, option, timm.list_pretrained("vit_*"))
 
 
 def _same_kind(tensor: Tensor | None, own: Tensor) -> bool:

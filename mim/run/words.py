@@ -57,7 +57,8 @@ def introduction(
     damaged = getattr(source, "damaged", [])
     lines = [
         f"mim {__version__}  {name} on {model}   run {folder.path}",
-        f"  data    {data.path}: {len(source):,} images, {labels}" + (f"; ignored: {ignored}" if ignored else ""),
+        f"  data    {data.path}: {len(source):,} {getattr(source, 'unit', 'images')}, {labels}"
+        + (f"; ignored: {ignored}" if ignored else ""),
         f"          checked {count:,}: {len(data.bad_files.reasons)} unreadable, smallest {width}x{height}",
         f"  model   {backbone / 1e6:.1f} M parameters, {trainable / 1e6:.1f} M trained with its heads; "
         f"{size} px / {patch} = {grid[0]}x{grid[1]} = {patches} patches",
@@ -65,7 +66,7 @@ def introduction(
         f"  optim   blr {method.optim.blr:.2e} x {plan.batch_size} / 256 -> lr {method.peak_lr:.2e}, "
         f"warm-up {method.warmup_steps:,} steps, AdamW, weight decay {method.optim.weight_decay}",
         f"  batch   {plan.batch_size} = {trainer.world_size} device x {per_device} x {accumulate} accumulate; "
-        f"{plan.steps_per_epoch:,.1f} steps per epoch, {plan.max_steps:,} steps in {plan.epochs:.4g} epochs",
+        f"{plan.steps_per_epoch:,.1f} steps per epoch, {plan.max_steps:,} steps in {plan.epochs:g} epochs",
         *_few_images(len(source), plan),
         *_gently(method),
         f"  device  {device}, {trainer.precision}, {data.num_workers} workers, {torch.get_num_threads()} threads",

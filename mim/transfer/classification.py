@@ -1,6 +1,6 @@
 """Labelled images beside the weights that are measured: what ``knn``, ``linear_probe`` and ``finetune`` share."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -60,15 +60,19 @@ class Classification(Measurement):
         """Whether the classes of the scored images differ in size so that top-1 alone misleads."""
         return uneven(images_per_class(self.test.labels or [], self.classes))
 
-    def class_sizes(self) -> dict[str, Any]:
-        """What ``metrics.json`` says about classes that are uneven: how many images each has in either part."""
+    def class_sizes(self, right: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+        """What ``metrics.json`` says about classes that are uneven: how many images each has, and how many are right.
+
+        Args:
+            right: right answers of the pretrained encoder by class, by the name of what answered.
+        """
         if not self.uneven:
             return {}
         parts = {"learnt": self.train, "scored": self.test}
         return {
             f"images {part} per class": images_per_class(source.labels or [], self.classes)
             for part, source in parts.items()
-        }
+        } | {f"images right per class, {what}": dict(counts) for what, counts in right.items()}
 
     def reduce(self, encoder: Encoder, seed: int = 0) -> Encoder:
         """The same encoder with its reduction, on the device; ``seed`` draws what that is going to learn."""

@@ -72,18 +72,20 @@ class Finetuning(Classification):
             scores["balanced accuracy"] = {who: [scored["balanced"] for scored in last[who]] for who in encoders}
         if self.is_main_process:
             protocol = f"{_in_words(self.recipe)}; {self.protocol()}; after the last epoch."
-            self.write(self.root, "Fine-tuning", protocol, scores, str(self.recipe.pool), self.class_sizes())
+            right = last[PRETRAINED][0].get("right")  # results of earlier versions lack it
+            details = self.class_sizes({"seed 0": dict(zip(self.classes, right, strict=True))} if right else {})
+            self.write(self.root, "Fine-tuning", protocol, scores, str(self.recipe.pool), details)
             finish_section(self.root)
             print(f'  model   {self.export}   (timm.create_model("local-dir:{self.export}", pretrained=True))')
         return scores
 
-    def train_one(self, who: str, seed: int, folder: Path) -> list[dict[str, float]]:
-        """Scores over one training; that of the first pretrained encoder is exported."""
+    def train_one(self, who: str, seed: int, folder: Path) -> list[dict[str, Any]]:
+        """Scores over one training, in the end with right answers by class; the first pretrained one is exported."""
         module = self._trained(who, seed, folder)
         if who == PRETRAINED and seed == 0 and self.is_main_process:
             save_confusion(module.taken_for.numpy(), self.classes, folder / "confusion.png")
             self._export(module)
-        return module.history
+        return [*module.history[:-1], {**module.history[-1], "right": module.taken_for.diagonal().tolist()}]
 
     def _trained(self, who: str, seed: int, folder: Path) -> Finetune:
         recipe, options, classes = self.recipe, self.options, len(self.classes)

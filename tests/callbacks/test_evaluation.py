@@ -1,8 +1,10 @@
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from mim.callbacks import Evaluation, RunLog
 from mim.data.pretrain import PretrainData
@@ -42,3 +44,28 @@ def test_final_probes_read_an_image_once(evaluation: Evaluation, monkeypatch: py
     assert set(reads.values()) == {1}
     assert len(reads) == 60 + 12
     assert len(result["knn"]["untrained"]) == 3
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("few", [30, 10])
+def test_probes_of_a_run_show_the_balanced_accuracy_where_classes_are_uneven(tmp_path, few, held_out) -> None:
+    for part in ("train", "val") if held_out else (".",):
+        for name, count in (("few", few), ("many", 30)):
+            folder = tmp_path / "data" / part / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (16, 16), (number, 7 * number % 256, len(name))).save(folder / f"{number}.png")
+    data = PretrainData(str(tmp_path / "data"), num_workers=0)
+    data.open((16, 16), 3, seed=0)
+    run = Evaluation(RunLog(RunFolder(tmp_path), 1), data, steps=[], pool="mean", probe_images=300, pictures=0)
+    result = run.final(encoder(0), [encoder(1), encoder(2), encoder(3)], encoder(4))
+    values = run._values(SimpleNamespace(evaluated=encoder(0)))
+    kinds = {"knn_balanced", "linear_balanced"}
+    if few == 30:
+        assert not kinds & result.keys()
+        assert not any("balanced" in name for name in values)
+        return
+    assert result["images_per_class"] == {"few": 10, "many": 30}
+    for kind in kinds:
+        assert {who: len(scores) for who, scores in result[kind].items()} == {"trained": 3, "untrained": 3, "start": 3}
+        assert 0 <= values[f"val/{kind}"] <= 1

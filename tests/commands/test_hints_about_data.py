@@ -119,6 +119,7 @@ def test_a_small_set_says_how_few_steps_it_makes_and_what_to_do(capsys):
     assert "12 images at batch 16: 2 steps in all; --batch_size 4   makes 6 of them" in text
     assert "2 steps in 2 epochs" in text
     assert "2.67" not in text
+    assert {path.name for path in Path("first/images").iterdir()} <= {"epoch_000.png", "epoch_001.png", "epoch_002.png"}
     assert main("pretrain", [*args, "--out", "second", "--batch_size", "4"]) == 0
     assert "images at batch" not in capsys.readouterr().out
     assert json.loads(Path("second/summary.json").read_text())["steps"] == 6
@@ -129,12 +130,20 @@ def test_uneven_classes_get_a_balanced_accuracy_and_their_counts(weights, capsys
         draw(*(f"d/{part}/many/{n}.png" for n in range(8)), *(f"d/{part}/few/{n}.png" for n in range(2)))
     args = ["--weights", weights, "--data", "d", "--num_workers", "0"]
     assert main("knn", [*args, "--k", "[1]", "--seeds", "1", "--out", "knn"]) == 0
-    assert main("linear_probe", [*args, "--epochs", "2", "--seeds", "1", "--lrs", "[0.1]", "--out", "probe"]) == 0
-    assert capsys.readouterr().out.count("balanced accuracy") == 2
-    for folder, name in (("knn", "1-NN balanced accuracy"), ("probe", "balanced accuracy")):
+    probe = [*args, "--epochs", "2", "--seeds", "1", "--lrs", "[0.1]"]
+    assert main("linear_probe", [*probe, "--out", "linear"]) == 0
+    assert main("linear_probe", [*probe, "--head", "attentive", "--out", "attentive"]) == 0
+    assert main("finetune", [*args, "--epochs", "1", "--seeds", "1", "--device", "cpu", "--out", "finetune"]) == 0
+    assert capsys.readouterr().out.count("balanced accuracy") == 4
+    scored = {"few": 2, "many": 8}
+    for folder, kind in (("knn", "1-NN "), ("linear", ""), ("attentive", ""), ("finetune", "")):
         metrics = json.loads(Path(folder, "metrics.json").read_text())["metrics"]
-        assert len(metrics[name]) == len(metrics[f"{name}, untrained"]) == 1
-        assert metrics["images learnt per class"] == metrics["images scored per class"] == {"few": 2, "many": 8}
+        assert len(metrics[f"{kind}balanced accuracy"]) == len(metrics[f"{kind}balanced accuracy, untrained"]) == 1
+        assert metrics["images learnt per class"] == metrics["images scored per class"] == scored
+        right = metrics[f"images right per class, {kind.strip() or 'seed 0'}"]
+        assert sum(right.values()) / 10 == pytest.approx(metrics[f"{kind}top-1"][0])
+        shares = [right[name] / scored[name] for name in scored]
+        assert sum(shares) / 2 == pytest.approx(metrics[f"{kind}balanced accuracy"][0])
 
 
 def test_even_classes_need_no_balanced_accuracy(weights, capsys):

@@ -24,22 +24,28 @@ def field(rng, size, width):
 
 
 def microscopy(rng, texture):
-    """12 bit of a camera with an offset, and a hot pixel."""
-    counts = 148 + 600 * rng.uniform(0.3, 1) * texture + rng.poisson(4, texture.shape)
-    counts[tuple(rng.integers(len(texture), size=2))] = 4095
-    return counts.astype(np.uint16), {"compression": "lzw", "predictor": True}
+    """12 bit of a camera with an offset: dim tissue, a few bright cells, a hot pixel."""
+    size = len(texture)
+    counts = 148 + 250 * rng.uniform(0.6, 1) * texture + rng.normal(0, 6, texture.shape)
+    rows, columns = np.mgrid[:size, :size]
+    for y, x in rng.uniform(0, size, (3, 2)):
+        counts += rng.uniform(800, 2500) * np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / 8)
+    counts[tuple(rng.integers(size, size=2))] = 4095
+    return counts.clip(0, 4095).astype(np.uint16), {"compression": "lzw", "predictor": True}
 
 
 def reflectance(rng, texture):
-    """Six bands in 0..0.3, a corner without measurement."""
+    """Six bands in 0..0.3, a corner without measurement, and in every other image a glint of the sun."""
     bands = np.stack([0.3 * rng.uniform(0.3, 1) * texture * (band + 1) / 6 for band in range(6)]).astype(np.float32)
+    if rng.random() < 0.5:
+        bands[:, *rng.integers(20, len(texture), size=2)] = 1.1
     bands[:, :12, :16] = np.nan
     return bands, {"compression": "deflate", "photometric": "minisblack", "planarconfig": "separate"}
 
 
 def radar(rng, texture):
-    """Two bands of decibels, all below 0."""
-    bands = np.stack([-25 + 15 * texture, -30 + 10 * texture]) + rng.normal(0, 0.5, (2, *texture.shape))
+    """Two bands of decibels, all below 0, with speckle."""
+    bands = np.stack([-25 + 15 * texture, -30 + 10 * texture]) + rng.normal(0, 2, (2, *texture.shape))
     return bands.astype(np.float32), {"photometric": "minisblack", "planarconfig": "separate"}
 
 
@@ -50,7 +56,7 @@ def domain(folder, name, count=40):
     """Two classes that differ in how coarse their texture is, in ``train/`` and ``val/``."""
     for number in range(count):
         rng, label = np.random.default_rng(number), number % 2
-        image, options = DOMAINS[name][0](rng, field(rng, 48, (16, 6)[label]))
+        image, options = DOMAINS[name][0](rng, field(rng, 48, (16, 9)[label]))
         file = folder / ("train", "val")[number >= 0.75 * count] / f"class{label}" / f"{number:03}.tif"
         file.parent.mkdir(parents=True, exist_ok=True)
         tifffile.imwrite(file, image, **options)

@@ -36,6 +36,22 @@ def test_numbers_arrive_as_they_are_stored(kind, suffix):
     assert np.array_equal(image[0].numpy(), stored[..., 0])
 
 
+def test_true_and_false_are_white_and_black():
+    image = read_image(npy(numbers(channels=2) > 1500), 2)
+    assert image.dtype == torch.uint8
+    assert set(image.unique().tolist()) == {0, 255}
+
+
+@pytest.mark.parametrize("fully", [True, False])
+def test_an_image_with_transparent_pixels_is_of_the_type_of_the_others(fully):
+    stored = numbers(channels=4)
+    stored[..., 3] = 65535
+    stored[:3, :3, 3] *= not fully
+    data = tiff(stored, photometric="rgb", extrasamples=["unassalpha"])
+    image = read_image(data, 3, pixels=Pixels(type="uint16"))
+    assert bool(image[0].isnan().any() if fully else image.dtype == torch.uint16)
+
+
 @pytest.mark.parametrize("compression", [None, "lzw", "deflate", "zstd", "lerc", "lzma", "jpeg2000", "packbits"])
 @pytest.mark.parametrize("layout", ["tiles", "strips", "big"])
 def test_every_compression_of_a_tiff_gives_the_samples(compression, layout):

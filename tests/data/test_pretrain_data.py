@@ -261,7 +261,7 @@ def test_processes_and_their_workers_draw_nothing_twice_and_together_what_one_dr
 def test_the_batch_of_a_step_can_be_looked_at_later():
     data = attach(opened(bad=[3]))
     batches = [(data.views(v, RowGenerator(keys))[0], labels) for v, labels, keys, _ in data.train_dataloader()]
-    (images,), labels, names = data.batch(2)
+    (images,), labels, names, _ = data.batch(2)
     assert torch.equal(images, batches[2][0])
     assert torch.equal(labels, batches[2][1])
     asked = [f"{index}.jpg" for _, index in data.sampler(range(0)).keys(2)]

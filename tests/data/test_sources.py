@@ -217,8 +217,8 @@ def test_a_text_list_keeps_its_order_and_starts_at_its_folder(tmp_path):
 
 @pytest.mark.parametrize("heading", ["path,label\n", "", "\ufeffPath,Label\n"])
 def test_a_table_gives_labels_by_name(tmp_path, heading):
-    touch(tmp_path, "a.png", "b.png")
-    (tmp_path / "list.csv").write_text(heading + 'a.png,dog\n"b.png",cat\na.png,cat\n')
+    touch(tmp_path, "a.png", "b.png", "c.png")
+    (tmp_path / "list.csv").write_text(heading + 'a.png,dog\n"b.png",cat\nc.png,cat\n')
     source = ListSource(tmp_path / "list.csv")
     assert (source.classes, source.labels) == (["cat", "dog"], [1, 0, 0])
 

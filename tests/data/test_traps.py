@@ -55,6 +55,15 @@ PAIRS = [
     ("train2017", "val2017"),
     ("train_images", "test_images"),
     ("train", "validate"),
+    ("entrenamiento", "prueba"),
+    ("Treino", "Validação"),
+    ("entraînement", "validation"),
+    ("apprentissage", "test"),
+    ("addestramento", "test"),
+    ("training", "Validierung"),
+    ("训练集", "测试集"),
+    ("訓練データ", "検証データ"),
+    ("обучение", "тест"),
 ]
 
 
@@ -83,6 +92,86 @@ def test_folders_that_are_all_parts_are_no_classes(tmp_path, folders):
     with pytest.raises(UserError, match="has no labels") as refused:
         open_labelled(str(tmp_path))
     assert "are parts of a data set, not classes" in refused.value.why
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [("trainA", "trainB", "testA", "testB"), ("mnist_train", "mnist_test"), ("a_training", "b_val", "c_test")],
+)
+def test_folders_that_all_name_a_part_are_no_classes_either(tmp_path, folders):
+    touch(tmp_path, *(f"{folder}/{number}.png" for folder in folders for number in range(2)))
+    source, held = open_source(str(tmp_path))
+    assert (source.labels, held) == (None, None)
+    assert "are parts of a data set, not classes" in source.unclear.why
+    assert len(open_labelled(str(tmp_path), label_column="1").classes) == len(folders)
+
+
+PIECES = ["images_{:03d}/images", "HAM10000_images_part_{}", "fold_{}", "data-batch-{}", "Part {}", "shard{}"]
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_the_numbered_pieces_of_a_set_are_no_classes(tmp_path, name):
+    touch(tmp_path, *(f"{name.format(n)}/{n}-{number}.png" for n in (1, 2, 3) for number in range(2)))
+    source, _ = open_source(str(tmp_path))
+    assert source.labels is None
+    assert "look like the numbered pieces of one set" in source.unclear.why
+    with pytest.raises(UserError, match="has no labels"):
+        open_labelled(str(tmp_path))
+    assert len(open_labelled(str(tmp_path), label_column="1").classes) == 3
+
+
+@pytest.mark.parametrize("names", [("0", "1"), ("class_1", "class_2"), ("n01440764", "n01443537"), ("img", "other")])
+def test_numbers_and_numbered_classes_are_classes(tmp_path, names):
+    touch(tmp_path, *(f"{name}/{number}.png" for name in names for number in range(2)))
+    assert open_source(str(tmp_path))[0].classes == list(names)
+
+
+def test_a_folder_without_images_is_no_class_and_is_named(tmp_path):
+    touch(tmp_path, "cat/1.png", "dog/2.png")
+    (tmp_path / "bird").mkdir()
+    source, _ = open_source(str(tmp_path))
+    assert source.classes == ["cat", "dog"]
+    assert source.findings() == ["no images in bird/: not among the classes"]
+
+
+def test_an_image_that_was_left_beside_class_folders_is_named(tmp_path):
+    touch(tmp_path, "sheet.png", *(f"{name}/{number}.png" for name in ("cat", "dog") for number in range(3)))
+    with pytest.raises(UserError, match="has no labels") as refused:
+        open_labelled(str(tmp_path))
+    assert refused.value.why == "sheet.png lies beside cat/, dog/, so that folders are no classes"
+
+
+def test_a_part_without_labels_beside_one_with_labels_can_be_left_out(tmp_path):
+    touch(tmp_path, "test/1.png", *(f"train/{name}/{number}.png" for name in ("cat", "dog") for number in range(3)))
+    with pytest.raises(UserError, match="test/ has no labels") as refused:
+        open_labelled(str(tmp_path))
+    assert refused.value.hint == f"--data {tmp_path}/train"
+    assert open_labelled(refused.value.hint.removeprefix("--data ")).classes == ["cat", "dog"]
+
+
+def test_a_table_beside_images_without_labels_is_offered(tmp_path):
+    touch(tmp_path, "a.png", "b.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.png,dog\nb.png,cat\n")
+    with pytest.raises(UserError, match="has no labels") as refused:
+        open_labelled(str(tmp_path))
+    assert refused.value.hint == f"--data {tmp_path}/metadata.csv"
+    assert open_labelled(refused.value.hint.removeprefix("--data ")).classes == ["cat", "dog"]
+
+
+def test_a_table_that_lies_apart_from_its_images_says_where_they_are(tmp_path):
+    touch(tmp_path, "images/a.png", "images/b.png")
+    (tmp_path / "labels.csv").write_text("image,label\na.png,dog\nb.png,cat\n")
+    with pytest.raises(UserError, match="none of the first 2 files exists") as refused:
+        open_labelled(str(tmp_path / "labels.csv"))
+    place = tmp_path / "images"
+    assert refused.value.hint == f"cp {tmp_path}/labels.csv {place}   then   --data {place}/labels.csv"
+
+
+def test_one_class_alone_measures_nothing(tmp_path):
+    touch(tmp_path, "a.png", "b.png")
+    (tmp_path / "list.csv").write_text("path,label\na.png,dog\nb.png,dog\n")
+    with pytest.raises(UserError, match="every image is of the class dog"):
+        open_labelled(str(tmp_path / "list.csv"))
 
 
 def test_a_class_called_like_a_part_is_one_among_others(tmp_path):
@@ -156,6 +245,7 @@ TABLES = {
     "one-hot": "image,dog,cat\na.png,1,0\nb.png,0,1\nsub/c.png,1,0\n",
     "one-hot floats": "image,dog,cat\na.png,1.0,0.0\nb.png,0.0,1.0\nsub/c.png,1.0,0.0\n",
     "number and name": "class id,filepaths,labels\n1,a.png,dog\n0,b.png,cat\n1,sub/c.png,dog\n",
+    "a remark in front": "# made by hand\npath,label\na.png,dog\nb.png,cat\nsub/c.png,dog\n",
     "a mask's path": "image,mask,label\na.png,x.png,dog\nb.png,y.png,cat\nsub/c.png,z.png,dog\n",
 }
 
@@ -180,10 +270,65 @@ def test_lists_come_in_other_files_too(tmp_path, name, text, encoding):
 @pytest.mark.parametrize("heading", ["split", "Set", "data set"])
 @pytest.mark.parametrize(("train", "held"), PAIRS[:4])
 def test_the_rows_of_a_table_may_be_parts(tmp_path, heading, train, held):
-    text = f"path,label,{heading}\na.png,dog,{train}\nb.png,cat,{train}\nsub/c.png,dog,{held}\na.png,cat,{held}\n"
+    text = f"path,label,{heading}\na.png,dog,{train}\nb.png,cat,{train}\nsub/c.png,dog,{held}\nd.png,cat,{held}\n"
     train_source, held_source = open_source(table(tmp_path, text))
     assert classes(train_source) == {"a.png": "dog", "b.png": "cat"}
-    assert classes(held_source) == {"c.png": "dog", "a.png": "cat"}
+    assert classes(held_source) == {"c.png": "dog", "d.png": "cat"}
+
+
+@pytest.mark.parametrize(
+    ("heading", "cells", "part"),
+    [
+        ("is_valid", ("False", "True"), "val"),
+        ("is_test", ("0", "1"), "test"),
+        ("isTrain", ("1", "0"), "val"),
+        ("Test", ("no", "yes"), "test"),
+        ("is_validation", ("", "TRUE"), "val"),
+    ],
+)
+def test_a_column_may_ask_whether_a_row_belongs_to_a_part(tmp_path, heading, cells, part):
+    learnt, scored = cells
+    rows = f"a.png,dog,{learnt}\nb.png,cat,{learnt}\nsub/c.png,dog,{scored}\n"
+    train, held = open_source(table(tmp_path, f"path,label,{heading}\n{rows}"), same_classes=False)
+    assert (names(train), names(held)) == (["a.png", "b.png"], ["c.png"])
+    assert train.notes == [f"rows of {part} are held out: 1 images"]
+
+
+@pytest.mark.parametrize("heading", ["path,label", "filename,class"])
+def test_an_image_that_is_listed_with_two_labels_has_several(tmp_path, heading):
+    text = f"{heading}\na.png,dog\na.png,cat\nb.png,cat\n"
+    source, _ = open_source(table(tmp_path, text))
+    assert source.labels is None
+    assert source.unclear.why.endswith("a.png is listed as dog and cat: several labels; probes know one per image")
+
+
+def test_rows_that_repeat_an_image_are_counted(tmp_path):
+    source, _ = open_source(table(tmp_path, "path,label\na.png,dog\na.png,dog\nb.png,cat\n"))
+    assert len(source) == 3
+    assert source.notes == ["1 rows repeat an image, which may then be learnt from and scored"]
+
+
+@pytest.mark.parametrize(("cells", "refused"), [("-101", True), ("-11", False)])
+def test_minus_one_beside_numbers_from_zero_is_no_class(tmp_path, cells, refused):
+    labels = cells.replace("-1", "m")
+    rows = "".join(
+        f"{name},{'-1' if label == 'm' else label}\n"
+        for name, label in zip(["a.png", "b.png", "sub/c.png"], labels, strict=False)
+    )
+    source, _ = open_source(table(tmp_path, f"path,label\n{rows}"))
+    assert (source.labels is None) is refused
+
+
+@pytest.mark.parametrize("empty", ["", "nan", "NaN"])
+def test_a_row_without_a_label_is_named(tmp_path, empty):
+    with pytest.raises(UserError, match=r"b\.png has no label, others have"):
+        open_source(table(tmp_path, f"path,label\na.png,dog\nb.png,{empty}\nsub/c.png,dog\n"))
+
+
+def test_labels_that_are_not_in_utf_8_can_be_printed(tmp_path):
+    text = "path,label\na.png,Café\nb.png,Thé\nsub/c.png,Café\n"
+    source, _ = open_source(table(tmp_path, text, encoding="cp1252"))
+    assert source.classes == ["Café", "Thé"]
 
 
 def test_rows_of_a_third_part_are_named(tmp_path):

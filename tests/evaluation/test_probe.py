@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from mim.evaluation import knn_accuracy, linear_accuracy, probe, probe_seeds
@@ -10,7 +11,18 @@ def features(rows, classes=4, spread=1.2):
 
 def test_a_probe_gives_both_accuracies():
     split = (*features(100), *features(60))
-    assert probe(*split) == {"knn_top1": knn_accuracy(*split), "linear_top1": linear_accuracy(*split)}
+    scores = probe(*split)
+    assert (scores["knn_top1"], scores["linear_top1"]) == (knn_accuracy(*split), linear_accuracy(*split))
+
+
+def test_a_probe_gives_balanced_accuracies_by_the_answers_of_both():
+    bank, queries = features(100), features(60)
+    few = torch.cat([(queries[1] == 0).nonzero()[:, 0], (queries[1] == 1).nonzero()[:3, 0]])
+    asked, truth = queries[0][few], queries[1][few]
+    scores = probe(*bank, asked, truth)
+    for kind, accuracy in (("knn", knn_accuracy), ("linear", linear_accuracy)):
+        by_class = [accuracy(*bank, asked[truth == label], truth[truth == label]) for label in (0, 1)]
+        assert scores[f"{kind}_balanced"] == pytest.approx(sum(by_class) / 2, abs=1e-12)
 
 
 def test_seeds_vary_the_scores_and_repeat_them():

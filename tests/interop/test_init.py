@@ -1,6 +1,5 @@
 """``--init``: every kind of source, what is reported, and what is refused."""
 
-import argparse
 import random
 import re
 from contextlib import suppress
@@ -140,12 +139,24 @@ def test_integers_are_no_weights(tmp_path):
         init_backbone(tiny(), str(tmp_path / "x.pth"))
 
 
+class Settings:
+    """Of a package that nobody knows."""
+
+
 def test_python_objects_need_trust(tmp_path):
     source, vit = tiny(), tiny()
-    torch.save({"model": source.state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match=r"holds Python objects \(argparse.Namespace\)"):
+    torch.save({"model": source.state_dict(), "args": Settings()}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"holds Python objects \(test_init.Settings\)"):
         init_backbone(vit, str(tmp_path / "x.pth"))
     init_backbone(vit, str(tmp_path / "x.pth"), trust=True)
+    assert same(vit, source)
+
+
+def test_a_json_file_beside_a_foreign_checkpoint_says_nothing_about_it(tmp_path):
+    source, vit = tiny(), tiny()
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "model.ckpt")
+    (tmp_path / "model.json").write_text('{"step": 3, "sha256": "of something else"}')
+    init_backbone(vit, str(tmp_path / "model.ckpt"))
     assert same(vit, source)
 
 

@@ -46,6 +46,12 @@ def test_a_patch_belongs_to_a_box_that_touches_any_of_its_area_and_to_none_that_
     assert mask[0, 1]
 
 
+def test_a_box_from_edge_to_edge_of_patches_holds_no_others():
+    for first in range(9):
+        box = (first / 10, 0.3, (first + 1) / 10, 0.4)
+        assert BoxMasking([box], 0.01)(1, (10, 10)).nonzero().tolist() == [[0, 30 + first]]
+
+
 @pytest.mark.parametrize("box", [(0, 0, 0, 1), (0.5, 0, 0.4, 1), (0, 0, 1, 1.1), (-0.1, 0, 1, 1)])
 def test_a_box_that_is_none_is_refused(box):
     with pytest.raises(ValueError, match="is not left, top, right, bottom"):

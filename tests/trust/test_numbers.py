@@ -4,12 +4,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from recipes import ROOT, SETTINGS
 
 from mim.callbacks import NaNDump
 from mim.cli import translate
+from mim.data.pretrain import PretrainData
 from mim.methods import Method, NonFiniteError, Plan
 from mim.run.config import instantiate, parse
 from mim.run.folder import RunFolder
@@ -116,10 +118,26 @@ def test_two_runs_are_bit_equal(parts):
     assert all(torch.equal(value, other[place]) for place, value in flat.items())
 
 
+def with_nodata(data, folder):
+    """The same settings for images of which the first two that a step sees lack a corner."""
+    other = PretrainData(str(folder / "images"), data.views, batch_size=4, num_workers=0)
+    (folder / "images").mkdir()
+    for number in range(4):
+        values = np.random.default_rng(number).uniform(1, 2, (40, 40, 3)).astype(np.float32)
+        values[:20, :30] = np.nan if number < 2 else 1.5
+        np.save(folder / "images" / f"{number}.npy", values)
+    other.open(data.views.size, 3, data.seed)
+    other.check()
+    return other
+
+
+@pytest.mark.parametrize("nodata", [False, True])
 @pytest.mark.parametrize("parts", ["mae", "attmask"], indirect=True)
-def test_the_dump_of_a_nan_replays_its_step_bit_for_bit(parts, tmp_path, monkeypatch):
+def test_the_dump_of_a_nan_replays_its_step_bit_for_bit(parts, nodata, tmp_path, monkeypatch):
     """In another object with other weights, micro-batch by micro-batch."""
     method, data = parts()
+    if nodata:  # in one of the two micro-batches
+        data = with_nodata(data, tmp_path)
     honest, losses, accumulate = method.training_step, [], 2
 
     def poisoned(batch, batch_idx):
@@ -140,10 +158,13 @@ def test_the_dump_of_a_nan_replays_its_step_bit_for_bit(parts, tmp_path, monkeyp
     replayed.plan, replayed.log, replayed.log_dict = Plan(**dump["plan"]), lambda *_: None, lambda *_: None
     facts = {"global_step": dump["step"], "world_size": dump["processes"], "global_rank": 0}
     replayed._trainer = SimpleNamespace(accumulate_grad_batches=dump["accumulate"], **facts)
-    chunks = [torch.chunk(images, dump["accumulate"]) for images in (*dump["views"], dump["labels"])]
-    for index, (*views, labels) in enumerate(zip(*chunks, strict=True)):
+    assert ("valid" in dump) == nodata
+    parts = [[torch.chunk(own, accumulate) for own in dump[key]] for key in ("views", "valid") if key in dump]
+    for index, labels in enumerate(torch.chunk(dump["labels"], accumulate)):
+        views, *valid = ([chunks[index] for chunks in own] for own in parts)
+        masks = [own for own in valid if not all(mask.all() for mask in own)]  # none where all was measured
         replayed.on_train_batch_start((views, labels), index)
-        assert torch.equal(replayed.train().training_step((views, labels), index), losses[index])
+        assert torch.equal(replayed.train().training_step((views, labels, *masks), index), losses[index])
     assert len(losses) == accumulate
 
 
