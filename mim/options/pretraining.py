@@ -226,22 +226,27 @@ def _continued_recipe(method: str, names: Mapping[str, str]) -> list[str]:
     if not folder.exists():
         name = weights if ":" in weights else weights.partition(".")[0]
         return [*config, f"--{_ENCODER}.model={name}"]
-    homes = [home for home in (folder, folder / "export" / "backbone") if _is_timm_folder(home)]
+    homes = {home: told for home in (folder, folder / "export" / "backbone") if (told := _timm_config(home))}
     if not homes and (folder / "config.yaml").is_file():
         export = f"{called('export')} --run {folder}   writes what it has so far"
         raise UserError(f"--continue {weights}: this run has exported no model yet", hint=export)
-    # Folders are made for a size of their own, which the recipe does not know.
-    own = (f"--{_ENCODER}.model=local-dir:{homes[0]}", f"--{_ENCODER}.img_size=null") if homes else ()
-    return [*config, *own]
+    for home, told in homes.items():
+        config.append(f"--{_ENCODER}.model=local-dir:{home}")
+        if (
+            isinstance(told.get("model_args"), dict) and "img_size" in told["model_args"]
+        ):  # that of the recipe is another
+            config.append(f"--{_ENCODER}.img_size={json.dumps(told['model_args']['img_size'])}")
+        break
+    return config
 
 
-def _is_timm_folder(folder: Path) -> bool:
-    """Whether a folder tells timm, not only transformers, how to build its model."""
+def _timm_config(folder: Path) -> dict[str, Any]:
+    """What a folder tells timm of its model; nothing if it is one of transformers, or none."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and "architecture" in content
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) and "architecture" in content else {}
 
 
 def _check_method(method: str) -> None:
