@@ -55,7 +55,7 @@ def test_the_default_that_the_help_shows_is_that_of_the_schema(name):
 def test_the_kind_of_a_short_option_is_that_of_the_full_schema():
     actions = {action.dest: str(getattr(action, "_typehint", None)) for action in build_parser()._actions}
     kinds = {option.target: (get_args(option.kind) or (option.kind,))[0] for option in PRETRAIN.values() if option.kind}
-    short = {target: kind.__name__ for target, kind in kinds.items()}
+    short = {target: getattr(kind, "__name__", "") for target, kind in kinds.items()}
     loose = {
         "data.max_bad",
         "model.init_args.encoder.in_chans",
