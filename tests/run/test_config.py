@@ -57,7 +57,11 @@ def test_the_kind_of_a_short_option_is_that_of_the_full_schema():
     kinds = {option.target: (get_args(option.kind) or (option.kind,))[0] for option in PRETRAIN.values() if option.kind}
     short = {target: getattr(kind, "__name__", "") for target, kind in kinds.items()}
     loose = {
+        "data.batch_size",
         "data.max_bad",
+        "data.num_workers",
+        "trainer.accumulate_grad_batches",
+        "trainer.devices",
         "model.init_args.encoder.in_chans",
         "model.init_args.encoder.registers",
     }  # a plain number there; a part of a class
