@@ -1,7 +1,6 @@
 """A teacher: the moving average of a student's weights (mean teacher, arXiv:1703.01780)."""
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,8 +50,8 @@ class Teacher(nn.Module):
         pairs = [pair for pair in self._pairs() if pair[0].is_floating_point()]
         if moved.device.type != "cpu":
             for start in range(0, len(pairs), TOGETHER):
-                own, other = zip(*pairs[start : start + TOGETHER], strict=True)
-                lerp_together(own, other, moved)
+                together = pairs[start : start + TOGETHER]
+                lerp_together([own for own, _ in together], [other for _, other in together], moved)
             return
         for own, other in pairs:
             own.lerp_(other, moved)
@@ -68,7 +67,7 @@ class Teacher(nn.Module):
         return [(local(own), local(other)) for own, other in pairs]
 
 
-def lerp_together(own: Sequence[Tensor], other: Sequence[Tensor], share: Tensor) -> None:
+def lerp_together(own: list[Tensor], other: list[Tensor], share: Tensor) -> None:
     """Moves every tensor by a ``share`` of the way to its counterpart, in place: three kernels for all of them.
 
     torch's own over lists takes that share as a number, which only the CPU would have to wait for, or falls back to one

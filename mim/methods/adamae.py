@@ -111,7 +111,7 @@ class AdaMAE(Method):
         """Logarithms of the probabilities that patches are the next to be seen, ``(B, N)`` float32."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.settings.detach_input):
             patches = self.encoder.embed(images)  # (B, N, D)
-        log_share = self.sampler(patches).float().log_softmax(dim=1)
+        log_share: Tensor = self.sampler(patches).float().log_softmax(dim=1)
         self.skip_step_unless_finite(log_share)  # the loss would not tell: masks are drawn from any scores
         return log_share
 

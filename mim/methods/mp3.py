@@ -177,7 +177,7 @@ def looking_at(block: nn.Module, tokens: Tensor, context: Tensor) -> Tensor:
     biases = (None, None) if bias is None else bias.tensor_split([width])
     query = F.linear(normed, weights[0], biases[0])  # (B, N, D)
     parts = (query, *F.linear(gather_tokens(normed, context), weights[1], biases[1]).chunk(2, dim=2))
-    query, key, value = (part.unflatten(2, (attn.num_heads, -1)).transpose(1, 2) for part in parts)
+    query, key, value = (part.reshape(*part.shape[:2], attn.num_heads, -1).transpose(1, 2) for part in parts)
     dropped = attn.attn_drop.p if block.training else 0.0
     attended = F.scaled_dot_product_attention(attn.q_norm(query), attn.k_norm(key), value, dropout_p=dropped)
     mixed = attn.proj_drop(attn.proj(attn.norm(attended.transpose(1, 2).flatten(2))))

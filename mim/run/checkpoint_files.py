@@ -236,7 +236,7 @@ def _link(path: Path) -> None:
 def checkpoint_bytes(module: nn.Module) -> int:
     """How large a checkpoint of a module becomes that AdamW trains: its weights, and two moments of those trained."""
     trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
-    return sum(tensor.nbytes for tensor in module.state_dict().values()) + 2 * trained
+    return int(sum(tensor.nbytes for tensor in module.state_dict().values())) + 2 * trained
 
 
 def check_room(folder: Path, module: nn.Module) -> None:

@@ -42,7 +42,7 @@ def _build(name: Tracker, run: RunFolder, entry: str | None) -> Logger:
         return TensorBoardLogger(run.path, name="tensorboard", version="")
     if name == "wandb":
         project = os.environ.get("WANDB_PROJECT", PROJECT)
-        again = {"resume": "allow"} if entry else {}
+        again: dict[str, Any] = {"resume": "allow"} if entry else {}
         return WandbLogger(name=run.path.name, save_dir=run.path, project=project, id=entry, **again)
     return MLFlowLogger(
         experiment_name=os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT),

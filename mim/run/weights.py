@@ -278,7 +278,8 @@ def _built_of(weights: str) -> Built:
             if path.exists() and (run := run_of(weights)) and not (home / "config.json").is_file():
                 encoder = parse_saved(run / "config.yaml").model.init_args.encoder
                 return built(Encoder(encoder.model, kwargs=encoder.kwargs).vit)
-            return built(timm.create_model(f"local-dir:{home}" if path.exists() else weights, num_classes=0))
+            named: Any = timm.create_model(f"local-dir:{home}" if path.exists() else weights, num_classes=0)
+            return built(named)
     except Exception:  # a folder of anybody's, which need not say anything
         return Built()
 

@@ -72,7 +72,7 @@ def _gradients(images: Tensor) -> tuple[Tensor, Tensor]:
     smooth, step = images.new_tensor([1.0, 2.0, 1.0]), images.new_tensor([1.0, 0.0, -1.0])
     sobel = torch.stack([smooth[:, None] * step, step[:, None] * smooth])[:, None]  # (2, 1, 3, 3)
     padded = F.pad(images, (1, 1, 1, 1), mode="reflect").flatten(0, 1)[:, None]
-    across, down = F.conv2d(padded, sobel).unflatten(0, images.shape[:2]).unbind(2)
+    across, down = F.conv2d(padded, sobel).reshape(*images.shape[:2], 2, *images.shape[2:]).unbind(2)
     direction = (torch.atan2(across, down) / torch.pi * _BINS).floor().remainder(_BINS)
     return torch.hypot(across, down), direction
 
