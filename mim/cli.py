@@ -221,9 +221,11 @@ def _plugins(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _carried_out(command: str, args: list[str]) -> int:
     if command == "pretrain":
+        from mim.run.names import check_pretraining
+
         args = translate(args)
-        _check_folders(args)
         try:
+            check_pretraining(args)
             status: int = importlib.import_module("mim.commands.pretrain").main(args)
         except UserError as error:
             raise in_short(error) from error
@@ -232,18 +234,6 @@ def _carried_out(command: str, args: list[str]) -> int:
         args = [f"--{name}={value}" for name, value in zip(("what", "name"), args, strict=False)]
     call(importlib.import_module(f"mim.commands.{command}").run, command, args)
     return 0
-
-
-def _check_folders(args: Sequence[str]) -> None:
-    """A run to go on with that is not there, or a folder in use, told before torch is imported."""
-    if process_rank() != 0:  # the first process makes the folder that the others find
-        return
-    from mim.run.folder import RunFolder
-
-    given = dict(arg.removeprefix("--").partition("=")[::2] for arg in args)
-    resumed = RunFolder.find(given["resume"], given.get("out")) if "resume" in given else None
-    if resumed is None and "out" in given:
-        RunFolder(Path(given["out"])).check_free(given.get("overwrite") == "true")
 
 
 def in_short(error: UserError) -> UserError:
@@ -278,6 +268,9 @@ def call(run: Callable[..., Any], command: str, args: list[str]) -> Any:  # noqa
     for name, value in options.items():
         if value in ([], ()):
             raise UserError(f"--{name} is empty", why="it is a list of one or more", hint=f"leave --{name} out")
+    from mim.run.names import check_named
+
+    check_named(command, options)
     grouped = {
         name: cls(**{field.name: options.pop(field.name) for field in fields(cls)})
         for name, cls in option_groups(run).items()

@@ -1,6 +1,5 @@
 """The one adapter over timm's plain and rotary ViTs: encode all, only the visible, or partly replaced patches."""
 
-import difflib
 from collections.abc import Collection, Sequence
 from math import prod
 from typing import Any, Literal, cast, final
@@ -20,6 +19,7 @@ from mim.errors import UserError
 from mim.hub import SCHEMES, missing_on_hub
 from mim.layers.positions import sincos_positions, stretch_positions
 from mim.options.ranges import Count, ShareBelowOne, Whole
+from mim.options.timm_names import no_such_model
 from mim.patches import gather_tokens, patch_grid, patchify, visible_indices
 from mim.reduction.attention import Attending, can_be_halved, mlp_half
 from mim.reduction.base import TokenReduction
@@ -457,12 +457,7 @@ def _skeleton(model: str) -> ViT:
     except (RuntimeError, ValueError) as error:  # the latter for what looks like a path
         if not str(error).startswith(("Unknown model", "Invalid pretrained tag", "Model name")):
             raise
-        known = ["*vit*", "deit*", "eva*"]
-        near = difflib.get_close_matches(model, timm.list_models(known) + timm.list_pretrained(known), n=3, cutoff=0.5)
-        raise UserError(
-            f"--model {model}: timm {timm.__version__} has no such model",
-            hint="   or   ".join(f"--model {name}" for name in near or ["vit_small_patch16_224"]),
-        ) from None
+        raise no_such_model(model) from None
     if isinstance(skeleton, VisionTransformer | Eva):
         return skeleton
     raise UserError(

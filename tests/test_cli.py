@@ -145,7 +145,7 @@ def test_dashes_equal_signs_and_switches_are_understood():
 
 
 def test_negative_values_are_values():
-    assert translate([f"--config={TINY}", "--seed=3", "--blr", "-1"])[-1] == "--model.init_args.optim.blr=-1"
+    assert translate([f"--config={TINY}", "--seed=3", "--nodata", "-1"])[-1] == "--data.nodata=-1"
 
 
 # Recipes -------------------------------------------------------------------------------------------------------------
@@ -279,11 +279,11 @@ def test_continue_takes_the_recipe_for_good_weights_and_the_model_that_they_are_
     home.mkdir(parents=True)
     (home / "config.json").write_text('{"model_type": "dinov3_vit"}')
     assert len(translate(["--continue", str(home)])) == 2  # nor does a folder of Hugging Face
-    (home / "config.json").write_text('{"architecture": "test_vit"}')
+    (home / "config.json").write_text('{"architecture": "test_vit", "model_args": {"img_size": [32, 48]}}')
     for folder in (tmp_path, home):
         assert translate(["--continue", str(folder), "--img_size=64"])[1:] == [
             f"--model.init_args.encoder.model=local-dir:{home}",
-            "--model.init_args.encoder.img_size=null",  # its own, unless another one is given
+            "--model.init_args.encoder.img_size=[32, 48]",  # its own, unless another one is given
             f"--continue={folder}",
             "--model.init_args.encoder.img_size=64",
         ]

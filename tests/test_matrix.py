@@ -162,7 +162,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[int, str
 
 
 def by_knn(run: Trained) -> None:
-    knn.run(run.options(), k=(3,), seeds=1)
+    knn.run(run.options(), k=(3,), seeds=0)  # untrained encoders: check_loaded
     (bank, queries), found = run.banks(), run.results("knn")
     assert found["metrics"]["3-NN top-1"] == [knn_accuracy(*bank, *queries, k=3)]
     assert found["pool"] == run.pool
@@ -170,7 +170,7 @@ def by_knn(run: Trained) -> None:
 
 
 def by_knn_of_fewer_tokens(run: Trained) -> None:
-    knn.run(run.options(reduction="tome:1"), k=(3,), seeds=1)
+    knn.run(run.options(reduction="tome:1"), k=(3,), seeds=0)
     run.encoder.reduction = build_reduction("tome:1", run.encoder.vit).eval()
     bank, queries = run.banks()
     run.encoder.reduction = None
@@ -202,7 +202,7 @@ def by_an_attentive_probe(run: Trained) -> None:
 
 def by_fine_tuning(run: Trained) -> None:
     recipe = FinetuneRecipe(epochs=1, batch_size=8, blr=STILL, auto_augment="none", drop_path=0.0)
-    finetune.run(run.options(), recipe, TrainingOptions(), from_scratch=True)
+    finetune.run(run.options(), recipe, TrainingOptions(), from_scratch=False)
     found, exported = run.results("finetune"), load_encoder(str(run.folder / "evaluation" / "finetune" / "export"))
     assert found["pool"] == exported.pool == run.pool
     assert POOLS[run.pool] in found["protocol"]

@@ -1,6 +1,7 @@
 """Probes, health numbers and pictures while a run learns; random numbers here are keyed, training does not notice."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from mim.methods import Method
 from mim.pictures.strips import save_strip, strip
 from mim.randomness import keyed_generator
 from mim.report import write_report
+from mim.run.trackers import track_picture
 
 
 class Evaluation(Callback):
@@ -128,7 +130,8 @@ class Evaluation(Callback):
                 self.run_log.metrics.add(step, epoch, values)
                 for logger in trainer.loggers:
                     logger.log_metrics(values, step)
-                self._draw(method, epoch)
+                if (picture := self._draw(method, method.plan.passes(step))) is not None:
+                    track_picture(trainer.loggers, picture, step)
                 self._say(method, step, values)
                 write_report(self.run_log.run.path)
             trainer.strategy.barrier()
@@ -145,12 +148,12 @@ class Evaluation(Callback):
         return values
 
     @torch.no_grad()
-    def _draw(self, method: Method, epoch: float) -> None:
+    def _draw(self, method: Method, epoch: float) -> Path | None:
         source = self.data.evaluation or self.data.source
         chosen = (self.queries if self.data.evaluation else self.bank)[: self.pictures]
         batches = list(self.data.center_batches(source, chosen))
         if not batches:
-            return
+            return None
         images = torch.cat([images for images, _ in batches]).to(method.device)
         training = method.training
         method.eval()
@@ -160,7 +163,9 @@ class Evaluation(Callback):
         self.run_log.run.images.mkdir(exist_ok=True)
         # Three digits, and decimals only where a run is evaluated within an epoch.
         number = f"{epoch:03.0f}" if epoch.is_integer() else f"{epoch:07.3f}"
-        save_strip(picture, self.run_log.run.images / f"epoch_{number}.png")
+        path = self.run_log.run.images / f"epoch_{number}.png"
+        save_strip(picture, path)
+        return path
 
     def _say(self, method: Method, step: int, values: dict[str, float]) -> None:
         numbers = [f"{kind} {values[key]:.1%}" for kind, key in LABELLED.items() if key in values]

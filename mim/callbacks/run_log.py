@@ -158,7 +158,7 @@ class RunLog(Callback):
         plan = method.plan
         left = (time.monotonic() - self._started) / (step - self._first) * (plan.max_steps - step)
         facts = [
-            f"epoch {plan.epochs_at(step)}/{plan.epochs:.3g}",
+            f"epoch {plan.epochs_at(step)}/{plan.epochs:g}",
             f"step {step}/{plan.max_steps}",
             f"loss {metrics.get('train/loss', math.nan):.4f}",
             f"lr {metrics['train/lr']:.1e}",

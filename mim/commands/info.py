@@ -7,6 +7,7 @@ from typing import Literal
 
 from mim.errors import UserError
 from mim.options.recipes import CONFIGS, method_names, recipe_names
+from mim.options.timm_names import model_names
 from mim.program import called
 
 METHODS = Path(__file__).parents[1] / "methods"
@@ -50,15 +51,9 @@ def _print_table(rows: dict[str, str]) -> None:
 
 
 def _models(name: str | None) -> None:
-    import timm
-
     families = {"vision_transformer": "vit_*", "eva": "*"}  # plain and rotary
     print(
-        "\n".join(
-            model
-            for module, all_of_it in families.items()
-            for model in timm.list_models(name or all_of_it, module=module)
-        )
+        "\n".join(model for module, all_of_it in families.items() for model in model_names(name or all_of_it, module))
     )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from mim.callbacks import Checkpoints, Evaluation, NaNDump, RunLog, Signals
 from mim.data.pixels import EIGHT_BIT
@@ -27,6 +26,7 @@ from mim.report import write_report
 from mim.run.checkpoint_files import AtomicCheckpointIO, check_room, checkpoint_step, newest_good
 from mim.run.config import (
     changes,
+    flatten,
     instantiate,
     parse,
     run_options,
@@ -36,9 +36,10 @@ from mim.run.config import (
 from mim.run.failures import diverged, failure_of_a_step, lost_process
 from mim.run.folder import UNWRITABLE, RunFolder, git_commit, quieten, versions
 from mim.run.resuming import check_number_of_images, remember_moved_data, resumed_arguments
+from mim.run.trackers import build_trackers, check_trackers, track_report
 from mim.run.trainer import build_trainer
 from mim.run.weights import ModelCard, check_published, export_backbone, init_backbone, load_method, pixels_of
-from mim.run.words import conclusion, device_name, introduction, parameters, random_start
+from mim.run.words import conclusion, device_name, introduction, parameters, random_start, shape
 from mim.targets import Target
 from mim.vit import compile_blocks
 
@@ -73,6 +74,7 @@ class Pretraining:
         self.folder = resumed or RunFolder(Path(config.out or "runs"))
         if self.options.threads:
             torch.set_num_threads(self.options.threads)
+        check_trackers(self.options.log)
         self.origin: str | None = config["continue"] or config.init
         if self.origin and resumed is None:
             check_published(self.origin, self.origin_option)
@@ -236,7 +238,7 @@ class Pretraining:
         """Adds everything that writes into the run's folder."""
         options, plan = self.options, self.plan
         log = RunLog(self.folder, options.log_every)
-        every = options.eval_every * plan.steps_per_epoch if options.eval_every else plan.max_steps / 10
+        every = options.eval_every * plan.steps_per_epoch if options.eval_every else max(plan.max_steps / 10, 50)
         evaluation = Evaluation(
             run_log=log,
             data=self.data,
@@ -251,7 +253,7 @@ class Pretraining:
         dump = NaNDump(self.folder, self.data)
         trainer.callbacks += [signals, log, evaluation, dump, checkpoints]  # type: ignore[attr-defined]  # set by Lightning
         if self.rank == 0:
-            trainer.logger = TensorBoardLogger(self.folder.path, name="tensorboard", version="")
+            trainer.loggers = build_trackers(options.log, self.folder, flatten(self.config))
         return evaluation, checkpoints
 
     def _trainer(self) -> Trainer:
@@ -289,6 +291,7 @@ class Pretraining:
             status="running",
             method=method.name,
             model=model,
+            shape=shape(method.evaluated),
             data=data.path,
             images=len(data.source),
             classes=len(data.source.classes) if data.source.labels else 0,
@@ -333,6 +336,7 @@ class Pretraining:
             status="done", rankme=table.last("val/rankme"), probe=probe, export=str(folder.backbone), **facts
         )
         report = write_report(folder.path)
+        track_report(trainer.loggers, report)
         self._say(conclusion(folder, facts, probe, report, difference, self.origin))
         return 0
 

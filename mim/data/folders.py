@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mim.data.images import SUFFIXES
+from mim.data.files import SUFFIXES
 from mim.data.layouts import (
     are_pieces,
     counted,

@@ -23,6 +23,7 @@ from mim.data.mask_classes import Colour, read_classes
 from mim.data.mask_pairs import Pair, find_pairs
 from mim.data.pictures import FORMATS
 from mim.data.pixels import EIGHT_BIT, Pixels
+from mim.data.places import BUILT_IN, check_folder_of_masks
 from mim.data.shapes import ShapeSource
 from mim.errors import UserError
 
@@ -193,14 +194,11 @@ def open_masks(
     Raises:
         UserError: if nothing is found, or images lack masks.
     """
-    if data in ("builtin", "shapes"):
+    if data in BUILT_IN:
         check_colour(data, channels)
         return _built_in(data, split)
+    check_folder_of_masks(data)
     root = Path(data).expanduser()
-    if not root.is_dir():
-        raise UserError(
-            f"--data {data}: no such folder", hint="--data builtin   or   --data shapes   for built-in masks"
-        )
     pairs = find_pairs(root, split, val_fraction)
     homes = [root, *pairs.train[0][1].relative_to(root).parents][1:]
     files = (root / home / name for home in reversed(homes) for name in CLASS_FILES)

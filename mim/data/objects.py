@@ -25,11 +25,10 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from mim.data.images import ImageError, NoPictureError, read_picture
 from mim.data.loading import reading
 from mim.data.pixels import EIGHT_BIT
+from mim.data.places import PREFIX
 from mim.errors import UserError, printable
 from mim.randomness import derive_seed, keyed_libraries
 
-PREFIX = "python:"
-"""How names of handed-over objects begin; no path does."""
 _HELD_OUT = ("validation", "val", "valid", "test")
 _IMAGE_KEYS = ("image", "img", "images", "pixels")
 

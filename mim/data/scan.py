@@ -99,8 +99,8 @@ def scan(
     for source in filter(None, (train, held_out)):
         source.pixels = pixels
     if windows:
-        train, held_out = (source and cut(source, data, windows, pixels, "--channels") for source in (train, held_out))
-        assert train is not None
+        train = cut(train, data, windows, pixels, "--channels")
+        held_out = held_out and cut(held_out, data, windows, pixels, "--channels")
     limit = None if fix else sample
     looks = _look_at(train, limit)
     refuse_channels(data, [look.error for look in looks if look.error], channels, len(looks), option="--channels")
@@ -118,7 +118,8 @@ def scan(
     if fix:
         good = [look.position for look in looks if look.error is None or isinstance(look.error, UnmeasuredError)]
         if isinstance(train, WindowSource):
-            train, good = train.files, train.whole_files(good)
+            good = train.whole_files(good)
+            train = train.files
         _write_list(fix, train, good)
         print(f"  list     {fix}: {len(good):,} good files, for  --data {fix}")
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from braceexpand import braceexpand
 
-from mim.data.images import MAX_FILE_BYTES, ImageError
+from mim.data.files import MAX_FILE_BYTES, ImageError
 from mim.errors import UserError
 
 MAX_HEADER_BYTES = 1 << 20

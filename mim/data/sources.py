@@ -5,7 +5,6 @@ asked for. The index of a million images is a few flat arrays: it is sent to loa
 share it.
 """
 
-import difflib
 import hashlib
 import os
 from abc import ABC, abstractmethod
@@ -19,17 +18,15 @@ from torch import Tensor
 
 from mim.data.files import read_file
 from mim.data.folders import Unclear, class_home, folder_classes, holds_images, images_in, scan
-from mim.data.images import SUFFIXES, Header, ImageError, read_header, read_image, stored_type
+from mim.data.images import Header, ImageError, read_header, read_image, stored_type
 from mim.data.layouts import HELD_OUT, counted, find_layout, mask_folders, same_name, subfolders
 from mim.data.loading import reading
 from mim.data.pixels import EIGHT_BIT, Pixels
+from mim.data.places import OTHERWISE, is_list, is_shards, no_images, not_a_source
 from mim.data.shards import expand_shards, read_part, tar_members
 from mim.data.tables import Table, read_list
 from mim.data.tar_samples import sort_members
 from mim.errors import UserError, printable
-
-LISTS = (".txt", ".csv", ".tsv")
-"""Endings of files that list images."""
 
 
 class Source(Protocol):
@@ -172,7 +169,7 @@ class FolderSource(FileSource):
     def __init__(self, root: Path, channels: int = 3, name: str | None = None, label_column: str | None = None) -> None:
         paths, ignored, folders = scan(root)
         if not paths:
-            raise _no_images(root, ignored, folders)
+            raise no_images(root, ignored, folders)
         class_names, unclear = folder_classes(paths, label_column)
         super().__init__(name or root.resolve().name, (f"{root}/{path}" for path in paths), class_names, channels)
         self.ignored, self.unclear = ignored, unclear
@@ -231,7 +228,7 @@ class TarSource(FileSource):
         found = sort_members(member for shard in shards for member in tar_members(shard, damaged))
         images, ignored = found.images, found.ignored
         if not images:
-            raise _no_images(pattern, ignored, len(shards), "tar file", damaged)
+            raise no_images(pattern, ignored, len(shards), "tar file", damaged)
         labels = {} if label_column else found.labels
         unclear = None
         if labels:
@@ -260,7 +257,7 @@ def open_source(
     data: str,
     channels: int = 3,
     same_classes: bool = True,
-    otherwise: str | None = "leave --data out for the built-in images",
+    otherwise: str | None = OTHERWISE,
     label_column: str | None = None,
 ) -> tuple[FileSource, FileSource | None]:
     """What ``--data`` names: training images, and held-out ones if the data sets some apart.
@@ -280,12 +277,12 @@ def open_source(
     path = Path(data).expanduser()
     if path.is_dir():
         train, held = _open_folder(path, channels, label_column)
-    elif path.suffix.lower() in LISTS and path.is_file():
+    elif is_list(path):
         train, held = _open_list(path, channels, label_column)
-    elif path.suffix.lower() == ".tar" and (path.is_file() or "{" in data):
+    elif is_shards(path):
         return TarSource(str(path), channels, label_column), None
     else:
-        raise _not_a_source(data, path, otherwise)
+        raise not_a_source(data, path, otherwise)
     if held is not None and same_classes:
         _check_classes(data, train, held)
     return train, held
@@ -331,41 +328,6 @@ def _rows_of(table: Table, part: str) -> Table:
 
 
 # Mistakes ------------------------------------------------------------------------------------------------------------
-
-
-def _no_images(
-    data: object, ignored: Counter[str], places: int, place: str = "folder", damaged: Sequence[ImageError] = ()
-) -> UserError:
-    found = ", ".join(f"{kind} {count}" for kind, count in ignored.most_common(5)) or "no files"
-    hint = "convert the images, for example to .jpg" if ignored else None
-    if ".tar" in ignored:
-        hint = f"--data '{data}/NAME-{{0000..0099}}.tar'"
-    return UserError(
-        f"--data {data}: 0 images in {places} {place}{'s' * (places != 1)}",
-        why=str(damaged[0]) if damaged else f"found {found}; readable types are {' '.join(SUFFIXES)}",
-        hint=hint,
-    )
-
-
-def _not_a_source(data: str, path: Path, otherwise: str | None) -> UserError:
-    if path.is_file():
-        why = "a folder, a .txt, .csv or .tsv list, or .tar files are expected"
-        packed = path.suffix.lower() in (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
-        hint = "unpack it into a folder" if packed else f"--data {path.parent}"
-        return UserError(f"--data {data} is a file of another type", why=why, hint=hint)
-    folder = next(parent for parent in path.absolute().parents if os.access(parent, os.R_OK))
-    nearby = {f"{name}/" if (folder / name).is_dir() else name for name in sorted(os.listdir(folder))}
-    nearby = {name for name in nearby if name.endswith(("/", *LISTS, ".tar")) and not name.startswith(".")}
-    wanted = path.absolute().relative_to(folder).parts[0]
-    close = difflib.get_close_matches(wanted, sorted(nearby), n=3, cutoff=0.5)
-    hint = otherwise
-    if close:
-        # Shown as the user would type it: relative if the mistake was.
-        best = Path(*path.parts[: len(path.parts) - len(path.absolute().relative_to(folder).parts)], close[0])
-        hint = f"--data {best}        (found here: {', '.join(close)})"
-        hint += f"      or   {otherwise}" if otherwise else ""
-    what = "file" if path.suffix else "folder"
-    return UserError(f"--data {data}: no such {what}", hint=hint)
 
 
 def _check_classes(data: str, train: FileSource, held: FileSource) -> None:

@@ -297,7 +297,8 @@ class MultiCrop(Views):
         low, high = self.blur
         reach = min(math.ceil(3 * high), min(images.shape[2:]) - 1)  # of the kernel; less than the image, as it mirrors
         deviations = (low + (high - low) * numbers[:, 12:]).expand(-1, 2)
-        _change(images, blurred, lambda chosen, sigma: gaussian_blur2d(chosen, 2 * reach + 1, sigma), deviations)
+        # Deviations stay on the CPU: kornia looks at them, and would wait for a GPU.
+        _change(images, blurred, lambda chosen: gaussian_blur2d(chosen, 2 * reach + 1, deviations[blurred]))
         if self.pixels.eight_bit:  # turning measurements upside down makes no sense
             _change(images, inverted, solarize)
         return images

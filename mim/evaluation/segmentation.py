@@ -182,7 +182,8 @@ class SemanticSegmentation(SupervisedTraining):
             groups += [{**group, "lr_scale": group["lr_scale"] * rate} for group in layers]
             if self.encoder.reduction is not None:
                 groups += _decay_groups(self.encoder.reduction, self.optim.weight_decay)
-        return AdamW(groups, lr=self.optim.lr, betas=(0.9, 0.999))
+        fused = self.device.type == "cuda" or None  # elsewhere torch's choice, as ever: sums would round otherwise
+        return AdamW(groups, lr=self.optim.lr, betas=(0.9, 0.999), fused=fused)
 
     def learning_rate(self, step: int) -> float:
         """Of the head: linear warm-up, then polynomial decay."""

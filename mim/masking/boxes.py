@@ -56,4 +56,5 @@ class BoxMasking(RandomMasking):
         row, column = (torch.arange(side + 1, dtype=torch.float64) / side for side in grid)  # edges of patches
         rows = (row[:-1] < bottom) & (row[1:] > top)  # (boxes, h)
         columns = (column[:-1] < right) & (column[1:] > left)
-        return (rows[:, :, None] & columns[:, None, :]).flatten(1)
+        covered: Tensor = (rows[:, :, None] & columns[:, None, :]).flatten(1)
+        return covered

@@ -119,6 +119,12 @@ class Plan:
         """
         return int(step / Fraction(self.steps_per_epoch).limit_denominator())
 
+    def passes(self, step: int) -> float:
+        """Passes over the data after ``step`` steps: a whole number where that is less than a step away."""
+        exact = step / self.max_steps * self.epochs
+        whole = round(exact)
+        return float(whole) if abs(exact - whole) * self.max_steps < self.epochs * (1 - 1e-9) else exact
+
     def epochs_at(self, step: int) -> str:
         """Passes over the data after ``step`` steps, as precisely as the length of the run deserves."""
         return f"{step / self.max_steps * self.epochs:.{0 if self.epochs >= 20 else 1 if self.epochs >= 2 else 2}f}"

@@ -22,8 +22,9 @@ class Option(NamedTuple):
         text: what it is for.
         default: what holds if it is not given, in words.
         target: its name in the full schema of a run, without dashes.
-        kind: a type of :mod:`mim.options.ranges` that its value must be of.
+        kind: a type of :mod:`mim.options.ranges` that its value must be of, words that it may be, or a union of such.
         lists: whether its value is a list: never, ``always``, if it has ``commas``, or written as one ``text``.
+        example: a value that can be typed instead of one that is not of its kind, if it has no default.
     """
 
     value: str
@@ -32,6 +33,7 @@ class Option(NamedTuple):
     target: str = ""
     kind: Any = None
     lists: str = ""
+    example: str = "1"
 
 
 def read(args: Sequence[str], known: Mapping[str, Option], *, dotted: bool = False) -> list[tuple[str, str]]:
@@ -88,12 +90,11 @@ def _checked(name: str, value: str, option: Option | None) -> str:
     """The value, if it is in its option's range: told here, it is told before anything heavy is imported."""
     if option is None or option.kind is None or value == "null":
         return value
-    from mim.options.ranges import fits
+    from mim.options.ranges import fits, words
 
     if not fits(option.kind, value):
-        an = "an" if option.kind.__name__.startswith("int") else "a"
-        example = next(number for number in (option.default, "1", "0.5") if fits(option.kind, number))
-        why = f"expected {an} {option.kind.__name__}"
+        example = next(value for value in (option.default, option.example, "0.5") if fits(option.kind, value))
+        why = f"expected {words(option.kind)}"
         raise UserError(f"--{name} cannot be {printable(value[:80])}", why=why, hint=f"--{name} {example}")
     return value
 

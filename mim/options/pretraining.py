@@ -8,19 +8,35 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from mim.errors import UserError
 from mim.options.config_file import check_config_file
 from mim.options.grammar import Option, read
-from mim.options.ranges import Count, Positive, ProperShare, Seed, Share, Threads, Whole
+from mim.options.ranges import Count, Number, Positive, Processes, ProperShare, Seed, Share, Threads, Whole
 from mim.options.recipes import CONFIGS, method_names, recipe_file
 from mim.program import called
 
 BUILT_IN = ("builtin", "shapes")
 _ENCODER = "model.init_args.encoder"
+
+Precision = Literal[
+    "32-true",
+    "bf16-mixed",
+    "16-mixed",
+    "bf16-true",
+    "16-true",
+    "64-true",
+    "transformer-engine",
+    "transformer-engine-float16",
+    "32",
+    "bf16",
+    "16",
+    "64",
+]
+"""What Lightning's trainer computes in."""
 
 GROUPS: dict[str, dict[str, Option]] = {
     "What to train on": {
@@ -35,9 +51,17 @@ GROUPS: dict[str, dict[str, Option]] = {
             "N", "learned tokens beside the class token", "the model's own", f"{_ENCODER}.registers", Whole
         ),
         "img_size": Option(
-            "N|H,W", "pixels per side that the model sees", "the model's", f"{_ENCODER}.img_size", lists="commas"
+            "N|H,W",
+            "pixels per side that the model sees",
+            "the model's",
+            f"{_ENCODER}.img_size",
+            Count | list[Count],
+            "commas",
+            "224",
         ),
-        "patch_size": Option("N", "pixels per side of a patch", "the model's", f"{_ENCODER}.patch_size"),
+        "patch_size": Option(
+            "N", "pixels per side of a patch", "the model's", f"{_ENCODER}.patch_size", Count, example="16"
+        ),
         "label_column": Option(
             "NAME", "column of a table, or level of folders, that holds labels", "found", "data.label_column"
         ),
@@ -54,36 +78,59 @@ GROUPS: dict[str, dict[str, Option]] = {
         ),
         "clip": Option("", "keep values within that range", target="data.clip"),
         "bands": Option("A,B,...", "channels to read, counted from 1", "all", "data.bands"),
-        "nodata": Option("X", "number that means 'not measured', besides NaN", "found", "data.nodata"),
+        "nodata": Option("X", "number that means 'not measured', besides NaN", "found", "data.nodata", Number),
     },
     "Training": {
         "epochs": Option("X", "passes over the images", "the recipe's", "epochs", Positive),
         "batch_size": Option(
-            "N", "images per step over all devices; the learning rate follows", "the recipe's", "data.batch_size"
+            "N",
+            "images per step over all devices; the learning rate follows",
+            "the recipe's",
+            "data.batch_size",
+            Count,
         ),
-        "blr": Option("X", "base learning rate, for 256 images", "the recipe's", "model.init_args.optim.blr"),
+        "blr": Option("X", "base learning rate, for 256 images", "the recipe's", "model.init_args.optim.blr", Positive),
         "mask_ratio": Option(
             "X", "share of patches that is hidden in a masked image", "the recipe's", "mask_ratio", ProperShare
         ),
         "seed": Option("N", "of everything random", "0", "seed", Seed),
     },
     "Machine": {
-        "devices": Option("N", "devices to train on", "all", "trainer.devices", lists="commas"),
+        "devices": Option(
+            "N", "devices to train on", "all", "trainer.devices", Count | Literal["auto", -1] | list[Whole], "commas"
+        ),
         "strategy": Option("ddp|fsdp", "fsdp: every device holds a share of the optimizer", "ddp", "trainer.strategy"),
-        "precision": Option("NAME", "32-true or bf16-mixed", "bf16-mixed where the GPU has it", "trainer.precision"),
+        "precision": Option(
+            "NAME",
+            "32-true or bf16-mixed",
+            "bf16-mixed where the GPU has it",
+            "trainer.precision",
+            Precision,
+            "",
+            "32-true",
+        ),
         "accumulate": Option(
-            "N", "micro-batches per step: same result, less memory", "1", "trainer.accumulate_grad_batches"
+            "N", "micro-batches per step: same result, less memory", "1", "trainer.accumulate_grad_batches", Count
         ),
         "compile": Option("", "compile the transformer blocks", target="compile"),
         "threads": Option("N", "CPU threads of the training process", "torch's choice", "threads", Threads),
-        "num_workers": Option("N", "loader processes", "one per core", "data.num_workers"),
+        "num_workers": Option("N", "loader processes", "one per core", "data.num_workers", Processes | Literal["auto"]),
         "max_bad": Option("X", "share of unreadable files that is tolerated", "0.01", "data.max_bad", Share),
     },
     "Looking on": {
-        "eval_every": Option("X", "epochs between probes and pictures", "10 over the run", "eval_every", Positive),
+        "eval_every": Option(
+            "X", "epochs between probes and pictures", "10 over the run, 50 steps at least", "eval_every", Positive
+        ),
         "save_every": Option("X", "epochs between checkpoints", "20 over the run", "save_every", Positive),
+        "log": Option("NAMES", "who keeps curves: tensorboard, wandb, mlflow", "tensorboard", "log", lists="always"),
         "log_every": Option("N", "steps between lines of metrics.csv", "10", "log_every", Count),
-        "pool": Option("mean|cls", "features that probes measure: of the patch tokens, or cls", "mean", "pool"),
+        "pool": Option(
+            "mean|cls",
+            "features that probes measure: of the patch tokens, or cls",
+            "mean",
+            "pool",
+            Literal["mean", "cls"],
+        ),
         "probe_images": Option("N", "most images that a probe learns from", "5000", "probe_images", Count),
         "pictures": Option("N", "images in a picture strip", "8", "pictures", Whole),
     },
@@ -179,22 +226,27 @@ def _continued_recipe(method: str, names: Mapping[str, str]) -> list[str]:
     if not folder.exists():
         name = weights if ":" in weights else weights.partition(".")[0]
         return [*config, f"--{_ENCODER}.model={name}"]
-    homes = [home for home in (folder, folder / "export" / "backbone") if _is_timm_folder(home)]
+    homes = {home: told for home in (folder, folder / "export" / "backbone") if (told := _timm_config(home))}
     if not homes and (folder / "config.yaml").is_file():
         export = f"{called('export')} --run {folder}   writes what it has so far"
         raise UserError(f"--continue {weights}: this run has exported no model yet", hint=export)
-    # Folders are made for a size of their own, which the recipe does not know.
-    own = (f"--{_ENCODER}.model=local-dir:{homes[0]}", f"--{_ENCODER}.img_size=null") if homes else ()
-    return [*config, *own]
+    for home, told in homes.items():
+        config.append(f"--{_ENCODER}.model=local-dir:{home}")
+        if (
+            isinstance(told.get("model_args"), dict) and "img_size" in told["model_args"]
+        ):  # that of the recipe is another
+            config.append(f"--{_ENCODER}.img_size={json.dumps(told['model_args']['img_size'])}")
+        break
+    return config
 
 
-def _is_timm_folder(folder: Path) -> bool:
-    """Whether a folder tells timm, not only transformers, how to build its model."""
+def _timm_config(folder: Path) -> dict[str, Any]:
+    """What a folder tells timm of its model; nothing if it is one of transformers, or none."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and "architecture" in content
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) and "architecture" in content else {}
 
 
 def _check_method(method: str) -> None:

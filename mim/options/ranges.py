@@ -4,8 +4,9 @@ To a type checker, and to whoever calls from Python, each is a plain ``int`` or 
 """
 
 import math
+import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union, get_args, get_origin
 
 import yaml
 from jsonargparse.typing import register_type
@@ -43,11 +44,35 @@ def _numbers(kind: type[float], words: str, low: float, high: float = MANY, *, o
     return made
 
 
-def fits(kind: Any, text: str) -> bool:  # noqa: ANN401 - one of the types below
-    """Whether a value of the command line is a number of this kind."""
+def fits(kind: Any, text: str) -> bool:  # noqa: ANN401 - one of the types below, words, or several of them
+    """Whether a value of the command line is of this kind."""
     try:
-        _CHECKS[kind](yaml.safe_load(text))
-    except (ValueError, yaml.YAMLError):
+        return _is(kind, yaml.safe_load(text))
+    except yaml.YAMLError:
+        return False
+
+
+def words(kind: Any) -> str:  # noqa: ANN401 - as of fits
+    """What a value of this kind is: ``an int from 1 to 1e9``, ``one of mean, cls``."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}" if len(get_args(kind)) > 1 else str(get_args(kind)[0])
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(map(words, get_args(kind)))
+    if get_origin(kind) is list:
+        return "several of them"
+    return f"{'an' if kind.__name__.startswith('int') else 'a'} {kind.__name__}"
+
+
+def _is(kind: Any, value: object) -> bool:  # noqa: ANN401 - as of fits
+    if get_origin(kind) is Literal:
+        return str(value) in map(str, get_args(kind))
+    if get_origin(kind) in (Union, types.UnionType):
+        return any(_is(member, value) for member in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is(get_args(kind)[0], item) for item in value)
+    try:
+        _CHECKS[kind](value)
+    except ValueError:
         return False
     return True
 
@@ -69,6 +94,7 @@ if TYPE_CHECKING:
     SomeShare: TypeAlias = float
     ShareBelowOne: TypeAlias = float
     ProperShare: TypeAlias = float
+    Number: TypeAlias = float
     Names: TypeAlias = str
 else:
     Count = _numbers(int, "int from 1 to 1e9", 1)
@@ -82,6 +108,7 @@ else:
     SomeShare = _numbers(float, "float above 0 to 1", 0, 1, open_ends="low")
     ShareBelowOne = _numbers(float, "float from 0 to below 1", 0, 1, open_ends="high")
     ProperShare = _numbers(float, "float above 0 to below 1", 0, 1, open_ends="low high")
+    Number = _numbers(float, "float", -math.inf, math.inf)
     Names = type("names with commas", (str,), {})
     register_type(Names, str, _joined)
 

@@ -20,4 +20,5 @@ def squared_distances(points: Tensor, centres: Tensor) -> Tensor:
 
 def _full_precision(device: str) -> AbstractContextManager[object]:
     # A context where nothing is to be switched off would end up in exported graphs.
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()

@@ -38,9 +38,10 @@ class Run:
 
     @property
     def title(self) -> str:
-        """Method and model, or the folder's name."""
+        """Method, model and what was built under its name, or the folder's name."""
         known = [str(self.summary[key]) for key in ("method", "model") if self.summary.get(key)]
-        return " on ".join(known) or self.folder.name
+        shape = f" ({self.summary['shape']})" if known and self.summary.get("shape") else ""
+        return (" on ".join(known) or self.folder.name) + shape
 
     @property
     def where(self) -> str:

@@ -233,14 +233,19 @@ def _link(path: Path) -> None:
         os.replace(temporary, path.with_name("last.ckpt"))
 
 
+def checkpoint_bytes(module: nn.Module) -> int:
+    """How large a checkpoint of a module becomes that AdamW trains: its weights, and two moments of those trained."""
+    trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+    return sum(tensor.nbytes for tensor in module.state_dict().values()) + 2 * trained
+
+
 def check_room(folder: Path, module: nn.Module) -> None:
     """Refuses a disk that cannot hold the checkpoints of a new run, trained with AdamW.
 
     Raises:
         UserError: if it has less room than they need.
     """
-    trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
-    size = sum(tensor.nbytes for tensor in module.state_dict().values()) + 2 * trained  # and both moments
+    size = checkpoint_bytes(module)
     needed = (KEEP + 2) * size
     free = free_bytes(folder)
     if free < needed:

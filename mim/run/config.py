@@ -4,7 +4,8 @@ import inspect
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -21,6 +22,7 @@ from mim.options.config_file import keeping_old_scale, with_config_files
 from mim.options.old_names import current_arguments
 from mim.options.ranges import MANY, Count, Positive, ProperShare, Seed, Threads, Whole
 from mim.options.refusals import refusal
+from mim.run.trackers import Tracker
 
 _HELP = "--help_all explains every option"
 
@@ -48,8 +50,9 @@ class RunOptions:
         epochs: passes over the images.
         seed: of everything random.
         save_every: epochs between checkpoints; 20 checkpoints over the run unless given.
-        eval_every: epochs between probes and pictures; 10 times over the run unless given.
+        eval_every: epochs between probes and pictures; 10 times over the run, 50 steps apart at least, unless given.
         log_every: steps between lines of ``metrics.csv``.
+        log: who keeps curves beside ``metrics.csv``.
         pictures: images in the picture strips.
         pool: what stands for an image in probes, in the export and in what evaluates it: the class token or the mean of
             the patch tokens.
@@ -64,6 +67,7 @@ class RunOptions:
     save_every: Positive | None = None
     eval_every: Positive | None = None
     log_every: Count = 10
+    log: list[Tracker] = field(default_factory=lambda: list[Tracker](["tensorboard"]))
     pictures: Whole = 8
     pool: Literal["mean", "cls"] = "mean"
     probe_images: Count = 5000
@@ -150,7 +154,7 @@ def instantiate(config: Namespace) -> Namespace:
     _refuse_lists(config.model)
     try:
         with known_class_paths():
-            objects: Namespace = build_parser().instantiate(config)
+            objects: Namespace = _builder().instantiate(config)
     except (ValueError, TypeError, IndexError, RuntimeError) as error:  # the latter for models beyond all memory
         cause: BaseException = error
         while cause.__cause__ is not None:  # jsonargparse wraps it in a description of the types it has tried
@@ -160,6 +164,12 @@ def instantiate(config: Namespace) -> Namespace:
         why = "a list stands where named settings belong" if "must be a mapping" in str(cause) else None
         raise UserError(str(cause)[:300] if not why else "the config has a wrong shape", why=why, hint=_HELP) from error
     return objects
+
+
+@cache
+def _builder() -> ArgumentParser:
+    """A parser that parses nothing: a run builds its method several times, and the schema takes as long as a model."""
+    return build_parser()
 
 
 def _refuse_lists(model: Namespace) -> None:
@@ -179,7 +189,7 @@ def run_options(config: Namespace) -> RunOptions:
         raise UserError(f"--accumulate {parts}: one micro-batch per step at least", hint="--accumulate 1")
     if norm is not None and not norm >= 0:
         raise UserError(f"--trainer.gradient_clip_val {norm} is below 0", hint="--trainer.gradient_clip_val 1.0")
-    return RunOptions(**{field.name: config[field.name] for field in fields(RunOptions)})
+    return RunOptions(**{option.name: config[option.name] for option in fields(RunOptions)})
 
 
 BUILT_IN = ("builtin", "shapes")
@@ -205,7 +215,7 @@ def save_config(config: Namespace, path: Path) -> None:
     header = "# Every setting of this run; feed it back with --config.\n"
     temporary = path.with_suffix(".tmp")
     with known_class_paths():
-        temporary.write_text(header + build_parser().dump(kept, skip_none=False, skip_validation=True))
+        temporary.write_text(header + _builder().dump(kept, skip_none=False, skip_validation=True))
     os.replace(temporary, path)  # whole or absent: a run is a folder with this file in it
 
 

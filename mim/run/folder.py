@@ -45,6 +45,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.backbone = path / "export" / "backbone"
         self.debug = path / "debug"
+        self.trackers = path / "trackers.json"
 
     def nan_dump(self, step: int) -> Path:
         """What is kept of a step that was not finite."""

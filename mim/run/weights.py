@@ -1,7 +1,6 @@
 """Weights in and out: the timm folder that a run ends with, and the files a run may start from."""
 
 import json
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -41,6 +40,7 @@ from mim.interop import (
     weights_in,
 )
 from mim.methods import Method
+from mim.options.timm_names import no_such_weights
 from mim.program import called
 from mim.run.checkpoint_files import AtomicCheckpointIO, newest_good, sidecar, verify
 from mim.run.config import instantiate, parse_saved
@@ -387,11 +387,7 @@ def check_published(name: str, option: str) -> None:
     """Refuses what is neither there nor known to timm, addresses among it; raises ``UserError``."""
     if Path(name.removeprefix("local-dir:")).exists() or is_model_pretrained(name):
         return
-    close = get_close_matches(name, timm.list_pretrained("vit_*"), n=2)
-    raise UserError(
-        f"{option} {name}: no such file, folder or timm weights",
-        hint=" or ".join(f"{option} {other}" for other in close) or f"{option} FILE, {option} RUN or a timm name",
-    )
+    raise no_such_weights(name, option, timm.list_pretrained("vit_*"))
 
 
 def _same_kind(tensor: Tensor | None, own: Tensor) -> bool:

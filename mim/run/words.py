@@ -12,9 +12,11 @@ from torch import nn
 
 from mim import __version__
 from mim.data.pretrain import PretrainData
+from mim.encoder import Encoder
 from mim.hub import SCHEMES
 from mim.methods import Method, Plan
 from mim.program import called
+from mim.run.checkpoint_files import KEEP, checkpoint_bytes
 from mim.run.folder import RunFolder
 
 
@@ -56,7 +58,7 @@ def introduction(
     per_device = plan.batch_size // trainer.world_size // accumulate
     damaged = getattr(source, "damaged", [])
     lines = [
-        f"mim {__version__}  {name} on {model}   run {folder.path}",
+        f"mim {__version__}  {name} on {model} ({shape(encoder)})   run {folder.path}",
         f"  data    {data.path}: {len(source):,} {getattr(source, 'unit', 'images')}, {labels}"
         + (f"; ignored: {ignored}" if ignored else ""),
         f"          checked {count:,}: {len(data.bad_files.reasons)} unreadable, smallest {width}x{height}",
@@ -66,10 +68,11 @@ def introduction(
         f"  optim   blr {method.optim.blr:.2e} x {plan.batch_size} / 256 -> lr {method.peak_lr:.2e}, "
         f"warm-up {method.warmup_steps:,} steps, AdamW, weight decay {method.optim.weight_decay}",
         f"  batch   {plan.batch_size} = {trainer.world_size} device x {per_device} x {accumulate} accumulate; "
-        f"{plan.steps_per_epoch:,.1f} steps per epoch, {plan.max_steps:,} steps in {plan.epochs:.4g} epochs",
+        f"{plan.steps_per_epoch:,.1f} steps per epoch, {plan.max_steps:,} steps in {plan.epochs:g} epochs",
         *_few_images(len(source), plan),
         *_gently(method),
         f"  device  {device}, {trainer.precision}, {data.num_workers} workers, {torch.get_num_threads()} threads",
+        f"  disk    {KEEP} checkpoints of {_size(checkpoint_bytes(method))}, export {_size(4 * backbone)}",
         f"  resume  {called('pretrain')} --resume {folder.path}",
     ]
     lines[3:3] = [f"  values  {data.describe_values()}"] if not data.plain else []
@@ -78,6 +81,16 @@ def introduction(
     if data.first_step:
         lines.append(f"  from    step {data.first_step:,} of {plan.max_steps:,}")
     return "\n".join(lines) + "\n"
+
+
+def shape(encoder: Encoder) -> str:
+    """What is built under a model's name, which settings may have changed: width, depth, image and patch size."""
+    size, patch = ("x".join(map(str, sides)) for sides in (encoder.img_size, encoder.patch_size))
+    return f"{encoder.dim} wide, {len(encoder.vit.blocks)} blocks, {size} px / {patch}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB" if count >= 2**20 else f"{count / 2**10:,.0f} KiB"
 
 
 def device_name(trainer: Trainer) -> str:

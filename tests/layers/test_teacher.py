@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from fake_gpu import CUDA, machine, without_values
 from torch import nn
 
-from mim.layers.teacher import Teacher
+from mim.layers.teacher import Teacher, lerp_together
 
 NEVER, SKIPPED = torch.tensor(False), torch.tensor(True)
 
@@ -74,3 +75,22 @@ def test_a_copied_method_has_a_teacher_of_its_own_student():
     twin = copy.deepcopy(Student())
     moved(twin).teacher.update(0.0, unless=NEVER)
     assert torch.equal(twin.teacher.module["map"].weight, twin.map.weight)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.004, 0.3])
+def test_many_tensors_move_together_as_each_would_alone(share):
+    own, other = ([torch.randn(shape) for shape in ((3, 2), (2,), (1, 4, 4))] for _ in range(2))
+    alone = [torch.lerp(start, end, share) for start, end in zip(own, other, strict=True)]
+    lerp_together(own, other, torch.tensor(share))
+    torch.testing.assert_close(own, alone, rtol=0, atol=1e-6)
+
+
+def test_a_device_moves_a_teacher_in_a_few_kernels():
+    with machine() as present:
+        student = without_values(nn.Sequential(*(nn.Linear(2, 2) for _ in range(40))), CUDA)  # 80 tensors
+        teacher = without_values(Teacher(student), CUDA)
+        skipped = torch.tensor(False).to(CUDA)
+        present.calls.clear()
+        teacher.update(0.5, unless=skipped)
+    assert sum("foreach" in call for call in present.calls) == 6
+    assert not any("lerp" in call for call in present.calls)

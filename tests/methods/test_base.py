@@ -339,3 +339,21 @@ def test_finite_steps_are_taken():
 
 def test_the_mark_of_a_bad_step_is_not_part_of_a_checkpoint():
     assert "nonfinite_step" not in build().state_dict()
+
+
+@pytest.mark.parametrize("images", [12, 48, 1000, 1281167])
+@pytest.mark.parametrize("batch_size", [4, 256])
+@pytest.mark.parametrize("epochs", [1, 7, 20, 300])
+def test_measurements_after_every_epoch_carry_whole_numbers(images, batch_size, epochs):
+    per_epoch = images / batch_size
+    plan = Plan(max(1, round(epochs * per_epoch)), per_epoch, batch_size, asked=epochs)
+    steps = sorted({min(plan.max_steps, max(1, round(per_epoch * number))) for number in range(1, epochs + 1)})
+    passes = [plan.passes(step) for step in steps]
+    assert passes[-1] == epochs
+    assert all(number == int(number) for number in passes)
+    assert len(set(passes)) == len(passes)
+
+
+def test_a_measurement_within_an_epoch_says_where():
+    plan = Plan(max_steps=400, steps_per_epoch=100, asked=4)
+    assert [plan.passes(step) for step in (0, 25, 99, 100, 150, 400)] == [0, 0.25, 0.99, 1, 1.5, 4]

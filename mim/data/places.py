@@ -1,0 +1,102 @@
+"""What ``--data`` may name, as far as names on the disk tell: judged before anything heavy is imported."""
+
+import difflib
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from mim.data.files import SUFFIXES, ImageError
+from mim.data.folders import images_in, scan
+from mim.data.shards import expand_shards
+from mim.data.tables import read_list
+from mim.errors import UserError
+
+LISTS = (".txt", ".csv", ".tsv")
+"""Endings of files that list images."""
+OTHERWISE = "leave --data out for the built-in images"
+"""What to try instead of a place that is not there."""
+BUILT_IN = ("builtin", "shapes")
+PREFIX = "python:"
+"""How names of objects of Python begin that were handed over; no path does."""
+_SMALL = 1 << 20  # bytes of a list that is read for a look alone, and again for the run
+
+
+def check_place(data: str, otherwise: str | None = OTHERWISE, label_column: str | None = None) -> None:
+    """Refuses what cannot hold images: no such place, a file of another type, a folder or list without any.
+
+    Args:
+        data: a folder, list or pattern of tar shards.
+        otherwise: what to try if there is no such place.
+        label_column: column of a table that holds the labels.
+
+    Raises:
+        UserError: as opening it would.
+    """
+    path = Path(data).expanduser()
+    if data in BUILT_IN or data.startswith(PREFIX):
+        return
+    if path.is_dir():
+        if next(images_in(path, below=True), None) is None and not (found := scan(path)).images:
+            raise no_images(path, found.ignored, found.folders)
+    elif is_list(path):
+        if path.stat().st_size <= _SMALL:
+            read_list(path, label_column)
+    elif is_shards(path):
+        expand_shards(str(path))
+    else:
+        raise not_a_source(data, path, otherwise)
+
+
+def check_folder_of_masks(data: str) -> None:
+    """Refuses a folder that is not there, where images with masks are expected."""
+    if data not in BUILT_IN and not Path(data).expanduser().is_dir():
+        hint = "--data builtin   or   --data shapes   for built-in masks"
+        raise UserError(f"--data {data}: no such folder", hint=hint)
+
+
+def is_list(path: Path) -> bool:
+    """Whether this is a file that lists images."""
+    return path.suffix.lower() in LISTS and path.is_file()
+
+
+def is_shards(path: Path) -> bool:
+    """Whether this is a tar file, or a pattern of some."""
+    return path.suffix.lower() == ".tar" and (path.is_file() or "{" in str(path))
+
+
+def no_images(
+    data: object, ignored: Counter[str], places: int, place: str = "folder", damaged: Sequence[ImageError] = ()
+) -> UserError:
+    """What is told of folders or tar files without images, with what was found in them instead."""
+    found = ", ".join(f"{kind} {count}" for kind, count in ignored.most_common(5)) or "no files"
+    hint = "convert the images, for example to .jpg" if ignored else None
+    if ".tar" in ignored:
+        hint = f"--data '{data}/NAME-{{0000..0099}}.tar'"
+    return UserError(
+        f"--data {data}: 0 images in {places} {place}{'s' * (places != 1)}",
+        why=str(damaged[0]) if damaged else f"found {found}; readable types are {' '.join(SUFFIXES)}",
+        hint=hint,
+    )
+
+
+def not_a_source(data: str, path: Path, otherwise: str | None) -> UserError:
+    """What is told of a place that is not there, or a file of another type, with what is called alike beside it."""
+    if path.is_file():
+        why = "a folder, a .txt, .csv or .tsv list, or .tar files are expected"
+        packed = path.suffix.lower() in (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+        instead = "unpack it into a folder" if packed else f"--data {path.parent}"
+        return UserError(f"--data {data} is a file of another type", why=why, hint=instead)
+    folder = next(parent for parent in path.absolute().parents if os.access(parent, os.R_OK))
+    nearby = {f"{name}/" if (folder / name).is_dir() else name for name in sorted(os.listdir(folder))}
+    nearby = {name for name in nearby if name.endswith(("/", *LISTS, ".tar")) and not name.startswith(".")}
+    wanted = path.absolute().relative_to(folder).parts[0]
+    close = difflib.get_close_matches(wanted, sorted(nearby), n=3, cutoff=0.5)
+    hint = otherwise
+    if close:
+        # Shown as the user would type it: relative if the mistake was.
+        best = Path(*path.parts[: len(path.parts) - len(path.absolute().relative_to(folder).parts)], close[0])
+        hint = f"--data {best}        (found here: {', '.join(close)})"
+        hint += f"      or   {otherwise}" if otherwise else ""
+    what = "file" if path.suffix else "folder"
+    return UserError(f"--data {data}: no such {what}", hint=hint)
