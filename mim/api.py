@@ -124,6 +124,7 @@ class PretrainOptions(TypedDict, total=False):
     pictures: int
     pool: Literal["mean", "cls"]
     probe_images: int
+    log: str | Sequence[str]
     log_every: int
     overwrite: bool
     allow_change: str | Sequence[str]

@@ -65,8 +65,10 @@ GROUPS: dict[str, dict[str, Option]] = {
         "label_column": Option(
             "NAME", "column of a table, or level of folders, that holds labels", "found", "data.label_column"
         ),
-        "windows": Option("N", "cut larger images into windows of N pixels per side", target="data.windows"),
-        "stride": Option("N", "pixels from one window to the next", "a window", "data.stride"),
+        "windows": Option(
+            "N", "cut larger images into windows of N pixels per side", target="data.windows", kind=Count
+        ),
+        "stride": Option("N", "pixels from one window to the next", "a window", "data.stride", Count),
         "in_chans": Option("N", "channels of the images", "the model's, 3", f"{_ENCODER}.in_chans", Count),
     },
     "Numbers in the files": {

@@ -60,6 +60,8 @@ def test_the_kind_of_a_short_option_is_that_of_the_full_schema():
         "data.batch_size",
         "data.max_bad",
         "data.num_workers",
+        "data.stride",
+        "data.windows",
         "trainer.accumulate_grad_batches",
         "trainer.devices",
         "model.init_args.encoder.in_chans",
