@@ -28,6 +28,7 @@ from mim.data.sources import FileSource, Source, open_source
 from mim.data.views import IMAGENET_MEAN, IMAGENET_STD, SingleView, Views
 from mim.data.windows import Windows, WindowSource, cut
 from mim.errors import UserError
+from mim.options.ranges import Count, Processes, Share
 from mim.program import called
 from mim.randomness import RowGenerator
 
@@ -63,9 +64,9 @@ class PretrainData(L.LightningDataModule):
         self,
         path: str = "builtin",
         views: Views | None = None,
-        batch_size: int = 256,
-        num_workers: int | Literal["auto"] = "auto",
-        max_bad: float = 0.01,
+        batch_size: Count = 256,
+        num_workers: Processes | Literal["auto"] = "auto",
+        max_bad: Share = 0.01,
         mean: list[float] | None = None,
         std: list[float] | None = None,
         licence: str = "unknown",
@@ -75,8 +76,8 @@ class PretrainData(L.LightningDataModule):
         clip: bool = False,
         bands: list[int] | int | str | None = None,
         nodata: float | None = None,
-        windows: int | None = None,
-        stride: int | None = None,
+        windows: Count | None = None,
+        stride: Count | None = None,
     ) -> None:
         super().__init__()
         workers = 0 if num_workers == "auto" else num_workers

@@ -19,7 +19,7 @@ from mim.errors import UserError
 from mim.layers.anchor import AnchorConfig, feature_distance, gram_distance, weight_distance
 from mim.layers.teacher import Teacher
 from mim.masking.base import Masking
-from mim.options.ranges import ShareBelowOne, SomeShare
+from mim.options.ranges import Positive, ShareBelowOne, SomeShare
 from mim.patches import measured_patches
 from mim.randomness import RowGenerator, derive_seed
 from mim.schedules import cosine, warmup_cosine
@@ -68,7 +68,7 @@ class OptimConfig:
         anchor: what keeps the encoder near its start.
     """
 
-    blr: float = 1.5e-4
+    blr: Positive = 1.5e-4
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     warmup_epochs: float = 40.0

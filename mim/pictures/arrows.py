@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -43,7 +44,7 @@ def _lines(size: torch.Size, grid: tuple[int, int], places: list[list[float]]) -
         pen = ImageDraw.Draw(canvas)
         for start, end in ends:
             _arrow(pen, start, end, thick, min(side) / 4)
-        layers.append(torch.tensor(list(canvas.getdata()), dtype=torch.bool).view(height, width))
+        layers.append(torch.from_numpy(np.array(canvas)))
     return torch.stack(layers)
 
 
