@@ -1,7 +1,6 @@
 import copy
 
 import pytest
-import timm
 import torch
 
 from mim.encoder import Encoder
@@ -157,16 +156,12 @@ def test_health_is_one_and_zero_at_its_ends():
     torch.testing.assert_close(values["health/error_correlation"], torch.tensor(-1.0))
 
 
-def test_twenty_steps_on_one_batch_lower_the_loss(images):
+def test_a_step_moves_all_of_the_sampler(images):
     method = build()
-    optimizer = torch.optim.AdamW((p for p in method.parameters() if p.requires_grad), lr=3e-3)
-    before, losses = copy.deepcopy(method.sampler.state_dict()), []
-    for _ in range(20):
-        losses.append(loss := step(method, images))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert losses[-1] < 0.95 * losses[0]
+    optimizer = torch.optim.AdamW(method.sampler.parameters(), lr=3e-3)
+    before = copy.deepcopy(method.sampler.state_dict())
+    step(method, images).backward()
+    optimizer.step()
     assert not any(torch.equal(value, before[name]) for name, value in method.sampler.state_dict().items())
 
 
@@ -174,13 +169,6 @@ def test_a_step_reads_nothing_back_from_the_device(images):
     method = build().to("meta")
     step(method, images.to("meta")).backward()
     assert method.encoder.vit.patch_embed.proj.weight.grad is not None
-
-
-def test_the_backbone_in_timm_gives_the_tokens_of_the_encoder(images):
-    method = build().eval()
-    twin = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=0, **KWARGS).eval()
-    twin.load_state_dict(method.backbone.state_dict())
-    torch.testing.assert_close(method.encoder(images), twin.forward_features(images), rtol=1e-5, atol=1e-5)
 
 
 def test_pictures_show_what_is_hidden_what_is_predicted_and_probabilities_that_sum_to_one(images):
