@@ -226,8 +226,20 @@ def _print_values(source: FileSource, looks: Sequence[Look]) -> Pixels:
         _print_row(name, " ".join(f"{number:.3f}" for number in numbers))
     if not colours:
         lists = (f"--data.{name} [{','.join(f'{n:.6g}' for n in own)}]" for name, own in (("mean", mean), ("std", std)))
-        _print_row("options", f"--value_range {option(pixels)} --in_chans {source.channels} {' '.join(lists)}")
+        scale = f"--value_range {option(pixels)} --in_chans {source.channels}"
+        _print_row("options", " ".join([scale, *lists, *_reading(source)]))
     return pixels
+
+
+def _reading(source: FileSource) -> list[str]:
+    """The options that files were read with, as a training takes them."""
+    pixels, windows = source.pixels, source.windows if isinstance(source, WindowSource) else None
+    bands, nodata = ",".join(map(str, pixels.bands)), pixels.nodata
+    given = {"bands": bands or None, "nodata": None if nodata is None else f"{nodata:g}"}
+    if windows:
+        apart = windows.stride if windows.stride != windows.side else None
+        given |= {"windows": str(windows.side), "stride": None if apart is None else str(apart)}
+    return [f"--{name} {value}" for name, value in given.items() if value is not None]
 
 
 def _print_warnings(looks: Sequence[Look], kind: str) -> None:

@@ -5,8 +5,11 @@ import pytest
 from PIL import Image
 
 from mim.commands.check_data import run
+from mim.data.pixels import parse_bands
 from mim.data.sources import open_source
 from mim.errors import UserError
+from mim.options.pretraining import translate
+from mim.run.config import parse
 
 
 @pytest.fixture
@@ -124,3 +127,26 @@ def test_a_wrong_number_of_channels_in_all_files_is_one_error(tmp_path):
     with pytest.raises(UserError, match="the images have 5 channels") as mistake:
         run(str(tmp_path / "bands"), out=tmp_path / "sheet.png")
     assert "--channels 5" in str(mistake.value)
+
+
+READINGS = {
+    "plain": {},
+    "bands": {"bands": "4,1"},
+    "nodata": {"nodata": -9999.0},
+    "windows": {"windows": 32},
+    "windows apart": {"windows": 32, "stride": 16, "bands": "3", "nodata": 0.5},
+}
+
+
+@pytest.mark.parametrize("reading", READINGS.values(), ids=READINGS)
+def test_the_options_that_are_printed_make_a_training_read_as_the_check_did(reading, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("scenes").mkdir()
+    np.save("scenes/a.npy", np.random.default_rng(0).normal(-20, 5, (48, 64, 4)).astype(np.float32))
+    run("scenes", channels=4, out=tmp_path / "sheet.png", **reading)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[0] == "options"]
+    data = parse(translate([*line.split()[1:], "--data", "scenes"])).data
+    bands, grid = reading.get("bands"), (reading.get("windows"), reading.get("stride"))
+    assert (data.nodata, (data.windows, data.stride)) == (reading.get("nodata"), grid)
+    assert parse_bands(data.bands) == parse_bands(bands)
+    assert len(data.mean) == (len(parse_bands(bands)) or 4)
