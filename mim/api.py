@@ -199,7 +199,8 @@ class Loaded(NamedTuple):
     Args:
         encoder: ``encoder(images)`` gives ``(B, P + N, D)``: prefix tokens (class token first), then those of the
             patches, row by row; ``encoder.feature_map(images)`` gives ``(B, D, h, w)``; ``encoder.vit`` is timm's.
-        transform: one picture (PIL, path or uint8 tensor) to ``(C, H, W)``; ``torch.stack`` makes a batch of several.
+        transform: one picture (PIL, path, or a tensor of the type that the encoder was trained on) to ``(C, H, W)``;
+            ``torch.stack`` makes a batch of several.
         note: where the weights come from, and what was done to make them fit.
         pool: what stands for an image: ``cls`` or ``mean``, its run's choice or what timm's model pools by.
     """
@@ -299,7 +300,7 @@ def load(
         )
         encoder = loaded.encoder.to(chosen_device(device))
         frames = Frames(crop_pct)
-        frames.configure(encoder.img_size, loaded.mean, loaded.std)
+        frames.configure(encoder.img_size, loaded.mean, loaded.std, loaded.pixels)
     return Loaded(encoder, Transform(frames, encoder.in_chans), loaded.note, loaded.pool)
 
 
@@ -344,7 +345,8 @@ def features(
     if not isinstance(weights, Loaded):
         weights = load(weights, model=model, img_size=img_size, crop_pct=crop_pct, trust=trust, plugin=plugin)
     frames = weights.transform.frames
-    loaded = LoadedEncoder(weights.encoder, frames.mean.tolist(), frames.std.tolist(), weights.note, weights.pool)
+    statistics = frames.mean.tolist(), frames.std.tolist()
+    loaded = LoadedEncoder(weights.encoder, *statistics, weights.note, weights.pool, frames.pixels)
     with _command(), handed_over(images) as name:
         extraction = Extraction.of(
             loaded,
@@ -357,8 +359,10 @@ def features(
             device=chosen_device(device),
         )
         bad = BadFiles(1.0, name)
-        sources = all_images(name, loaded.encoder.in_chans)
+        sources, note = all_images(name, loaded)
         bad.total = sum(map(len, sources))
+        if note:
+            print(f"note: {name}: {note}", flush=True)
         rows = list(extraction.rows(sources, bad))
     if not rows:
         raise UserError(f"none of the {bad.total:,} images can be read", why=next(iter(bad.reasons.values()), None))

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mim.data.crops import collate
+from mim.data.pixels import EIGHT_BIT
 from mim.data.pretrain import PretrainData
 from mim.methods import Batch, Method
 from mim.randomness import RowGenerator
@@ -100,7 +101,7 @@ def without_values(module: nn.Module, device: torch.device) -> nn.Module:
 
 def batch_on(data: PretrainData, size: tuple[int, int], device: torch.device, images: int = 4) -> Batch:
     """A batch that went from the loader to the device and through the views there."""
-    data.views.configure(size, *data.statistics(3))
+    data.views.configure(size, *data.statistics(3), EIGHT_BIT)
     noise = torch.randint(256, (images, 3, *size), dtype=torch.uint8)
     crops, labels, keys, *_ = collate([(data.views.crop(image), -1, key, []) for key, image in enumerate(noise)])
     moved = [view.to(device, non_blocking=True) for view in crops]

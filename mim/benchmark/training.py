@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mim.benchmark.plain import PLAIN_LOSSES
 from mim.data.crops import Crops, collate
 from mim.data.loading import WatchedLoader
+from mim.data.pixels import EIGHT_BIT
 from mim.data.pretrain import PretrainData
 from mim.errors import UserError
 from mim.methods import Batch, Method
@@ -180,7 +181,7 @@ def build(config: Namespace, device: torch.device) -> tuple[Method, Batch]:
     method: Method = objects.model.to(device)
     data: PretrainData = objects.data
     encoder = method.encoder
-    data.views.configure(encoder.img_size, *data.statistics(encoder.in_chans))
+    data.views.configure(encoder.img_size, *data.statistics(encoder.in_chans), EIGHT_BIT)
     noise = torch.randint(256, (data.batch_size, encoder.in_chans, *encoder.img_size), dtype=torch.uint8)
     views, labels, keys, _ = collate([(data.views.crop(image), -1, key, []) for key, image in enumerate(noise)])
     finished = data.views.to(device)([view.to(device) for view in views], RowGenerator(keys))

@@ -78,10 +78,12 @@ def run(
         num_workers=loader_processes(num_workers),
         device=chosen_device(device),
     )
-    sources = all_images(data, loaded.encoder.in_chans)
+    sources, note = all_images(data, loaded)
     bad = BadFiles(max_bad, data)
     bad.total = sum(map(len, sources))
     print(f"  weights {loaded.note}\n  data    {data}: {bad.total:,} images", flush=True)
+    if note:
+        print(f"          {note}", flush=True)
     _check_room(out, extraction, bad.total, dtype)
     try:
         _clear(out)

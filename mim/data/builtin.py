@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mim.data.pixels import EIGHT_BIT, Pixels
 from mim.errors import UserError
 from mim.randomness import keyed_generator
 
@@ -128,18 +129,26 @@ class MosaicSource:
         return image, textures[cells].to(torch.uint8)
 
 
-def check_colour(data: str, channels: int) -> None:
-    """Refuses the images that come with the package, which have three channels, for a model that takes others.
+def check_colour(data: str, channels: int, pixels: Pixels) -> None:
+    """Refuses the images that come with the package, 8 bit in three channels, for a model that takes others.
 
     Args:
         data: ``builtin`` or ``shapes``.
         channels: of the model.
+        pixels: that the model takes, as far as that is known.
     """
     if channels != 3:
         kind = f"{channels} channel{'s' * (channels > 1)}"
         raise UserError(
             f"--data {data}: these images are RGB, the model takes {kind}",
             hint=f"--data a folder of images with {kind}",
+        )
+    if not pixels.eight_bit and (pixels.type != "any" or (pixels.low, pixels.high) != (EIGHT_BIT.low, EIGHT_BIT.high)):
+        low, high = min(pixels.low), max(pixels.high)
+        raise UserError(
+            f"--data {data}: these images are 8 bit, the model takes numbers from {low:g} to {high:g}",
+            why="on that scale they would be almost black or white",
+            hint="--data a folder of images like those that it was trained on",
         )
 
 

@@ -106,10 +106,13 @@ def read_picture(picture: object, channels: int = 3, name: str = "image", pixels
         return read_image(Path(picture) if isinstance(picture, str) else picture, channels, name, pixels)
     if not isinstance(picture, Image.Image | Tensor | np.ndarray):
         raise NoPictureError(f"an item is a {type(picture).__name__}, not a picture")
-    if not isinstance(picture, Image.Image) and picture.dtype not in (torch.uint8, np.dtype(np.uint8)):
-        raise NoPictureError(f"an item is of {str(picture.dtype).removeprefix('torch.')}, not of uint8")
+    taken = "uint8" if pixels.eight_bit or pixels.type == "any" else pixels.type
+    if not isinstance(picture, Image.Image) and (given := str(picture.dtype).removeprefix("torch.")) != taken:
+        raise NoPictureError(f"an item is of {given}, not of {taken}")
     try:
         if isinstance(picture, Image.Image):
+            if taken != "uint8":
+                raise ValueError(f"a picture of PIL is made 8 bit, where {taken} is expected; give an array or a path")
             if channels not in (1, 3):
                 raise ValueError(f"{channels} channels need a uint8 tensor or array")
             check_size(*picture.size)
@@ -117,6 +120,8 @@ def read_picture(picture: object, channels: int = 3, name: str = "image", pixels
         values = picture.detach().cpu().numpy() if isinstance(picture, Tensor) else picture
         values = np.moveaxis(values, 0, -1) if isinstance(picture, Tensor) and values.ndim == 3 else values
         values = values[..., None] if values.ndim == 2 else values
+        if taken != "uint8":
+            return as_image(Stored(values.copy()), channels, pixels)
         fitting = (1, 3) if channels in (1, 3) else (channels,)
         if values.ndim != 3 or 0 in values.shape or values.shape[-1] not in fitting:
             raise ValueError(f"shape {tuple(picture.shape)}, where {channels} channels are expected")

@@ -93,7 +93,7 @@ def open_labelled(
         UserError: if there is nothing to read, labels are missing, or classes differ.
     """
     if data in ("builtin", "shapes"):
-        check_colour(data, channels)
+        check_colour(data, channels, pixels)
         return _built_in(data, label_column)
     train: FileSource | ObjectSource
     test: FileSource | ObjectSource | None

@@ -195,7 +195,7 @@ def open_masks(
         UserError: if nothing is found, or images lack masks.
     """
     if data in BUILT_IN:
-        check_colour(data, channels)
+        check_colour(data, channels, pixels)
         return _built_in(data, split)
     check_folder_of_masks(data)
     root = Path(data).expanduser()

@@ -111,12 +111,12 @@ class PretrainData(L.LightningDataModule):
                 f"--bands names {len(self.pixels.bands)} channels, the model takes {channels}",
                 hint=f"--in_chans {len(self.pixels.bands)}",
             )
-        self.source, self.evaluation = _open(self.path, channels, self.label_column)
+        self.source, self.evaluation = _open(self.path, channels, self.label_column, self.pixels)
         if self.windows:
             self.source = self._cut(self.source, self.windows)
             self.evaluation = self.evaluation and self._cut(self.evaluation, self.windows)
         self.channels, self.seed = channels, seed
-        self.views.configure(size, IMAGENET_MEAN, IMAGENET_STD)
+        self.views.configure(size, IMAGENET_MEAN, IMAGENET_STD, EIGHT_BIT)
         if isinstance(self.source, PhotoSource | ShapeSource):
             self.pixels, self.resolved = EIGHT_BIT, True
         self._use(self.pixels, *self.statistics(channels))
@@ -415,11 +415,11 @@ def _kind_as_stored(source: Source, index: int, channels: int) -> str | None:
         return None
 
 
-def _open(path: str, channels: int, label_column: str | None) -> tuple[Source, Source | None]:
+def _open(path: str, channels: int, label_column: str | None, pixels: Pixels) -> tuple[Source, Source | None]:
     if path in ("builtin", "shapes") and label_column is not None:
         raise UserError(f"--label_column {label_column}: {path} has labels of its own", hint=f"--data {path}")
     if path in ("builtin", "shapes"):
-        check_colour(path, channels)
+        check_colour(path, channels, pixels)
     if path == "builtin":
         return PhotoSource("train"), PhotoSource("test")
     if path == "shapes":

@@ -24,11 +24,12 @@ class Transform:
         """``(C, H, W)`` float32 from one picture.
 
         Args:
-            image: an image of PIL, a path, a uint8 tensor ``(C, H, W)`` or a uint8 array ``(H, W, C)``, of any size.
+            image: an image of PIL, a path, a tensor ``(C, H, W)`` or an array ``(H, W, C)``, of any size; uint8, or
+                numbers of the type that the encoder was trained on.
 
         Raises:
             ImageError: for a file that cannot be read.
             NoPictureError: for what is no picture.
         """
-        middle = self.frames.center(read_picture(image, self.channels))
+        middle = self.frames.center(read_picture(image, self.channels, pixels=self.frames.pixels))
         return self.frames.normalize(middle[None])[0]

@@ -47,11 +47,9 @@ class Views(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.configure((224, 224), IMAGENET_MEAN, IMAGENET_STD)
+        self.configure((224, 224), IMAGENET_MEAN, IMAGENET_STD, EIGHT_BIT)
 
-    def configure(
-        self, size: tuple[int, int], mean: Sequence[float], std: Sequence[float], pixels: Pixels = EIGHT_BIT
-    ) -> None:
+    def configure(self, size: tuple[int, int], mean: Sequence[float], std: Sequence[float], pixels: Pixels) -> None:
         """Sets height and width of a view, the scale of its numbers, and the statistics of what that makes of them.
 
         Args:
@@ -204,9 +202,7 @@ class SingleView(Views):
         self.area, self.ratio, self.flip = scale, ratio, flip
         super().__init__()
 
-    def configure(
-        self, size: tuple[int, int], mean: Sequence[float], std: Sequence[float], pixels: Pixels = EIGHT_BIT
-    ) -> None:
+    def configure(self, size: tuple[int, int], mean: Sequence[float], std: Sequence[float], pixels: Pixels) -> None:
         """See :meth:`Views.configure`."""
         super().configure(size, mean, std, pixels)
         self.window = RandomWindow(size, self.area, self.ratio, self.flip)
@@ -248,9 +244,7 @@ class MultiCrop(Views):
         self.local_crops, self.local_size, self.blur = local_crops, local_size, blur
         super().__init__()
 
-    def configure(
-        self, size: tuple[int, int], mean: Sequence[float], std: Sequence[float], pixels: Pixels = EIGHT_BIT
-    ) -> None:
+    def configure(self, size: tuple[int, int], mean: Sequence[float], std: Sequence[float], pixels: Pixels) -> None:
         """See :meth:`Views.configure`."""
         super().configure(size, mean, std, pixels)
         ratio = (3 / 4, 4 / 3)

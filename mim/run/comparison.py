@@ -86,7 +86,7 @@ def strips(entries: Sequence[Entry], images: int) -> dict[str, Image.Image]:
             # The images of the first run, with the channels, size and normalisation that this one wants.
             mean, std = data.statistics(encoder.in_chans)
             opened = PretrainData(path, num_workers=0, mean=mean, std=std)
-            opened.pixels, opened.resolved = data.pixels, True
+            opened.pixels, opened.windows, opened.resolved = data.pixels, data.windows, True
             opened.open(encoder.img_size, encoder.in_chans, config.seed)
             source = opened.evaluation or opened.source
             chosen = [place * len(source) // images for place in range(min(images, len(source)))]

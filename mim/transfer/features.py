@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from mim.data.bad_files import BadFiles
-from mim.data.builtin import PhotoSource
+from mim.data.builtin import PhotoSource, check_colour
 from mim.data.labelled import Framed, Frames, framed_batches
 from mim.data.objects import is_object, open_object
+from mim.data.pixels import EIGHT_BIT
+from mim.data.pretrain import check_numbers
 from mim.data.shapes import ShapeSource
 from mim.data.sources import Source, open_source
 from mim.errors import UserError
@@ -76,7 +78,7 @@ class Extraction:
         """
         features, frames = Features(layers, pool), Frames(crop_pct)
         encoder = loaded.encoder.to(device)
-        frames.configure(encoder.img_size, loaded.mean, loaded.std)
+        frames.configure(encoder.img_size, loaded.mean, loaded.std, loaded.pixels)
         try:
             features.shape(encoder)
         except ValueError as error:
@@ -95,7 +97,8 @@ class Extraction:
         size = "x".join(map(str, self.frames.size))
         seen = f"{size} px, centre crop {self.frames.crop_pct:g}"
         statistics = {"mean": self.loaded.mean, "std": self.loaded.std}
-        return {"note": self.loaded.note, "class": self.features.describe(), "images_seen": seen, **statistics}
+        scale = {} if self.loaded.pixels == EIGHT_BIT else {"pixels": self.loaded.pixels.facts()}
+        return {"note": self.loaded.note, "class": self.features.describe(), "images_seen": seen, **statistics, **scale}
 
     def rows(self, sources: Sequence[Source], bad: BadFiles) -> Iterator[Rows]:
         """The features of all readable images, source after source; the others are added to ``bad``.
@@ -127,14 +130,22 @@ class Extraction:
         return Rows(names, pooled, patches)
 
 
-def all_images(data: str, channels: int) -> list[Source]:
-    """Every image that ``--data`` names: those to learn from, then those that it sets apart."""
-    if data == "builtin":
-        return [PhotoSource("train"), PhotoSource("test")]
-    if data == "shapes":
-        return [ShapeSource("train"), ShapeSource("val")]
+def all_images(data: str, loaded: LoadedEncoder) -> tuple[list[Source], str | None]:
+    """Every image that ``--data`` names: those to learn from, then those that it sets apart; and a note on numbers.
+
+    Raises:
+        UserError: if there are none, or of other numbers or channels than the encoder takes.
+    """
+    channels = loaded.encoder.in_chans
+    if data in ("builtin", "shapes"):
+        check_colour(data, channels, loaded.pixels)
+        photos, shapes = [PhotoSource("train"), PhotoSource("test")], [ShapeSource("train"), ShapeSource("val")]
+        return [*(photos if data == "builtin" else shapes)], None
     opened = open_object(data, channels) if is_object(data) else open_source(data, channels, same_classes=False)
-    return [source for source in opened if source is not None]
+    sources = [source for source in opened if source is not None]
+    for source in sources:
+        source.pixels = loaded.pixels
+    return [*sources], check_numbers(data, sources[0], channels, loaded.pixels)
 
 
 def chosen_device(device: str) -> torch.device:

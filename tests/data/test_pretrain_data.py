@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from mim.data.bad_files import BadFiles, BadFileWarning
 from mim.data.crops import Centers, Crops, collate
 from mim.data.images import ImageError
+from mim.data.pixels import EIGHT_BIT
 from mim.data.pretrain import PretrainData
 from mim.data.views import SingleView
 from mim.errors import UserError
@@ -42,7 +43,7 @@ class FakeSource:
 def crops(seed=0, views=None, **source):
     if views is None:
         views = SingleView()
-        views.configure((16, 16), [0.5] * 3, [0.25] * 3)
+        views.configure((16, 16), [0.5] * 3, [0.25] * 3, EIGHT_BIT)
     return Crops(FakeSource(**source), views, seed)
 
 
@@ -51,7 +52,7 @@ def opened(batch_size=4, max_bad=0.01, **source):
     data = PretrainData("shapes", batch_size=batch_size, num_workers=0, max_bad=max_bad)
     data.source, data.evaluation, data.seed = FakeSource(**source), None, 0
     data.mean, data.std = data.statistics(3)
-    data.views.configure((16, 16), data.mean, data.std)
+    data.views.configure((16, 16), data.mean, data.std, EIGHT_BIT)
     data.bad_files.total = len(data.source)
     return data
 

@@ -4,13 +4,14 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
+from mim.data.pixels import EIGHT_BIT
 from mim.data.views import IMAGENET_MEAN, IMAGENET_STD, MultiCrop, SingleView, Views, _jitter
 from mim.randomness import RowGenerator
 
 
 def configured(size=(32, 48), **arguments):
     views = SingleView(**arguments)
-    views.configure(size, IMAGENET_MEAN, IMAGENET_STD)
+    views.configure(size, IMAGENET_MEAN, IMAGENET_STD, EIGHT_BIT)
     return views
 
 
@@ -78,7 +79,7 @@ def test_normalize_equals_torchvision():
 
 def test_normalize_takes_any_number_of_channels():
     views = SingleView()
-    views.configure((8, 8), [0.1, 0.2, 0.3, 0.4, 0.5], [0.5] * 5)
+    views.configure((8, 8), [0.1, 0.2, 0.3, 0.4, 0.5], [0.5] * 5, EIGHT_BIT)
     black = views.normalize(torch.zeros(2, 5, 8, 8, dtype=torch.uint8))
     torch.testing.assert_close(black[0, :, 0, 0], torch.tensor([-0.2, -0.4, -0.6, -0.8, -1.0]))
 
@@ -95,7 +96,7 @@ def test_statistics_are_not_part_of_a_checkpoint():
 
 def test_statistics_follow_the_last_configuration():
     views = configured()
-    views.configure((16, 16), [0.5], [0.5])
+    views.configure((16, 16), [0.5], [0.5], EIGHT_BIT)
     assert (views.size, views.mean.tolist()) == ((16, 16), [0.5])
     assert views.crop(image(channels=1))[0].shape == (1, 16, 16)
 
@@ -110,7 +111,7 @@ def test_a_kind_of_views_has_to_say_how_it_crops():
 
 def multi(**arguments):
     views = MultiCrop(**{"local_crops": 3, "local_size": 16} | arguments)
-    views.configure((32, 32), [0.0] * 3, [1.0] * 3)
+    views.configure((32, 32), [0.0] * 3, [1.0] * 3, EIGHT_BIT)
     return views
 
 
@@ -137,7 +138,7 @@ def test_colours_of_an_image_depend_on_its_key_alone():
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_finished_views_stay_in_range_for_any_number_of_channels(channels):
     views = multi()
-    views.configure((32, 32), [0.0] * channels, [1.0] * channels)
+    views.configure((32, 32), [0.0] * channels, [1.0] * channels, EIGHT_BIT)
     for view in views(batch(8, channels), rows(8)):
         assert view.isfinite().all()
         assert view.min() >= 0

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mim.data.augment import Augmented
+from mim.data.pixels import EIGHT_BIT
 from mim.encoder import Encoder
 from mim.evaluation.finetune import Finetune, classifier
 from mim.interop import ModelCard, export_backbone
@@ -110,7 +111,7 @@ def test_augmentation_depends_on_torchs_generator_alone_and_leaves_others_as_the
     import random
 
     frames = Augmented(1.0, (0.5, 1.0), "rand-m9-mstd0.5-inc1", erase=0.5)
-    frames.configure((32, 32), (0.5,) * 3, (0.25,) * 3)
+    frames.configure((32, 32), (0.5,) * 3, (0.25,) * 3, EIGHT_BIT)
     image = torch.randint(256, (3, 40, 40), dtype=torch.uint8)
     before = random.getstate()
     first, second = [], []
@@ -125,7 +126,7 @@ def test_augmentation_depends_on_torchs_generator_alone_and_leaves_others_as_the
 
 def test_erasing_replaces_one_rectangle_by_noise():
     frames = Augmented(1.0, (1.0, 1.0), "none", erase=1.0)
-    frames.configure((32, 32), (0.5,) * 3, (0.25,) * 3)
+    frames.configure((32, 32), (0.5,) * 3, (0.25,) * 3, EIGHT_BIT)
     (view,) = frames.crop(torch.full((3, 32, 32), 7, dtype=torch.uint8))
     erased = (view != 7).any(0)
     rows, columns = erased.any(1).nonzero(), erased.any(0).nonzero()
