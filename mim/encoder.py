@@ -1,5 +1,6 @@
 """The one adapter over timm's plain and rotary ViTs: encode all, only the visible, or partly replaced patches."""
 
+import json
 from collections.abc import Collection, Sequence
 from math import prod
 from typing import Any, Literal, cast, final
@@ -86,6 +87,15 @@ class Encoder(nn.Module):
                 f"--model {model}: timm could not get its pretrained weights",
                 why=str(problem).partition("\n")[0],
                 hint="--model local-dir:FOLDER with weights on this machine, or a network connection",
+            ) from problem
+        except TypeError as problem:
+            if not (unknown := [name for name in kwargs or {} if f"argument '{name}'" in str(problem)]):
+                raise
+            kind = f"{type(skeleton).__name__}{' (rotary positions)' if rotary else ''}"
+            raise UserError(
+                f"--model {model}: timm's {kind} takes no {unknown[0]}",
+                why=f"it is among --model.init_args.encoder.kwargs {json.dumps(kwargs)}, of the recipe or yours",
+                hint="--model vit_small_patch16_224   or   --model.init_args.encoder.kwargs {}",
             ) from problem
         except AssertionError as problem:  # how timm refuses arguments that do not go together
             raise UserError(f"--model {model} cannot be built with {kwargs}", why=str(problem)) from problem

@@ -226,3 +226,18 @@ def test_a_config_that_does_not_exist(mistake):
 def test_a_device_that_is_not_there(mistake, photos):
     text = mistake("--data", "photos", "--trainer.accelerator", "nonsense")
     assert "devices" in text
+
+
+def test_arguments_that_a_model_does_not_take_are_named_with_what_they_came_from(capsys):
+    assert main("pretrain", ["--method", "mp3", "--model", "vit_small_patch16_dinov3"]) == 2
+    error, why, _ = capsys.readouterr().err.splitlines()
+    assert error == "error: --model vit_small_patch16_dinov3: timm's Eva (rotary positions) takes no pos_embed"
+    assert "--model.init_args.encoder.kwargs" in why
+
+
+@pytest.mark.parametrize("model", ["vit_small_patch16_dinov3", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("name", ["pos_embed_kind", "use_fc"])
+def test_an_argument_that_no_vit_takes_is_named(model, name, capsys):
+    kwargs = f"--model.init_args.encoder.kwargs={{{name}: 1}}"
+    assert main("pretrain", ["--model", model, kwargs]) == 2
+    assert f"takes no {name}" in capsys.readouterr().err

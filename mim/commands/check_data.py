@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mim.options.outputs import check_file, check_picture
-from mim.options.ranges import Count
+from mim.options.ranges import Count, Side
 
 
 def run(
@@ -16,7 +16,7 @@ def run(
     label_column: int | str | None = None,
     bands: str | None = None,
     nodata: float | None = None,
-    windows: Count | None = None,
+    windows: Side | None = None,
     stride: Count | None = None,
 ) -> None:
     """Read images as training would, and print what they are like and which ones are bad.

@@ -35,8 +35,9 @@ from mim.run.config import (
 )
 from mim.run.failures import diverged, failure_of_a_step, lost_process
 from mim.run.folder import UNWRITABLE, RunFolder, git_commit, quieten, versions
+from mim.run.names import check_trackers
 from mim.run.resuming import check_number_of_images, remember_moved_data, resumed_arguments
-from mim.run.trackers import build_trackers, check_trackers, track_report
+from mim.run.trackers import build_trackers, track_report
 from mim.run.trainer import build_trainer
 from mim.run.weights import ModelCard, check_published, export_backbone, init_backbone, load_method, pixels_of
 from mim.run.words import conclusion, device_name, introduction, parameters, random_start, shape

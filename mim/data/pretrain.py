@@ -28,7 +28,7 @@ from mim.data.sources import FileSource, Source, open_source
 from mim.data.views import IMAGENET_MEAN, IMAGENET_STD, SingleView, Views
 from mim.data.windows import Windows, WindowSource, cut
 from mim.errors import UserError
-from mim.options.ranges import Count, Processes, Share
+from mim.options.ranges import Count, Processes, Share, Side
 from mim.program import called
 from mim.randomness import RowGenerator
 
@@ -76,7 +76,7 @@ class PretrainData(L.LightningDataModule):
         clip: bool = False,
         bands: list[int] | int | str | None = None,
         nodata: float | None = None,
-        windows: Count | None = None,
+        windows: Side | None = None,
         stride: Count | None = None,
     ) -> None:
         super().__init__()

@@ -161,7 +161,8 @@ def check_encoder(encoder: Encoder) -> None:
         if found:
             raise UserError(
                 f"MP3 predicts the place of each patch and cannot train an encoder with {what}",
-                hint=f"--model vit_small_patch16_224 --model.init_args.encoder.kwargs '{_WITHOUT_POSITIONS}'",
+                hint="--model vit_small_patch16_224 --registers 0 "
+                f"--model.init_args.encoder.kwargs '{_WITHOUT_POSITIONS}'",
             )
 
 

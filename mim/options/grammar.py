@@ -93,7 +93,8 @@ def _checked(name: str, value: str, option: Option | None) -> str:
     from mim.options.ranges import fits, words
 
     if not fits(option.kind, value):
-        example = next(value for value in (option.default, option.example, "0.5") if fits(option.kind, value))
+        examples = (option.default, option.example, "0.5")
+        example = next(text for text in examples if fits(option.kind, as_list(text, option.lists)))
         why = f"expected {words(option.kind)}"
         raise UserError(f"--{name} cannot be {printable(value[:80])}", why=why, hint=f"--{name} {example}")
     return value

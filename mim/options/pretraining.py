@@ -15,7 +15,7 @@ import yaml
 from mim.errors import UserError
 from mim.options.config_file import check_config_file
 from mim.options.grammar import Option, read
-from mim.options.ranges import Count, Number, Positive, Processes, ProperShare, Seed, Share, Threads, Whole
+from mim.options.ranges import Count, Number, Positive, Processes, ProperShare, Seed, Share, Side, Threads, Whole
 from mim.options.recipes import CONFIGS, method_names, recipe_file
 from mim.program import called
 
@@ -37,6 +37,8 @@ Precision = Literal[
     "64",
 ]
 """What Lightning's trainer computes in."""
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+"""Who keeps curves beside ``metrics.csv``."""
 
 GROUPS: dict[str, dict[str, Option]] = {
     "What to train on": {
@@ -66,7 +68,7 @@ GROUPS: dict[str, dict[str, Option]] = {
             "NAME", "column of a table, or level of folders, that holds labels", "found", "data.label_column"
         ),
         "windows": Option(
-            "N", "cut larger images into windows of N pixels per side", target="data.windows", kind=Count
+            "N", "cut larger images into windows of N pixels per side", "not cut", "data.windows", Side, example="512"
         ),
         "stride": Option("N", "pixels from one window to the next", "a window", "data.stride", Count),
         "in_chans": Option("N", "channels of the images", "the model's, 3", f"{_ENCODER}.in_chans", Count),
@@ -124,7 +126,9 @@ GROUPS: dict[str, dict[str, Option]] = {
             "X", "epochs between probes and pictures", "10 over the run, 50 steps at least", "eval_every", Positive
         ),
         "save_every": Option("X", "epochs between checkpoints", "20 over the run", "save_every", Positive),
-        "log": Option("NAMES", "who keeps curves: tensorboard, wandb, mlflow", "tensorboard", "log", lists="always"),
+        "log": Option(
+            "NAMES", "who keeps curves: tensorboard, wandb, mlflow", "tensorboard", "log", list[Tracker], "always"
+        ),
         "log_every": Option("N", "steps between lines of metrics.csv", "10", "log_every", Count),
         "pool": Option(
             "mean|cls",

@@ -59,7 +59,8 @@ def words(kind: Any) -> str:  # noqa: ANN401 - as of fits
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(map(words, get_args(kind)))
     if get_origin(kind) is list:
-        return "several of them"
+        (item,) = get_args(kind)
+        return "several of them" if item in _CHECKS else f"some of {', '.join(get_args(item))}"
     return f"{'an' if kind.__name__.startswith('int') else 'a'} {kind.__name__}"
 
 
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
     Count: TypeAlias = int
     Whole: TypeAlias = int
     Processes: TypeAlias = int
+    Side: TypeAlias = int
     Threads: TypeAlias = int
     Seed: TypeAlias = int
     Positive: TypeAlias = float
@@ -100,6 +102,7 @@ else:
     Count = _numbers(int, "int from 1 to 1e9", 1)
     Whole = _numbers(int, "int from 0 to 1e9", 0)
     Processes = _numbers(int, "int from 0 to 1024", 0, 1024)
+    Side = _numbers(int, "int from 16 to 8192", 16, 8192)
     Threads = _numbers(int, "int from 1 to 1024", 1, 1024)
     Seed = _numbers(int, "int from 0 to 2^63 - 1", 0, 2**63 - 1)
     Positive = _numbers(float, "float above 0 to 1e9", 0, open_ends="low")

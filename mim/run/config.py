@@ -20,9 +20,9 @@ from mim.methods import Method  # and with it every method, by class_path
 from mim.options.class_paths import PluginError, known_class_paths, plugins_in_use
 from mim.options.config_file import keeping_old_scale, with_config_files
 from mim.options.old_names import current_arguments
+from mim.options.pretraining import Tracker
 from mim.options.ranges import MANY, Count, Positive, ProperShare, Seed, Threads, Whole
 from mim.options.refusals import refusal
-from mim.run.trackers import Tracker
 
 _HELP = "--help_all explains every option"
 
@@ -157,7 +157,8 @@ def instantiate(config: Namespace) -> Namespace:
             objects: Namespace = _builder().instantiate(config)
     except (ValueError, TypeError, IndexError, RuntimeError) as error:  # the latter for models beyond all memory
         cause: BaseException = error
-        while cause.__cause__ is not None:  # jsonargparse wraps it in a description of the types it has tried
+        # jsonargparse wraps it in a description of the types it has tried; a UserError has told what is below it.
+        while cause.__cause__ is not None and not isinstance(cause, UserError):
             cause = cause.__cause__
         if isinstance(cause, UserError):
             raise cause from None

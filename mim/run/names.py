@@ -1,5 +1,6 @@
 """What the options of a call name on this disk and in timm, looked at before anything heavy is imported."""
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from mim.data.pixels import parse_bands, parse_range
 from mim.data.places import OTHERWISE, check_folder_of_masks, check_place
 from mim.distributed.processes import process_rank
+from mim.errors import UserError
 from mim.options.outputs import check_folder
 from mim.options.timm_names import check_model, check_weights
 from mim.program import called
@@ -29,6 +31,7 @@ def check_pretraining(args: Sequence[str]) -> None:
     if "out" in given and process_rank() == 0:  # the first process makes the folder that the others find
         RunFolder(Path(given["out"])).check_free(given.get("overwrite") == "true")
         check_folder("--out", Path(given["out"]))
+    check_trackers(given.get("log", "").strip("[]").split(","))
     parse_range(given.get("data.value_range", "auto"))
     parse_bands(given.get("data.bands"))
     for option in ("init", "continue"):
@@ -37,6 +40,13 @@ def check_pretraining(args: Sequence[str]) -> None:
     check_model(given.get("model.init_args.encoder.model", "test_vit"))
     if "data.path" in given:
         check_place(given["data.path"], label_column=given.get("data.label_column"))
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuses a tracker whose package is not installed."""
+    for name in filter(None, names):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--log {name}: {name} is not installed", hint=f"pip install mim-suite[{name}]")
 
 
 def check_named(command: str, options: Mapping[str, Any]) -> None:

@@ -1,27 +1,18 @@
 """Where else a run's curves, pictures and settings go: TensorBoard's files beside it, Weights & Biases, MLflow."""
 
-import importlib.util
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from mim.errors import UserError
+from mim.options.pretraining import Tracker
 from mim.run.folder import RunFolder
 
-Tracker = Literal["tensorboard", "wandb", "mlflow"]
 PROJECT = "mim"
 """Where both keep runs together, unless their own variables of the environment say otherwise."""
-
-
-def check_trackers(names: Sequence[Tracker]) -> None:
-    """Refuses a tracker whose package is not installed."""
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"--log {name}: {name} is not installed", hint=f"pip install mim-suite[{name}]")
 
 
 def build_trackers(names: Sequence[Tracker], run: RunFolder, settings: Mapping[str, Any]) -> list[Logger]:
