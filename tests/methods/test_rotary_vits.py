@@ -27,7 +27,7 @@ from mim.targets import FeatureTarget, PixelTarget
 DINOV3, MIXED = "vit_small_patch16_dinov3", "vit_small_patch16_rope_mixed_224"
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2}
 OPTIM = OptimConfig(blr=0.1, warmup_epochs=1)
-STEPS, SAVED = 4, 2
+STEPS, SAVED = 20, 7
 
 
 def encoder(model=DINOV3, **settings):
