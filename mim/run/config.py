@@ -15,6 +15,7 @@ from lightning import Trainer
 from mim.data.objects import is_object
 from mim.data.pixels import canonical_range
 from mim.data.pretrain import PretrainData
+from mim.data.remote import is_url
 from mim.errors import UserError
 from mim.methods import Method  # and with it every method, by class_path
 from mim.options.class_paths import PluginError, known_class_paths, plugins_in_use
@@ -228,8 +229,8 @@ def save_config(config: Namespace, path: Path) -> None:
 
 
 def absolute(path: str) -> str:
-    """A path, or pattern of paths, for any working directory; names of built-in images and of objects stay."""
-    return path if path in BUILT_IN or is_object(path) else os.path.abspath(os.path.expanduser(path))
+    """A path, or pattern of paths, for any working directory; URLs, names of built-in images and of objects stay."""
+    return path if path in BUILT_IN or is_object(path) or is_url(path) else os.path.abspath(os.path.expanduser(path))
 
 
 def with_absolute_paths(config: Namespace) -> Namespace:
