@@ -152,7 +152,7 @@ def test_masks_are_drawn_on_the_device_without_waiting(name):
 
 
 def test_masks_of_blocks_are_drawn_on_the_cpu_and_sent():
-    method, data = prepared("ibot")
+    method, _ = prepared("ibot")
     assert type(method.masking).__name__ in ON_THE_CPU
     with machine() as present:
         without_values(method, CUDA)
@@ -225,7 +225,7 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("kind", ["linear", "knn", pytest.param("upernet", marks=pytest.mark.middle)])
 def test_segmentation_learns_without_waiting(kind):
     encoder = Encoder("test_vit", img_size=32, patch_size=8)
     taps = range(4) if kind == "upernet" else range(2)
@@ -257,6 +257,7 @@ def test_fine_tuning_learns_without_waiting(mixed):
     assert (loss.device, loss.dtype) == (CUDA, torch.float32)
 
 
+@pytest.mark.middle
 @pytest.mark.parametrize("name", EVERY)
 def test_tokens_are_reduced_without_waiting(name):
     model = TokenReducedViT(build("plain"), EVERY[name]())
