@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mim.masking.base import Masking
 from mim.masking.uniform import all_but_smallest
-from mim.options.ranges import Count, SomeShare
 from mim.randomness import RowGenerator
 
 _ATTEMPTS = 8  # to place all blocks so that enough context is left
@@ -57,11 +56,11 @@ class MultiBlockMasking(Masking):
 
     def __init__(
         self,
-        targets: Count = 4,
+        targets: int = 4,
         target_scale: Range = (0.15, 0.2),
         target_aspect: Range = (0.75, 1.5),
         context_scale: Range = (0.85, 1.0),
-        least_context: SomeShare = 0.05,
+        least_context: float = 0.05,
         released: bool = False,
     ) -> None:
         super().__init__()
@@ -72,6 +71,8 @@ class MultiBlockMasking(Masking):
         ):
             if not 0 < low <= high <= most:
                 raise ValueError(f"{name} [{low}, {high}] is no range from above 0 to {most}")
+        if targets < 1 or not 0 < least_context <= 1:
+            raise ValueError(f"targets {targets} is no number of blocks, or least_context {least_context} no share")
         self.targets, self.least_context, self.released = targets, least_context, released
         self.target_scale, self.target_aspect = tuple(target_scale), tuple(target_aspect)
         self.context_scale = tuple(context_scale)

@@ -58,7 +58,7 @@ class IJEPA(Method):
         optim: OptimConfig = OptimConfig(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(encoder, masking, optim)
-        self.predictor = Predictor(
+        self.predictor = BlockPredictor(
             encoder.dim, encoder.grid, encoder.num_prefix, predictor_width, predictor_depth, predictor_heads
         )
         initialise(self.predictor)
@@ -158,7 +158,7 @@ class IJEPA(Method):
         }
 
 
-class Predictor(nn.Module):
+class BlockPredictor(nn.Module):
     """Says what stands at places that the encoder has not seen: its tokens and one query per place, then blocks.
 
     Args:
