@@ -125,6 +125,16 @@ def pixel_targets(
     return (patches - mean) / std
 
 
+def by_channel(patches: Tensor, channels: int) -> Tensor:
+    """Pixels of patches sorted by channel: ``(B, N, p*p*C)`` to ``(B, N, C, p*p)``."""
+    return patches.unflatten(-1, (-1, channels)).transpose(-1, -2)
+
+
+def from_channels(patches: Tensor) -> Tensor:
+    """The inverse of :func:`by_channel`."""
+    return patches.transpose(-1, -2).flatten(-2)
+
+
 def visible_indices(mask: Tensor, count: int | None = None) -> Tensor:
     """Where the visible patches are, in raster order.
 

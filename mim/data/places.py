@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mim.data.files import SUFFIXES, ImageError
 from mim.data.folders import images_in, scan
-from mim.data.shards import expand_shards
+from mim.data.remote import check_first_shard, is_url
+from mim.data.shards import LocalShards
 from mim.data.tables import read_list
 from mim.errors import UserError
 
@@ -26,7 +27,7 @@ def check_place(data: str, otherwise: str | None = OTHERWISE, label_column: str 
     """Refuses what cannot hold images: no such place, a file of another type, a folder or list without any.
 
     Args:
-        data: a folder, list or pattern of tar shards.
+        data: a folder, list, or pattern of tar shards or of URLs of some.
         otherwise: what to try if there is no such place.
         label_column: column of a table that holds the labels.
 
@@ -36,20 +37,25 @@ def check_place(data: str, otherwise: str | None = OTHERWISE, label_column: str 
     path = Path(data).expanduser()
     if data in BUILT_IN or data.startswith(PREFIX):
         return
-    if path.is_dir():
+    if is_url(data):
+        check_first_shard(data)
+    elif path.is_dir():
         if next(images_in(path, below=True), None) is None and not (found := scan(path)).images:
             raise no_images(path, found.ignored, found.folders)
     elif is_list(path):
         if path.stat().st_size <= _SMALL:
             read_list(path, label_column)
     elif is_shards(path):
-        expand_shards(str(path))
+        LocalShards(str(path))
     else:
         raise not_a_source(data, path, otherwise)
 
 
 def check_folder_of_masks(data: str) -> None:
     """Refuses a folder that is not there, where images with masks are expected."""
+    if is_url(data):
+        hint = "a folder on this disk"
+        raise UserError(f"--data {data}: images with masks are not read from a URL", hint=hint)
     if data not in BUILT_IN and not Path(data).expanduser().is_dir():
         hint = "--data builtin   or   --data shapes   for built-in masks"
         raise UserError(f"--data {data}: no such folder", hint=hint)
