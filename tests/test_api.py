@@ -23,8 +23,6 @@ from mim.data.shapes import ShapeSource
 from mim.errors import InterruptedRunError, MachineError
 from mim.evaluation.features import pooled_features
 
-pytestmark = pytest.mark.usefixtures("quick_probes")
-
 TINY = Path(__file__).parent / "tiny.yaml"
 QUICK = {"config": TINY, "epochs": 2, "pictures": 1, "probe_images": 10, "eval_every": 5, "save_every": 0.5}
 

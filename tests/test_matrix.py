@@ -37,8 +37,6 @@ from mim.report import write_report
 from mim.run.comparison import collect, strips, tables
 from mim.run.weights import load_encoder, load_method, untrained_encoder
 
-pytestmark = pytest.mark.usefixtures("quick_probes")
-
 CHANNELS = (1, 3, 4, 6)
 SIZES = {"square": (16, 16), "wide": (16, 24)}
 TOKENS = {"plain": {}, "registers": {"reg_tokens": 2}, "no class token": {"class_token": False, "global_pool": "avg"}}

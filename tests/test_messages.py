@@ -12,8 +12,6 @@ from PIL import Image
 
 from mim.cli import main
 
-pytestmark = pytest.mark.usefixtures("quick_probes")
-
 TINY = str(Path(__file__).with_name("tiny.yaml"))
 
 

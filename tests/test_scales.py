@@ -17,8 +17,6 @@ from mim.encoder import Encoder
 from mim.interop import ModelCard
 from mim.run.weights import export_backbone
 
-pytestmark = pytest.mark.usefixtures("quick_probes")
-
 SCALES = {
     "uint8 pictures": EIGHT_BIT,
     "uint8, 20 to 180": Pixels((20.0,), (180.0,), "uint8"),

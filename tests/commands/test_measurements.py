@@ -13,8 +13,6 @@ import yaml
 from mim.cli import main
 from mim.run.weights import load_encoder, load_method
 
-pytestmark = pytest.mark.usefixtures("quick_probes")
-
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 
 

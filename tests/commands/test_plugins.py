@@ -20,8 +20,6 @@ from mim.masking import HardPatchMasking
 from mim.methods import HPM
 from mim.targets import PixelTarget
 
-pytestmark = pytest.mark.usefixtures("quick_probes")
-
 torch.mim_plugin_ran = True
 
 
