@@ -26,7 +26,7 @@ from mim.reduction.attention import Attending, can_be_halved, mlp_half
 from mim.reduction.base import TokenReduction
 from mim.reduction.schedule import KeepRate
 from mim.reduction.tokens import Tokens
-from mim.vit import ViT
+from mim.vit import ViT, without_weights
 
 _MOVING = ("rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords")
 _MAX_PATCHES = 1 << 18  # 512 x 512
@@ -462,7 +462,7 @@ def _skeleton(model: str) -> ViT:
             hint="--model local-dir:FOLDER with the model on this machine, or a network connection",
         )
     try:
-        with torch.device("meta"):
+        with without_weights():
             skeleton = timm.create_model(model, num_classes=0)
     except (RuntimeError, ValueError) as error:  # the latter for what looks like a path
         if not str(error).startswith(("Unknown model", "Invalid pretrained tag", "Model name")):

@@ -125,6 +125,16 @@ def pixel_targets(
     return (patches - mean) / std
 
 
+def by_channel(patches: Tensor, channels: int) -> Tensor:
+    """Pixels of patches sorted by channel: ``(B, N, p*p*C)`` to ``(B, N, C, p*p)``."""
+    return patches.unflatten(-1, (-1, channels)).transpose(-1, -2)
+
+
+def from_channels(patches: Tensor) -> Tensor:
+    """The inverse of :func:`by_channel`."""
+    return patches.transpose(-1, -2).flatten(-2)
+
+
 def visible_indices(mask: Tensor, count: int | None = None) -> Tensor:
     """Where the visible patches are, in raster order.
 
@@ -153,6 +163,50 @@ def visible_indices(mask: Tensor, count: int | None = None) -> Tensor:
 def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
     """Chosen tokens of every image: ``(B, N, D)`` at ``(B, K)`` to ``(B, K, D)``."""
     return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[2]))
+
+
+def hidden_places(mask: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Image, patch and weight of every hidden patch; weights are 1 / (hidden patches of the same image).
+
+    Args:
+        mask: ``(B, N)`` bool. On the CPU its hidden patches are counted; anywhere else that would make the CPU wait,
+            and every image gets ``most`` places, those that are not hidden with weight 0.
+        most: no image hides more.
+
+    Returns:
+        ``(M,)`` each.
+    """
+    if mask.device.type == "cpu":
+        image, patch = mask.nonzero(as_tuple=True)
+        return image, patch, 1 / mask.sum(dim=1)[image]
+    return padded_places(mask, most)
+
+
+def measured_weights(weight: Tensor, image: Tensor, measured: Tensor, images: int) -> Tensor:
+    """``weight (M,)`` of hidden places, 0 where the patch is mostly nodata; those of an image sum to 1 again, or to 0.
+
+    Args:
+        weight: as :func:`hidden_places` gives it.
+        image: ``(M,)``.
+        measured: ``(M,)`` bool.
+        images: how many there are.
+    """
+    kept = weight * measured
+    total = kept.new_zeros(images).index_add(0, image, kept)
+    return kept / total[image].clamp(min=1e-6)
+
+
+def measured_mean(patches: Tensor, measured: Tensor) -> Tensor:
+    """Mean ``(D,)`` of ``(..., D)`` over the places where ``measured (...)`` is True."""
+    return (patches * measured[..., None]).sum(dim=tuple(range(measured.dim()))) / measured.sum().clamp(min=1)
+
+
+def padded_places(mask: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`hidden_places`, with ``most`` places for every image, ``M = B * most``, whatever it hides."""
+    places = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, most)
+    image = torch.arange(len(mask), device=mask.device)[:, None].expand_as(places)
+    weight = mask.gather(1, places) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return image.flatten(), places.flatten(), weight.flatten()
 
 
 def _pair(patch_size: int | tuple[int, int]) -> tuple[int, int]:

@@ -6,6 +6,7 @@ numbers.
 """
 
 import hashlib
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,6 +89,15 @@ class RowGenerator:
         self._draws += count
         bits = _mix(self.keys[:, None] + counter * _GAMMA)  # (B, count)
         return ((bits >> 40) & 0xFFFFFF).float().div(1 << 24).view(len(self.keys), *shape)
+
+    def randn(self, *shape: int) -> Tensor:
+        """``(B, *shape)`` float32, normal with deviation 1; every call gives new numbers."""
+        count = int(torch.Size(shape).numel())
+        share, turn = self.rand(2, (count + 1) // 2).unbind(1)
+        radius = (-2 * (1 - share).log()).sqrt()  # Box and Muller; 1 - share is never 0
+        angle = 2 * math.pi * turn
+        both = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
+        return both[:, :count].reshape(len(self.keys), *shape)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from torch import Tensor
 from mim.encoder import Encoder
 from mim.errors import UserError
 from mim.layers.decoder import Decoder, FillMasked, Trunk
+from mim.layers.distillation import STUDENT_TEMPERATURE
+from mim.layers.prototypes import Head
 from mim.methods import HPM, IBOT, MAE, Batch, Method
-from mim.methods.ibot import STUDENT_TEMPERATURE, Head
 from mim.patches import gather_tokens, visible_indices
 
 
@@ -63,13 +64,16 @@ def plain_ibot_loss(method: IBOT, batch: Batch) -> Tensor:
     """The loss of iBOT as written: every token meets every prototype, for student and teacher."""
     views, labels = batch[:2]
     images, count, teacher = torch.cat(views[:2]), len(labels), method.teacher.module
+    if method.teaching.center != "all" or method.koleo.weight or method.head.patch_mlp is not None:
+        raise UserError("--against plain: the parts of DINOv2 have no plain formulation", hint="--against OTHER.yaml")
     with torch.no_grad():
         if method.masking.guided:
             tokens, scores = method.evaluated.forward_with_attention(images)
         else:
             tokens, scores = method.evaluated(images), None
         taught, taught_patches = _all_logits(teacher["head"], tokens, method.encoder.num_prefix)
-        method.mean_logits.append(torch.stack([taught.mean(dim=0), taught_patches.mean(dim=(0, 1))]))
+        means = torch.stack([taught.mean(dim=0), taught_patches.mean(dim=(0, 1))])
+        method.mean_logits.append((means, torch.ones_like(means[:, :1])))
         center, patch_center = method.centers
         targets = ((taught - center) / method.temperature(method.teaching.temperature)).softmax(dim=-1)
         patch_temperature = method.temperature(method.teaching.patch_temperature)

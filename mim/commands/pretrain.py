@@ -15,6 +15,7 @@ from lightning import Trainer
 from mim.callbacks import Checkpoints, Evaluation, NaNDump, RunLog, Signals
 from mim.data.pixels import EIGHT_BIT
 from mim.data.pretrain import PretrainData
+from mim.data.remote import keep_index, restore_index
 from mim.distributed.devices import best_precision
 from mim.distributed.processes import INTERRUPTED, process_rank
 from mim.distributed.sharding import ShardedStrategy
@@ -132,13 +133,15 @@ class Pretraining:
     def _open_data(self) -> None:
         """Finds the images; those of a resumed run may have moved."""
         encoder = self.method.evaluated
+        if self.resumed is not None:
+            restore_index(self.data.path, self.resumed.path)
         try:
             self.data.open(encoder.img_size, encoder.in_chans, self.options.seed)
         except UserError as error:
             if self.resumed is None or Path(self.data.path).exists():
                 raise
             hint = f"--resume {self.resumed.path} --data NEW --allow_change data.path   if they have moved"
-            raise UserError(error.error, why="the run was started with these images", hint=hint) from error
+            raise UserError(error.error, why=error.why or "the run was started with these images", hint=hint) from error
         if self.resumed is not None and "data.path" not in self.config.allow_change.split(","):
             check_number_of_images(self.resumed, len(self.data.source))
 
@@ -231,6 +234,7 @@ class Pretraining:
             plugins = [f"--plugin={','.join(self.config.plugin)}"] if self.config.plugin else []
             folder.write_origin([*args, *plugins])
             save_config(with_absolute_paths(self.config), folder.config)
+            keep_index(self.data.path, folder.path)
         if self.rank == 0:
             self.data.bad_files.write_to(folder.bad_files)
         return folder

@@ -47,6 +47,10 @@ class UnmeasuredError(ImageError):
     """A part of an image in which next to nothing was measured: passed over, and not called unreadable."""
 
 
+class NothingReadableError(RuntimeError):
+    """So much cannot be read that it is hardly the images."""
+
+
 class NodataError(ValueError):
     """Next to nothing was measured."""
 

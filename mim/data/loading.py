@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
+from mim.data.files import NothingReadableError
 from mim.errors import MachineError
 
 STALL = 120
@@ -28,10 +29,6 @@ _LONGEST_NAME = 1024
 def loader_processes(given: int | None) -> int:
     """Loader processes: as many as given, or one per core, at most 16."""
     return min(16, len(os.sched_getaffinity(0))) if given is None else given
-
-
-class NothingReadableError(RuntimeError):
-    """So many images in a row cannot be read that it is hardly the images."""
 
 
 class WatchedLoader(DataLoader[Any]):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mim.data.files import SUFFIXES, ImageError
 from mim.data.folders import images_in, scan
-from mim.data.shards import expand_shards
+from mim.data.remote import check_first_shard, is_url
+from mim.data.shards import LocalShards
 from mim.data.tables import read_list
 from mim.errors import UserError
 
@@ -19,6 +20,9 @@ OTHERWISE = "leave --data out for the built-in images"
 BUILT_IN = ("builtin", "shapes")
 PREFIX = "python:"
 """How names of objects of Python begin that were handed over; no path does."""
+MEASUREMENTS = (".dcm", ".dicom", ".ima", ".h5", ".hdf5", ".hdf", ".nc", ".zarr", ".zarray", ".nii", ".nii.gz", ".fits")
+"""Endings of files with numbers that are not read."""
+AS_TIFF = "a TIFF or .npy file for each image, which keep the numbers (docs/data.md)"
 _SMALL = 1 << 20  # bytes of a list that is read for a look alone, and again for the run
 
 
@@ -26,7 +30,7 @@ def check_place(data: str, otherwise: str | None = OTHERWISE, label_column: str 
     """Refuses what cannot hold images: no such place, a file of another type, a folder or list without any.
 
     Args:
-        data: a folder, list or pattern of tar shards.
+        data: a folder, list, or pattern of tar shards or of URLs of some.
         otherwise: what to try if there is no such place.
         label_column: column of a table that holds the labels.
 
@@ -36,20 +40,25 @@ def check_place(data: str, otherwise: str | None = OTHERWISE, label_column: str 
     path = Path(data).expanduser()
     if data in BUILT_IN or data.startswith(PREFIX):
         return
-    if path.is_dir():
+    if is_url(data):
+        check_first_shard(data)
+    elif path.is_dir():
         if next(images_in(path, below=True), None) is None and not (found := scan(path)).images:
             raise no_images(path, found.ignored, found.folders)
     elif is_list(path):
         if path.stat().st_size <= _SMALL:
             read_list(path, label_column)
     elif is_shards(path):
-        expand_shards(str(path))
+        LocalShards(str(path))
     else:
         raise not_a_source(data, path, otherwise)
 
 
 def check_folder_of_masks(data: str) -> None:
     """Refuses a folder that is not there, where images with masks are expected."""
+    if is_url(data):
+        hint = "a folder on this disk"
+        raise UserError(f"--data {data}: images with masks are not read from a URL", hint=hint)
     if data not in BUILT_IN and not Path(data).expanduser().is_dir():
         hint = "--data builtin   or   --data shapes   for built-in masks"
         raise UserError(f"--data {data}: no such folder", hint=hint)
@@ -71,8 +80,12 @@ def no_images(
     """What is told of folders or tar files without images, with what was found in them instead."""
     found = ", ".join(f"{kind} {count}" for kind, count in ignored.most_common(5)) or "no files"
     hint = "convert the images, for example to .jpg" if ignored else None
+    if any(kind.endswith(MEASUREMENTS) for kind in ignored):
+        hint = AS_TIFF
     if ".tar" in ignored:
         hint = f"--data '{data}/NAME-{{0000..0099}}.tar'"
+    if str(data).lower().rstrip("/").endswith(MEASUREMENTS):  # Zarr is a folder
+        hint = AS_TIFF
     return UserError(
         f"--data {data}: 0 images in {places} {place}{'s' * (places != 1)}",
         why=str(damaged[0]) if damaged else f"found {found}; readable types are {' '.join(SUFFIXES)}",
@@ -86,6 +99,7 @@ def not_a_source(data: str, path: Path, otherwise: str | None) -> UserError:
         why = "a folder, a .txt, .csv or .tsv list, or .tar files are expected"
         packed = path.suffix.lower() in (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
         instead = "unpack it into a folder" if packed else f"--data {path.parent}"
+        instead = AS_TIFF if path.name.lower().endswith(MEASUREMENTS) else instead
         return UserError(f"--data {data} is a file of another type", why=why, hint=instead)
     folder = next(parent for parent in path.absolute().parents if os.access(parent, os.R_OK))
     nearby = {f"{name}/" if (folder / name).is_dir() else name for name in sorted(os.listdir(folder))}

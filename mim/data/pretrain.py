@@ -38,8 +38,8 @@ class PretrainData(L.LightningDataModule):
     """Images to pretrain on.
 
     Args:
-        path: folder (nested or flat), list or CSV file, tar shards ``name-{0000..0099}.tar``, or the built-in sets
-            ``builtin`` (real photos) and ``shapes`` (generated).
+        path: folder (nested or flat), list or CSV file, tar shards ``name-{0000..0099}.tar``, here or behind ``s3://``,
+            ``https://`` or ``hf://``, or the built-in sets ``builtin`` (real photos) and ``shapes`` (generated).
         views: how images are cropped and augmented.
         batch_size: global batch size, over all devices and accumulation.
         num_workers: loader processes; ``auto`` is one per core, at most 16.

@@ -9,10 +9,10 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from braceexpand import braceexpand
 
@@ -38,6 +38,7 @@ class Member(NamedTuple):
         offset: where its content starts in the tar file, in bytes.
         size: of its content, in bytes.
         ordinary: False for links, devices and pipes.
+        content: what it holds, if that was read with its header.
     """
 
     shard: str
@@ -45,6 +46,7 @@ class Member(NamedTuple):
     offset: int
     size: int
     ordinary: bool
+    content: bytes | None = None
 
     @property
     def path(self) -> str:
@@ -64,28 +66,95 @@ class Member(NamedTuple):
         return folder + slash + name.partition(".")[0]
 
 
+Place = tuple[int, int, int]
+"""Number of a tar file, offset and size in it, in bytes."""
+
+
+class Shards(Protocol):
+    """Tar files, wherever they are.
+
+    Attributes:
+        names: their paths or URLs, in the order of their images.
+    """
+
+    names: list[str]
+
+    def members(self, damaged: list[ImageError]) -> Iterable[Member]:
+        """All whole members in order; what is wrong with the others is appended to ``damaged``."""
+        ...
+
+    def content(self, member: Member) -> bytes:
+        """A small member's content."""
+        ...
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """``size`` bytes at ``offset`` of the tar file of that number, fewer at its end; raises ``OSError``."""
+        ...
+
+    def fetch(self, places: Sequence[Place]) -> None:
+        """Makes the next reads of these places quick."""
+        ...
+
+
+class LocalShards:
+    """``Shards`` on this disk; raises ``UserError`` if one is missing."""
+
+    def __init__(self, pattern: str) -> None:
+        self.names = expand_shards(pattern)
+        missing = [shard for shard in self.names if not os.path.isfile(shard)]
+        if missing:
+            raise missing_shards(pattern, missing, len(self.names))
+
+    def members(self, damaged: list[ImageError]) -> Iterator[Member]:
+        """See :class:`Shards`."""
+        for shard in self.names:
+            try:
+                with open(shard, "rb", buffering=0) as file:
+                    yield from tar_members(shard, file, os.path.getsize(shard), damaged)
+            except OSError as error:
+                damaged.append(ImageError(shard, str(error)))
+
+    def content(self, member: Member) -> bytes:
+        """See :class:`Shards`."""
+        return _read_part(member.shard, member.offset, member.size)
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """See :class:`Shards`."""
+        return _read_part(self.names[shard], offset, size)
+
+    def fetch(self, places: Sequence[Place]) -> None:
+        """See :class:`Shards`: a disk is quick."""
+
+
 def expand_shards(pattern: str) -> list[str]:
-    """The tar files that a pattern such as ``train-{0000..0099}.tar`` names; raises ``UserError`` if one is missing."""
+    """The names that a pattern such as ``train-{0000..0099}.tar`` stands for; raises ``UserError`` if it is none."""
     spans = [(int(start), int(end)) for start, end in re.findall(r"{(-?\d+)\.\.(-?\d+)", pattern)]
     count = prod(abs(end - start) + 1 for start, end in spans)
     if count > MAX_SHARDS:  # before it is expanded: that would take all memory
         hint = "--data 'train-{0000..0099}.tar'"
         raise UserError(f"--data {pattern} names {count:,} tar files, more than {MAX_SHARDS:,}", hint=hint)
     try:
-        shards = list(islice(braceexpand(pattern), MAX_SHARDS))
+        return list(islice(braceexpand(pattern), MAX_SHARDS))
     except ValueError as error:
         raise UserError(f"--data {pattern}: {error}", hint="--data 'train-{0000..0099}.tar'") from None
-    missing = [shard for shard in shards if not os.path.isfile(shard)]
-    if missing:
-        raise UserError(f"--data {pattern}: {len(missing)} of {len(shards)} tar files are missing, first {missing[0]}")
-    return shards
 
 
-def tar_members(shard: str, damaged: list[ImageError]) -> Iterator[Member]:
-    """The whole members of a tar file but its folders; what is wrong with the others is appended to ``damaged``."""
+def missing_shards(pattern: str, missing: Sequence[str], count: int) -> UserError:
+    """What is told of shards that are not there."""
+    return UserError(f"--data {pattern}: {len(missing)} of {count} tar files are missing, first {missing[0]}")
+
+
+def tar_members(shard: str, file: io.RawIOBase, length: int, damaged: list[ImageError]) -> Iterator[Member]:
+    """The whole members of a tar file but its folders.
+
+    Args:
+        shard: what it is called.
+        file: the same, open; only headers are read.
+        length: of the file in bytes.
+        damaged: what is wrong with other members is appended to it.
+    """
     try:
-        length = os.path.getsize(shard)
-        with _Headers(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with _Headers(file) as headers, tarfile.open(fileobj=headers, mode="r:") as tar:
             for info in tar:
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header, and has no option
                 if problem := _problem(info, length):
@@ -95,21 +164,25 @@ def tar_members(shard: str, damaged: list[ImageError]) -> Iterator[Member]:
                 if info.size < 0:  # the next header would be this one, for ever
                     return
             # tarfile takes a damaged header for the end, which is a block of zeros or the end of the file.
-            if any(read_part(shard, tar.offset, tarfile.BLOCKSIZE)):
+            file.seek(tar.offset)
+            if any(file.read(tarfile.BLOCKSIZE) or b""):
                 raise tarfile.ReadError(f"damaged header at byte {tar.offset}, the rest is not read")
     except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError) as error:
         damaged.append(ImageError(shard, str(error) or type(error).__name__))
 
 
-def read_part(shard: str, offset: int, size: int) -> bytes:
-    """``size`` bytes at ``offset``, fewer at the file's end."""
+def _read_part(shard: str, offset: int, size: int) -> bytes:
     with open(shard, "rb") as file:
         file.seek(offset)
         return file.read(size)
 
 
-def read_label(member: Member) -> str | None:
+def read_label(member: Member, content: Callable[[Member], bytes]) -> str | None:
     """The class in a ``.cls`` member (its text) or a ``.json`` member (its ``label``, ``class`` or ``target``).
+
+    Args:
+        member: of a shard.
+        content: reads it.
 
     Returns:
         Empty if there is none, None if there are several.
@@ -117,7 +190,7 @@ def read_label(member: Member) -> str | None:
     if member.size > MAX_LABEL_BYTES:
         return ""
     try:
-        text = read_part(member.shard, member.offset, member.size).decode()
+        text = content(member).decode()
         if member.name.lower().endswith(".cls"):
             return text.strip()
         fields = json.loads(text)
@@ -130,13 +203,22 @@ def read_label(member: Member) -> str | None:
     return None if isinstance(label, list | dict) else str(label).strip()
 
 
-class _Headers(io.FileIO):
+class _Headers(io.RawIOBase):
     """A tar file of which tarfile reads headers only: one that claims to be huge is refused, not allocated."""
+
+    def __init__(self, file: io.RawIOBase) -> None:
+        self._file = file
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {size} bytes")
-        return super().read(size) or b""
+        return self._file.read(size) or b""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 def _problem(info: tarfile.TarInfo, length: int) -> str | None:

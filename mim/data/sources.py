@@ -23,7 +23,8 @@ from mim.data.layouts import HELD_OUT, counted, find_layout, mask_folders, same_
 from mim.data.loading import reading
 from mim.data.pixels import EIGHT_BIT, Pixels
 from mim.data.places import OTHERWISE, is_list, is_shards, no_images, not_a_source
-from mim.data.shards import expand_shards, read_part, tar_members
+from mim.data.remote import RemoteShards, is_url
+from mim.data.shards import LocalShards, Shards
 from mim.data.tables import Table, read_list
 from mim.data.tar_samples import sort_members
 from mim.errors import UserError, printable
@@ -126,6 +127,9 @@ class FileSource(ABC):
         with reading(name):
             return read_image(self.encoded(index), self.channels, name, self.pixels)
 
+    def fetch(self, indices: Sequence[int]) -> None:  # noqa: B027 - a disk needs nothing
+        """Makes reading these images next quick, where that takes more than a disk."""
+
     def kind(self, index: int, image: Tensor) -> str:
         """Type of the numbers in the file that gave ``image``; raises ``ImageError``."""
         return stored_type(self.encoded(index), image, self.channels, self.pixels)
@@ -223,12 +227,12 @@ class TarSource(FileSource):
     """
 
     def __init__(self, pattern: str, channels: int = 3, label_column: str | None = None) -> None:
-        shards = expand_shards(pattern)
+        shards: Shards = RemoteShards(pattern) if is_url(pattern) else LocalShards(pattern)
         damaged: list[ImageError] = []
-        found = sort_members(member for shard in shards for member in tar_members(shard, damaged))
+        found = sort_members(shards.members(damaged), shards.content)
         images, ignored = found.images, found.ignored
         if not images:
-            raise no_images(pattern, ignored, len(shards), "tar file", damaged)
+            raise no_images(pattern, ignored, len(shards.names), "tar file", damaged)
         labels = {} if label_column else found.labels
         unclear = None
         if labels:
@@ -237,18 +241,22 @@ class TarSource(FileSource):
             class_names: list[str] | None = [same_name(labels[image.path]) for image in images]
         else:
             class_names, unclear = folder_classes([image.name for image in images], label_column)
-        name = Path(shards[0]).stem
-        name = name if len(shards) == 1 else name.rstrip("-_0123456789")
+        name = Path(shards.names[0].partition("?")[0]).stem
+        name = name if len(shards.names) == 1 else name.rstrip("-_0123456789")
         super().__init__(name, (image.path for image in images), class_names, channels)
         self.ignored, self.damaged, self._shards, self.unclear = ignored, damaged, shards, unclear or found.unclear
-        number = {shard: number for number, shard in enumerate(shards)}
+        number = {shard: number for number, shard in enumerate(shards.names)}
         self._places = np.array([(number[i.shard], i.offset, i.size) for i in images], dtype=np.int64)  # (images, 3)
+
+    def fetch(self, indices: Sequence[int]) -> None:
+        """See :meth:`FileSource.fetch`."""
+        self._shards.fetch([tuple(place) for place in self._places[list(indices)].tolist()])
 
     def encoded(self, index: int) -> bytes:
         """The member's content."""
         shard, offset, size = self._places[index].tolist()
         try:
-            return read_part(self._shards[shard], offset, size)
+            return self._shards.read(shard, offset, size)
         except OSError as error:
             raise ImageError(self.describe(index), error.strerror or str(error)) from None
 
@@ -264,8 +272,9 @@ def open_source(
 
     Args:
         data: a folder, a ``.txt``, ``.csv`` or ``.tsv`` list, a ``.tar`` file, or tar shards as
-            ``train-{0000..0099}.tar``. A folder with a training part and one to score gives both, whatever they are
-            called (:data:`mim.data.layouts.PARTS`), as does a table with a column ``split``.
+            ``train-{0000..0099}.tar``, on the disk or behind URLs. A folder with a training part and one to score
+            gives both, whatever they are called (:data:`mim.data.layouts.PARTS`), as does a table with a column
+            ``split``.
         channels: of the images.
         same_classes: refuse parts whose classes differ.
         otherwise: what to try if there is no such place.
@@ -274,6 +283,8 @@ def open_source(
     Raises:
         UserError: if there is nothing to read, or the parts have different classes.
     """
+    if is_url(data):
+        return TarSource(data, channels, label_column), None
     path = Path(data).expanduser()
     if path.is_dir():
         train, held = _open_folder(path, channels, label_column)

@@ -1,7 +1,7 @@
 """Which members of tar files are images, and which belong to them: masks, labels, duplicates and waste."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from mim.data.folders import Unclear, file_type, is_image, mask_folders_of, suffix_of, without_masks
@@ -27,8 +27,13 @@ class Samples(NamedTuple):
     unclear: Unclear | None
 
 
-def sort_members(members: Iterable[Member]) -> Samples:
-    """Tells images from what belongs to them."""
+def sort_members(members: Iterable[Member], content: Callable[[Member], bytes]) -> Samples:
+    """Tells images from what belongs to them.
+
+    Args:
+        members: of all shards, in order.
+        content: reads a small one.
+    """
     ignored: Counter[str] = Counter()
     images: dict[str, Member] = {}
     labels: dict[str, str] = {}
@@ -44,7 +49,7 @@ def sort_members(members: Iterable[Member]) -> Samples:
             images.pop(member.path, None)  # tar keeps the last
             images[member.path] = member
         elif suffix_of(name) in ("cls", "json") and not name.startswith("._"):
-            label = read_label(member)
+            label = read_label(member, content)
             several = several or ("" if isinstance(label, str) else member.path)
             if isinstance(label, str) and label:
                 labels[member.stem] = label

@@ -7,8 +7,10 @@ from torch import Tensor
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the CPU on ``device``; from pinned memory, so that a GPU is not waited for."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+    """A small tensor on ``device``; from the CPU through pinned memory, so that a GPU is not waited for."""
+    if device.type != "cuda" or values.device.type != "cpu":  # what lies on a GPU cannot be pinned
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def best_precision(cuda: bool) -> Literal["bf16-mixed", "32-true"]:

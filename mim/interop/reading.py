@@ -18,6 +18,7 @@ from mim.interop.hf_folder import MODEL_TYPES
 from mim.interop.layouts import NoViTError, named_tensors, to_timm
 from mim.interop.sharded import INDEX, refuse_part, shards_of
 from mim.interop.unpickling import unpickled
+from mim.vit import without_weights
 
 CHECKSUMS = "SHA256SUMS"
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
@@ -149,7 +150,7 @@ def check_timm_folder(folder: Path, option: str) -> None:
             raise ValueError(f"a {settings['model_type']} of Hugging Face is not read; {', '.join(MODEL_TYPES)} are")
         if int(settings.get("model_args", {}).get("depth", 0)) > _DEPTH:
             raise ValueError(f"it asks for a model of more than {_DEPTH} blocks")
-        with torch.device("meta"):
+        with without_weights():
             model = timm.create_model(f"local-dir:{folder}", num_classes=0)
         needed = sum(value.nbytes for value in model.state_dict().values())
         size = sum(file.stat().st_size for file in _files_of(weights, option))

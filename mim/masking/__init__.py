@@ -7,6 +7,7 @@ from mim.masking.block import BlockMasking
 from mim.masking.boxes import BoxMasking
 from mim.masking.grid import GridMasking
 from mim.masking.hard_patch import HardPatchMasking
+from mim.masking.multi_block import MultiBlockMasking
 from mim.masking.rectangle import RectangleMasking
 from mim.masking.sampled import SampledMasking
 from mim.masking.uniform import RandomMasking, VaryingRandomMasking
@@ -19,6 +20,7 @@ __all__ = [
     "GridMasking",
     "HardPatchMasking",
     "Masking",
+    "MultiBlockMasking",
     "RandomMasking",
     "RectangleMasking",
     "SampledMasking",

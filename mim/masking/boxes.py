@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mim.distributed.devices import send
 from mim.masking.uniform import RandomMasking
 from mim.randomness import RowGenerator
 
@@ -42,7 +43,7 @@ class BoxMasking(RandomMasking):
     def draw(self, generator: RowGenerator, grid: tuple[int, int], scores: Tensor | None, progress: float) -> Tensor:
         """``(B, N)`` bool, True = hidden; see :meth:`Masking.draw`."""
         patches = grid[0] * grid[1]
-        covered = self._covered(grid).to(generator.device)  # (boxes, N)
+        covered = send(self._covered(grid), generator.device)  # (boxes, N)
         turn = generator.rand(len(covered))[..., None].where(covered, 2.0).amin(dim=1)  # (B, N), of a patch's first box
         turn = turn.where(turn < 2, 1 + generator.rand(patches))
         # The first in turn are hidden; of one box the first in raster order, which a stable sort keeps.

@@ -79,7 +79,7 @@ def rectangles(numbers: Tensor, grid: tuple[int, int], count: int) -> Tensor:
 def _rolled(mask: Tensor, numbers: Tensor) -> Tensor:
     """``(B, h, w)``, each shifted by its own share ``(B, 2)`` of the height and the width, round the edges."""
     rows, columns = mask.shape[1:]
-    down, right = (numbers * numbers.new_tensor([rows, columns])).long().unbind(1)
+    down, right = (numbers[:, 0] * rows).long(), (numbers[:, 1] * columns).long()
     row = (torch.arange(rows, device=mask.device) - down[:, None]) % rows  # (B, h)
     column = (torch.arange(columns, device=mask.device) - right[:, None]) % columns  # (B, w)
     batch = torch.arange(len(mask), device=mask.device)[:, None, None]

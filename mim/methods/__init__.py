@@ -2,16 +2,20 @@
 
 from mim.methods.adamae import AdaMAE
 from mim.methods.base import Batch, Method, NonFiniteError, OptimConfig, Plan
+from mim.methods.dtm import DTM
 from mim.methods.hpm import HPM
 from mim.methods.ibot import IBOT
+from mim.methods.ijepa import IJEPA
 from mim.methods.mae import MAE
 from mim.methods.momentum_mae import MomentumMAE
 from mim.methods.mp3 import MP3
 from mim.methods.simmim import SimMIM
 
 __all__ = [
+    "DTM",
     "HPM",
     "IBOT",
+    "IJEPA",
     "MAE",
     "MP3",
     "AdaMAE",

@@ -268,6 +268,17 @@ class Method(L.LightningModule):
         seed = derive_seed(self.plan.seed, "rows", self.global_step)
         return RowGenerator.for_rows(seed, self.first_row(batch_size, batch_idx), batch_size, device or self.device)
 
+    def all_rows(self, least: int = 0) -> RowGenerator:
+        """Random numbers for all images of a step, on the CPU: those of other processes and micro-batches, too.
+
+        What every process has to know of all of them is drawn everywhere, and nobody waits for it.
+
+        Args:
+            least: rows wanted at least, where a batch is larger than the plan says.
+        """
+        seed = derive_seed(self.plan.seed, "all rows", self.global_step)
+        return RowGenerator.for_rows(seed, 0, max(self.plan.batch_size, least))
+
     def health_warning(self, values: dict[str, float]) -> str | None:
         """What is wrong, and why, judged by the newest numbers that the method logged; None if nothing is."""
         return None

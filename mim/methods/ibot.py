@@ -2,7 +2,8 @@
 
 A student sees two large crops with patches hidden, and small crops. It has to give the class distribution that a
 slowly moving teacher gives to the other large crop, and at hidden patches the distribution that the teacher, to whom
-nothing is hidden, gives to that patch. With ``AttentionMasking`` this is AttMask (arXiv:2203.12719, 2022).
+nothing is hidden, gives to that patch. With ``AttentionMasking`` this is AttMask (arXiv:2203.12719, 2022). With
+``center: sinkhorn``, heads that share ``nothing``, KoLeo and registers it is DINOv2 (arXiv:2304.07193, 2023).
 
 Deviations:
     Prototypes are computed for class tokens and hidden patches only; the centre of the patches needs the mean of all
@@ -10,31 +11,35 @@ Deviations:
     Centres move once per optimizer step, by the logits of the whole global batch; the reference moves them at every
     micro-batch. Masks are drawn at the step, not in the loader, and in every epoch: the late start is Swin's alone.
     A warm-up that is longer than half of the run is cut short; its last step is not repeated.
+    DINOv2 hides patches of exactly half of the images, here each is drawn; both its heads have the same sizes, and the
+    patch embedding learns at the rate of the first block.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.checkpoint import checkpoint
 
+from mim.distributed.collectives import sum_over_processes
 from mim.distributed.devices import send
 from mim.distributed.sharding import total
 from mim.encoder import Encoder
+from mim.layers.distillation import STUDENT_TEMPERATURE, class_loss, hidden_losses
+from mim.layers.koleo import koleo
+from mim.layers.prototypes import Head
+from mim.layers.sinkhorn import sinkhorn
 from mim.layers.teacher import Teacher
 from mim.masking import Masking
 from mim.methods.base import Batch, Method, OptimConfig, hidden_last
 from mim.options.ranges import Count, NotNegative, Positive, Share, Whole
-from mim.patches import measured_patches, patchify, unpatchify
+from mim.patches import hidden_places, measured_mean, measured_patches, measured_weights, patchify, unpatchify
 from mim.randomness import RowGenerator
 from mim.schedules import cosine, linear
-
-STUDENT_TEMPERATURE = 0.1
-CHUNK = 2048  # patches whose logits are held at once: 64 MiB in fp32 for 8192 prototypes
 
 
 @dataclass(frozen=True)
@@ -45,15 +50,21 @@ class HeadConfig:
         prototypes: its outputs ``K``.
         hidden: width of its two hidden layers.
         bottleneck: width of what is compared with the prototypes.
-        shared: one set of prototypes for class token and patches, as in the released models; else two.
+        shared: what class token and patches have in common: ``true`` for MLP and prototypes, as in the released models
+            of iBOT; ``false`` for the MLP alone; ``nothing`` for two heads apart, as in DINOv2.
         unit_prototypes: prototypes keep length 1 (ViT-B and larger); else their length is learned (ViT-S).
     """
 
     prototypes: Count = 8192
     hidden: Count = 2048
     bottleneck: Count = 256
-    shared: bool = True
+    shared: bool | Literal["nothing"] = True
     unit_prototypes: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses another word."""
+        if self.shared not in (True, False, "nothing"):
+            raise ValueError(f"a head shares true, false or nothing, not {self.shared}")
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,10 @@ class TeacherConfig:
         patch_temperature: of the patch distributions after the warm-up.
         warmup_epochs: epochs over which temperatures rise, epoch by epoch; the last one has the final value.
         center_momentum: share of the centres that a step keeps.
+        center: what keeps the distributions from collapsing. ``all`` takes the moving mean of the logits of all patches
+            off (iBOT). ``hidden`` takes off that of hidden patches, so the teacher's head sees no others: another
+            function, and faster. ``sinkhorn`` balances class tokens, and hidden patches, over the prototypes within
+            the micro-batch of all processes, without a centre (DINOv2); logits of all hidden patches are then held.
     """
 
     momentum: Share = 0.996
@@ -75,6 +90,32 @@ class TeacherConfig:
     patch_temperature: Positive = 0.07
     warmup_epochs: Whole = 30
     center_momentum: Share = 0.9
+    center: Literal["all", "hidden", "sinkhorn"] = "all"
+
+    def __post_init__(self) -> None:
+        """Refuses another word."""
+        if self.center not in ("all", "hidden", "sinkhorn"):
+            raise ValueError(f"center {self.center} is none of all, hidden and sinkhorn")
+
+
+@dataclass(frozen=True)
+class KoLeoConfig:
+    """How much class tokens keep away from each other.
+
+    Args:
+        weight: of the term, which is the sum over both large crops; DINOv2 takes 0.1, and none is computed at 0.
+        neighbours: among whom the nearest is looked for: ``batch`` for the images of all processes, so that a run does
+            not depend on their number; ``process`` for those of one process alone, as in DINOv2. Micro-batches of
+            ``--accumulate`` are always apart.
+    """
+
+    weight: NotNegative = 0.0
+    neighbours: Literal["batch", "process"] = "batch"
+
+    def __post_init__(self) -> None:
+        """Refuses another word."""
+        if self.neighbours not in ("batch", "process"):
+            raise ValueError(f"neighbours are those of a batch or a process, not of a {self.neighbours}")
 
 
 class IBOT(Method):
@@ -91,6 +132,7 @@ class IBOT(Method):
         clip: largest norm of the gradient of a single parameter tensor; null leaves clipping to
             ``trainer.gradient_clip_val``, which limits the norm over all.
         optim: learning rate, weight decay and warm-up.
+        koleo: what keeps the student's class tokens, before the head, apart from each other.
     """
 
     masking: Masking
@@ -105,6 +147,7 @@ class IBOT(Method):
         freeze_epochs: NotNegative = 1.0,
         clip: Positive | None = 3.0,
         optim: OptimConfig = OptimConfig(),  # noqa: B008 - frozen
+        koleo: KoLeoConfig = KoLeoConfig(),
     ) -> None:
         super().__init__(encoder, masking, optim)
         if not encoder.has_class_token:
@@ -114,19 +157,21 @@ class IBOT(Method):
         if not encoder.pretrained:
             initialise(encoder)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.dim))
-        self.head = Head(encoder.dim, head)
-        self.teaching, self.freeze_epochs, self.clip = teacher, freeze_epochs, clip
+        self.head = Head(encoder.dim, **vars(head))
+        self.teaching, self.freeze_epochs, self.clip, self.koleo = teacher, freeze_epochs, clip, koleo
         self.teacher = Teacher(nn.ModuleDict({"encoder": self.encoder, "head": self.head}))
         # Row 0 belongs to class logits, row 1 to patch logits.
         self.register_buffer("centers", torch.zeros(2, head.prototypes))
-        self.mean_logits: list[
-            Tensor
-        ] = []  # (2, K) of every micro-batch; no buffer, or DDP would overwrite it with rank 0's
+        # (2, K) and how many rows each is the mean of, (2, 1), of every micro-batch; no buffers, or DDP would overwrite
+        # them with rank 0's.
+        self.mean_logits: list[tuple[Tensor, Tensor]] = []
 
     @property
     def name(self) -> str:
-        """``attmask`` where the teacher's attention chooses what is hidden."""
-        return "attmask" if self.masking.guided else "ibot"
+        """``attmask`` where the teacher's attention hides, ``dinov2`` where assignments are balanced."""
+        if self.masking.guided:
+            return "attmask"
+        return "dinov2" if self.teaching.center == "sinkhorn" else "ibot"
 
     @property
     def evaluated(self) -> Encoder:
@@ -145,21 +190,24 @@ class IBOT(Method):
         mask, image, patch, weight = (send(values, self.device) for values in (mask, image, patch, weight))
         if taught.measured is not None:
             weight = measured_weights(weight, image, taught.measured[image, patch], len(images))
+        class_targets, patch_taught = self.targets(taught, image, patch, weight)
 
         tokens = self.encoder(images, mask, self.mask_token)  # (2B, P + N, D)
         classes = [tokens[:, 0]]
         if views[2:]:
             classes.append(self.encoder(torch.cat(views[2:]))[:, 0])  # (V - 2) * B small crops in one batch
         hidden = tokens[image, self.encoder.num_prefix + patch]  # (M, D)
-        points = self.head(torch.cat([*classes, hidden]))  # (V * B + M, bottleneck)
+        points, hidden_points = self.head.of_both(torch.cat(classes), hidden)  # (V * B, bottleneck), (M, bottleneck)
 
-        count = len(points) - len(hidden)
-        on_class = self.class_losses(points[:count].view(len(views), len(labels), -1), taught.classes)
-        on_patch = self.patch_losses(points[count:], taught.patches[image, patch], weight)
+        class_loss, class_entropy = self.class_losses(points.view(len(views), len(labels), -1), class_targets)
+        patch_sum, patch_entropy = self.patch_losses(hidden_points, patch_taught, weight)
         masked = weight.sum().clamp(min=1)  # images with something hidden
-        class_loss, class_entropy = on_class
-        patch_loss, patch_entropy = on_patch[0] / len(images), on_patch[1] / masked
+        patch_loss, patch_entropy = patch_sum / len(images), patch_entropy / masked
         loss = class_loss + patch_loss
+        if self.koleo.weight:
+            crowding = torch.stack([koleo(crop, self.koleo.neighbours) for crop in tokens[:, 0].chunk(2)]).sum()
+            loss = loss + self.koleo.weight * crowding
+            self.log("train/koleo", crowding)
         scale = 1 / math.log(self.centers.shape[1])
         self.log_dict(
             {
@@ -169,7 +217,7 @@ class IBOT(Method):
                 "health/class_entropy": class_entropy * scale,
                 "health/patch_entropy": patch_entropy * scale,
                 "health/class_kl": class_loss - class_entropy,
-                "health/patch_kl": on_patch[0] / masked - patch_entropy,
+                "health/patch_kl": patch_sum / masked - patch_entropy,
                 "health/class_center": self.centers[0].norm(),
                 "health/patch_center": self.centers[1].norm(),
                 "health/hidden": mask.float().mean(),
@@ -179,27 +227,63 @@ class IBOT(Method):
 
     @torch.no_grad()
     def teach(self, images: Tensor, valid: Tensor | None = None) -> "Taught":
-        """What the teacher says of large crops; its mean logits are kept for the centres.
+        """What the teacher makes of large crops, and where it looks if the masks follow that.
 
         Args:
             images: ``(2B, C, H, W)``.
             valid: ``(2B, 1, H, W)`` bool, which pixels were measured; all if not given.
         """
-        encoder, head = self.evaluated, self.teacher.module["head"]
-        scores = None
-        if self.masking.guided:
-            tokens, scores = encoder.forward_with_attention(images)
-            scores = hidden_last(scores, valid, encoder)
-        else:
-            tokens = encoder(images)  # (2B, P + N, D)
-        classes = F.linear(head(tokens[:, 0]), head.for_classes()).float()  # (2B, K)
-        patches = head(tokens[:, encoder.num_prefix :])  # (2B, N, bottleneck)
-        # The last layer is linear: the mean of the logits of all patches is the logits of their mean.
+        encoder = self.evaluated
         measured = None if valid is None else measured_patches(valid, encoder.patch_size)  # (2B, N)
-        middle = patches.float().mean(dim=(0, 1)) if measured is None else measured_mean(patches.float(), measured)
-        mean = (head.for_patches() * middle).sum(dim=1)  # (K,); in fp32 under autocast, too
-        self.mean_logits.append(torch.stack([classes.mean(dim=0), mean]))
-        return Taught(classes, patches, scores, measured)
+        if not self.masking.guided:
+            return Taught(encoder(images), None, measured)
+        tokens, scores = encoder.forward_with_attention(images)
+        return Taught(tokens, hidden_last(scores, valid, encoder), measured)
+
+    @torch.no_grad()
+    def targets(self, taught: "Taught", image: Tensor, patch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """What the student is to say; mean logits are kept for the centres, if there are any.
+
+        Args:
+            taught: the teacher's tokens.
+            image: ``(M,)`` of every hidden patch.
+            patch: ``(M,)`` its place.
+            weight: ``(M,)``, 0 for a row that only fills.
+
+        Returns:
+            Distributions of class tokens ``(2B, K)``, and of hidden patches ``(M, bottleneck)``, what the teacher's
+            prototypes are to be compared with chunk by chunk; with ``sinkhorn`` their distributions ``(M, K)``.
+        """
+        head, prefix = self.teacher.module["head"], self.encoder.num_prefix
+        classes = F.linear(head(taught.tokens[:, 0]), head.for_classes()).float()  # (2B, K)
+        temperature = self.temperature(self.teaching.temperature)
+        if self.teaching.center == "sinkhorn":
+            points = head.of_patches(taught.tokens[image, prefix + patch])  # (M, bottleneck)
+            logits, sharpness = F.linear(points, head.for_patches()), self.temperature(self.teaching.patch_temperature)
+            return sinkhorn(classes, temperature), sinkhorn(logits, sharpness, weight > 0)
+        if self.teaching.center == "hidden":
+            points, counted = head.of_patches(taught.tokens[image, prefix + patch]), weight > 0
+            self.note_logits(classes, measured_mean(points.float(), counted), counted.sum())
+        else:
+            patches, measured = head.of_patches(taught.tokens[:, prefix:]), taught.measured  # (2B, N, bottleneck)
+            middle = patches.float().mean(dim=(0, 1)) if measured is None else measured_mean(patches.float(), measured)
+            self.note_logits(classes, middle, middle.new_ones(()))
+            points = patches[image, patch]
+        return ((classes - self.centers[0]) / temperature).softmax(dim=-1), points
+
+    def note_logits(self, classes: Tensor, middle: Tensor, count: Tensor) -> None:
+        """Keeps mean logits for the centres.
+
+        The last layer is linear: the mean of the logits of patches is the logits of their mean.
+
+        Args:
+            classes: ``(2B, K)`` logits.
+            middle: ``(bottleneck,)``, the mean over patches.
+            count: scalar, how much that mean counts beside those of other micro-batches and processes.
+        """
+        mean = (self.teacher.module["head"].for_patches() * middle).sum(dim=1)  # (K,); in fp32 under autocast, too
+        counts = torch.stack([torch.ones_like(count), count]).float()[:, None]
+        self.mean_logits.append((torch.stack([classes.mean(dim=0), mean]), counts))
 
     def draw_masks(self, batch_size: int, scores: Tensor | None, batch_idx: int) -> Tensor:
         """``(2B, N)``; drawn on the CPU where nothing of the device is needed, since their sizes are then known."""
@@ -210,42 +294,33 @@ class IBOT(Method):
         )
         return mask
 
-    def class_losses(self, points: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
+    def class_losses(self, points: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy over all pairs of different views, and the mean entropy of the teacher.
 
         Args:
             points: ``(V, B, bottleneck)`` of the student's class tokens, the two large views first.
-            taught: ``(2B, K)`` logits of the teacher.
+            targets: ``(2B, K)`` distributions of the teacher.
         """
         logits = F.linear(points, self.head.for_classes()).float() / STUDENT_TEMPERATURE  # (V, B, K)
-        temperature = self.temperature(self.teaching.temperature)
-        targets = ((taught - self.centers[0]) / temperature).softmax(dim=-1).view(2, *logits.shape[1:])  # (2, B, K)
+        targets = targets.view(2, *logits.shape[1:])  # (2, B, K)
         return class_loss(targets, logits), torch.special.entr(targets).sum(dim=-1).mean()
 
     def patch_losses(self, points: Tensor, taught: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Sum over hidden patches of weight x cross-entropy, and of weight x entropy of the teacher.
 
-        Logits of a chunk are computed again in the backward pass instead of being kept.
-
         Args:
             points: ``(M, bottleneck)`` of the student.
-            taught: ``(M, bottleneck)`` of the teacher.
+            taught: what :meth:`targets` says of the same patches.
             weight: ``(M,)``.
         """
-        own, other = self.head.for_patches(), self.teacher.module["head"].for_patches()
+        other = self.teacher.module["head"].for_patches()
+        soften = partial(self.soften, other) if self.teaching.center != "sinkhorn" else lambda assignments: assignments
+        return hidden_losses(points, self.head.for_patches(), taught, soften, weight)
+
+    def soften(self, prototypes: Tensor, taught: Tensor) -> Tensor:
+        """Points ``(chunk, bottleneck)`` of the teacher to distributions ``(chunk, K)``."""
         temperature = self.temperature(self.teaching.patch_temperature)
-
-        def losses(points: Tensor, taught: Tensor, weight: Tensor) -> Tensor:
-            logits = F.linear(points, own).float() / STUDENT_TEMPERATURE  # (chunk, K)
-            with torch.no_grad():
-                targets = ((F.linear(taught, other).float() - self.centers[1]) / temperature).softmax(dim=-1)
-                entropy = torch.special.entr(targets).sum(dim=-1)
-            return torch.stack([(weight * cross_entropy(targets, logits)).sum(), (weight * entropy).sum()])
-
-        chunks = zip(*(torch.split(values, CHUNK) for values in (points, taught, weight)), strict=True)
-        sums = [checkpoint(losses, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-        total, entropy = torch.stack(sums).sum(dim=0)
-        return total, entropy.detach()
+        return ((F.linear(taught, prototypes).float() - self.centers[1]) / temperature).softmax(dim=-1)
 
     def temperature(self, final: float) -> float:
         """The teacher's temperature in this epoch."""
@@ -269,19 +344,18 @@ class IBOT(Method):
 
     def after_optimizer_step(self, step: int) -> None:
         """Moves centres and teacher."""
-        self.move_centers()
+        if self.mean_logits:
+            self.move_centers()
         self.teacher.update(self.momentum(step), unless=self.step_was_skipped)
 
     @torch.no_grad()
     def move_centers(self) -> None:
         """Towards the mean logits of the step; ranks and micro-batches hold equally many images."""
-        mean = torch.stack(self.mean_logits).mean(dim=0)  # (2, K)
+        sums = torch.stack([torch.cat([mean * count, count], dim=1) for mean, count in self.mean_logits]).sum(dim=0)
         self.mean_logits.clear()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(mean)
-            mean /= torch.distributed.get_world_size()
-        mean = torch.where(self.step_was_skipped, self.centers, mean)
-        self.centers.lerp_(mean, 1 - self.teaching.center_momentum)
+        sums, count = sum_over_processes(sums).tensor_split([-1], dim=1)  # (2, K), (2, 1)
+        stays = self.step_was_skipped | (count == 0)
+        self.centers.lerp_(torch.where(stays, self.centers, sums / count), 1 - self.teaching.center_momentum)
 
     def health_warning(self, values: dict[str, float]) -> str | None:
         """Names the two ways to collapse (DINO, arXiv:2104.14294, sec. 5.3) once the student follows everywhere."""
@@ -315,143 +389,24 @@ class IBOT(Method):
         pictures = {"hidden": unpatchify(patches, grid, self.encoder.patch_size, self.encoder.in_chans)}
         for number, values in enumerate(attention[:, :3].unbind(1) if shown else (), start=1):
             pictures[f"head {number}"] = values.view(-1, *grid)
-        points = head(self.evaluated(images)[:, self.encoder.num_prefix :])
+        points = head.of_patches(self.evaluated(images)[:, self.encoder.num_prefix :])
         logits = F.linear(points, head.for_patches()) - self.centers[1]  # (B, N, K)
         return pictures | {"clusters": logits.argmax(dim=-1).view(-1, *grid)}
 
 
 @dataclass(frozen=True)
 class Taught:
-    """What the teacher says of the large crops.
+    """What the teacher makes of the large crops.
 
     Args:
-        classes: ``(2B, K)`` logits of the class tokens.
-        patches: ``(2B, N, bottleneck)``, what is compared with the prototypes.
+        tokens: ``(2B, P + N, D)``.
         scores: ``(2B, N)`` attention, for guided policies only.
         measured: ``(2B, N)`` bool, False for patches that are mostly nodata; None if all of all images was measured.
     """
 
-    classes: Tensor
-    patches: Tensor
+    tokens: Tensor
     scores: Tensor | None
     measured: Tensor | None = None
-
-
-class Head(nn.Module):
-    """Tokens to points on a sphere, and the prototypes that they are compared with.
-
-    Args:
-        dim: width of a token.
-        config: sizes.
-    """
-
-    def __init__(self, dim: int, config: HeadConfig) -> None:
-        super().__init__()
-        hidden = config.hidden
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, hidden),
-            nn.GELU(),
-            nn.Linear(hidden, hidden),
-            nn.GELU(),
-            nn.Linear(hidden, config.bottleneck),
-        )
-        for layer in self.mlp[::2]:
-            nn.init.trunc_normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-        self.prototypes = nn.ModuleList(Prototypes(config) for _ in range(1 if config.shared else 2))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """``(..., D)`` to ``(..., bottleneck)`` of length 1; logits are their products with the prototypes."""
-        return F.normalize(self.mlp(tokens), dim=-1)
-
-    def for_classes(self) -> Tensor:
-        """Prototypes of the class token, ``(K, bottleneck)``."""
-        prototypes: Tensor = self.prototypes[0]()
-        return prototypes
-
-    def for_patches(self) -> Tensor:
-        """Prototypes of patches, ``(K, bottleneck)``."""
-        prototypes: Tensor = self.prototypes[-1]()
-        return prototypes
-
-
-class Prototypes(nn.Module):
-    """Rows with a direction and a length, learned apart.
-
-    Args:
-        config: sizes, and whether lengths stay 1.
-    """
-
-    def __init__(self, config: HeadConfig) -> None:
-        super().__init__()
-        bound = config.bottleneck**-0.5
-        self.direction = nn.Parameter(torch.empty(config.prototypes, config.bottleneck).uniform_(-bound, bound))
-        self.length = nn.Parameter(torch.ones(config.prototypes, 1), requires_grad=not config.unit_prototypes)
-
-    def forward(self) -> Tensor:
-        """``(K, bottleneck)``."""
-        return self.length * F.normalize(self.direction, dim=1)
-
-
-def class_loss(targets: Tensor, logits: Tensor) -> Tensor:
-    """Cross-entropy of student views with all other teacher views, mean over images and pairs.
-
-    Args:
-        targets: ``(2, B, K)`` distributions of the teacher for the two large views.
-        logits: ``(V, B, K)`` of the student, divided by its temperature; views 0 and 1 are those of the teacher.
-    """
-    pairs = logits.logsumexp(dim=-1) - torch.stack([(target * logits).sum(dim=-1) for target in targets])  # (2, V, B)
-    different = ~torch.eye(2, len(logits), dtype=torch.bool, device=logits.device)
-    return (pairs.mean(dim=-1) * different).sum() / (2 * len(logits) - 2)
-
-
-def cross_entropy(targets: Tensor, logits: Tensor) -> Tensor:
-    """``(M, K)`` distributions and ``(M, K)`` logits to ``(M,)``; distributions sum to 1."""
-    return logits.logsumexp(dim=-1) - (targets * logits).sum(dim=-1)
-
-
-def hidden_places(mask: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Image, patch and weight of every hidden patch; weights are 1 / (hidden patches of the same image).
-
-    Args:
-        mask: ``(B, N)`` bool. On the CPU its hidden patches are counted; anywhere else that would make the CPU wait,
-            and every image gets ``most`` places, those that are not hidden with weight 0.
-        most: no image hides more.
-
-    Returns:
-        ``(M,)`` each.
-    """
-    if mask.device.type == "cpu":
-        image, patch = mask.nonzero(as_tuple=True)
-        return image, patch, 1 / mask.sum(dim=1)[image]
-    return padded_places(mask, most)
-
-
-def measured_weights(weight: Tensor, image: Tensor, measured: Tensor, images: int) -> Tensor:
-    """``weight (M,)`` of hidden places, 0 where the patch is mostly nodata; those of an image sum to 1 again, or to 0.
-
-    Args:
-        weight: as :func:`hidden_places` gives it.
-        image: ``(M,)``.
-        measured: ``(M,)`` bool.
-        images: how many there are.
-    """
-    kept = weight * measured
-    total = kept.new_zeros(images).index_add(0, image, kept)
-    return kept / total[image].clamp(min=1e-6)
-
-
-def measured_mean(patches: Tensor, measured: Tensor) -> Tensor:
-    """Mean ``(D,)`` of ``(B, N, D)`` over the places where ``measured (B, N)`` is True."""
-    return (patches * measured[..., None]).sum(dim=(0, 1)) / measured.sum().clamp(min=1)
-
-
-def padded_places(mask: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`hidden_places`, with ``most`` places for every image, ``M = B * most``, whatever it hides."""
-    places = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, most)
-    image = torch.arange(len(mask), device=mask.device)[:, None].expand_as(places)
-    weight = mask.gather(1, places) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return image.flatten(), places.flatten(), weight.flatten()
 
 
 def clip_each(gradients: list[Tensor], limit: float) -> None:

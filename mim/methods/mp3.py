@@ -196,8 +196,8 @@ def health(logits: Tensor, places: Tensor, grid: tuple[int, int]) -> dict[str, T
     """
     guess = logits.argmax(dim=-1)  # (B, N)
     right = (guess == torch.arange(len(places), device=logits.device)).float().mean(dim=0)  # (N,)
-    last = places.new_tensor(grid) - 1
-    border = ((places == 0) | (places == last)).any(dim=1)
+    row, column = places.unbind(1)
+    border = (row == 0) | (row == grid[0] - 1) | (column == 0) | (column == grid[1] - 1)
     return {
         "health/placed": right.mean(),
         "health/placed_at_border": (right * border).sum() / border.sum(),

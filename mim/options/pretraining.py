@@ -42,7 +42,12 @@ Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 GROUPS: dict[str, dict[str, Option]] = {
     "What to train on": {
-        "data": Option("PATH", "folder, list.csv, 'name-{00..99}.tar', builtin or shapes", "builtin", "data.path"),
+        "data": Option(
+            "PATH",
+            "folder, list.csv, 'name-{00..99}.tar' (or s3://, https://), builtin or shapes",
+            "builtin",
+            "data.path",
+        ),
         "method": Option("NAME", "the recipe of a method; info configs lists them", "mae"),
         "model": Option("NAME", "any timm Vision Transformer", "vit_small_patch16_224", f"{_ENCODER}.model"),
         "init": Option("WEIGHTS", "start from a timm name, a folder, a run or a checkpoint file", target="init"),

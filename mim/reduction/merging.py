@@ -122,9 +122,9 @@ class DominantContextual(TokenReduction):
         targets = self._targets(count)
         dominant, rest = split(attending.class_attention().detach(), count - targets)
         stride = rest.shape[1] // targets
-        chosen = rest[:, : targets * stride : stride]  # (B, targets)
-        spread = [place for place in range(rest.shape[1]) if place % stride or place >= targets * stride]
-        source = rest[:, spread]
+        rows = rest[:, : targets * stride].unflatten(1, (targets, stride))
+        chosen = rows[:, :, 0]  # (B, targets)
+        source = torch.cat([rows[:, :, 1:].flatten(1), rest[:, targets * stride :]], dim=1)
         keys = F.normalize(attending.mean_keys().detach(), dim=-1)
         similarity = product(gather_tokens(keys, source), gather_tokens(keys, chosen).transpose(1, 2))
         target = dominant.shape[1] + similarity.argmax(dim=2)

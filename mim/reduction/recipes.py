@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-
 from mim.errors import UserError
 from mim.program import called
 from mim.reduction.base import TokenReduction
@@ -22,6 +20,7 @@ from mim.reduction.pruning import TopKPruning
 from mim.reduction.schedule import KeepRate, PerBlock
 from mim.reduction.scores import ClassAttention, Duplication, RandomScore
 from mim.reduction.thresholds import LearnedThresholds
+from mim.vit import without_weights
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ class Recipe:
         height, width = vit.patch_embed.grid_size
 
         def distance(value: float) -> float:
-            with torch.device("meta"):  # to be counted, a trained scorer needs no storage
+            with without_weights():  # to be counted, a trained scorer needs no storage
                 return abs(count_macs(vit, self.at(vit, value)).total - wanted)
 
         return self.at(vit, min(self.knob.values(height * width), key=distance), labels)

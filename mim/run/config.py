@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -15,10 +15,11 @@ from lightning import Trainer
 from mim.data.objects import is_object
 from mim.data.pixels import canonical_range
 from mim.data.pretrain import PretrainData
+from mim.data.remote import is_url
 from mim.errors import UserError
 from mim.methods import Method  # and with it every method, by class_path
 from mim.options.class_paths import PluginError, known_class_paths, plugins_in_use
-from mim.options.config_file import keeping_old_scale, with_config_files
+from mim.options.config_file import MAX_BYTES, keeping_old_scale, with_config_files
 from mim.options.old_names import current_arguments
 from mim.options.pretraining import Tracker
 from mim.options.ranges import MANY, Count, Positive, ProperShare, Seed, Threads, Whole
@@ -140,6 +141,13 @@ def _canonical(arg: str) -> str:
 
 def parse_saved(file: Path) -> Namespace:
     """The settings that a run has written down; refuses a file that no run writes."""
+    content = file.open("rb").read(MAX_BYTES + 1) if file.is_file() else b""
+    return _parsed_once(file, content, tuple(plugins_in_use())).clone()
+
+
+@lru_cache(maxsize=16)
+def _parsed_once(file: Path, content: bytes, plugins: tuple[str, ...]) -> Namespace:
+    """A command looks into the settings of its run several times; the schema takes longer than the look."""
     try:
         return parse([f"--config={file}"])
     except PluginError:
@@ -221,8 +229,8 @@ def save_config(config: Namespace, path: Path) -> None:
 
 
 def absolute(path: str) -> str:
-    """A path, or pattern of paths, for any working directory; names of built-in images and of objects stay."""
-    return path if path in BUILT_IN or is_object(path) else os.path.abspath(os.path.expanduser(path))
+    """A path, or pattern of paths, for any working directory; URLs, names of built-in images and of objects stay."""
+    return path if path in BUILT_IN or is_object(path) or is_url(path) else os.path.abspath(os.path.expanduser(path))
 
 
 def with_absolute_paths(config: Namespace) -> Namespace:

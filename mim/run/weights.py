@@ -45,7 +45,7 @@ from mim.program import called
 from mim.run.checkpoint_files import AtomicCheckpointIO, newest_good, sidecar, verify
 from mim.run.config import instantiate, parse_saved
 from mim.run.folder import run_of
-from mim.vit import ViT
+from mim.vit import ViT, without_weights
 
 __all__ = [
     "LoadedEncoder",
@@ -203,7 +203,7 @@ def foreign_model(
     )
     if name is None:
         raise UserError(f"--weights {weights} does not say which model it belongs to", hint="--model vit_...")
-    with torch.device("meta"):
+    with without_weights():
         vit = Encoder(name, size).vit
     if isinstance(vit, Eva):
         tensors = to_rotary(tensors, vit)
@@ -274,7 +274,7 @@ def _built_of(weights: str) -> Built:
     if foreign := hf_folder(home):
         return foreign.built
     try:
-        with torch.device("meta"):
+        with without_weights():
             if path.exists() and (run := run_of(weights)) and not (home / "config.json").is_file():
                 encoder = parse_saved(run / "config.yaml").model.init_args.encoder
                 return built(Encoder(encoder.model, kwargs=encoder.kwargs).vit)

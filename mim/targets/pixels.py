@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mim.encoder import Encoder
-from mim.patches import patch_statistics, patchify, pixel_targets
+from mim.patches import by_channel, from_channels, patch_statistics, patchify, pixel_targets
 from mim.targets.base import Target, mean_over_values, patch_size_of
 
 _DISTANCES: dict[str, Callable[..., Tensor]] = {"squared": F.mse_loss, "absolute": F.l1_loss}
@@ -17,14 +17,22 @@ class PixelTarget(Target):
     """The pixels of a patch and their mean squared error (MAE, arXiv:2111.06377).
 
     Args:
-        standardise: standardise pixels within their patch; as they are otherwise.
+        standardise: standardise pixels within their patch, all channels together (``true``, as in MAE) or each one by
+            itself (``channel``); as they are otherwise. Together, what differs most between channels is the target: of
+            bands whose levels vary from image to image, those levels, which any visible patch tells, and no structure.
         distance: what is averaged: ``squared`` differences, or ``absolute`` ones (SimMIM, arXiv:2111.09886).
     """
 
-    def __init__(self, standardise: bool = False, distance: Literal["squared", "absolute"] = "squared") -> None:
+    def __init__(
+        self,
+        standardise: bool | Literal["channel"] = False,
+        distance: Literal["squared", "absolute"] = "squared",
+    ) -> None:
         super().__init__()
         if distance not in _DISTANCES:
             raise ValueError(f"distance {distance} is none of {', '.join(_DISTANCES)}")
+        if standardise not in (True, False, "channel"):
+            raise ValueError(f"standardise {standardise} is none of true, false, channel")
         self.standardise, self.distance = standardise, distance
 
     def dim(self, encoder: Encoder) -> int:
@@ -36,6 +44,11 @@ class PixelTarget(Target):
         """``(B, M, p*p*C)``; see :meth:`Target.forward`."""
         if not self.standardise:
             return patchify(images, patch_size_of(images, grid), indices)
+        if self.standardise == "channel":
+            patches = by_channel(patchify(images, patch_size_of(images, grid), indices), images.shape[1])
+            own = None if weights is None else by_channel(weights, images.shape[1])
+            mean, std = patch_statistics(patches, own)
+            return from_channels((patches - mean) / std)
         return pixel_targets(images, patch_size_of(images, grid), indices, weights)
 
     def error(self, prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -56,5 +69,9 @@ class PixelTarget(Target):
         """
         if not self.standardise:
             return prediction
-        mean, std = patch_statistics(patchify(images, patch_size_of(images, grid), indices))
+        patches = patchify(images, patch_size_of(images, grid), indices)
+        if self.standardise == "channel":
+            mean, std = patch_statistics(by_channel(patches, images.shape[1]))
+            return from_channels(by_channel(prediction, images.shape[1]) * std + mean)
+        mean, std = patch_statistics(patches)
         return prediction * std + mean

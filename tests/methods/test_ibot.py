@@ -15,7 +15,8 @@ from mim.benchmark.plain import plain_ibot_loss
 from mim.encoder import Encoder
 from mim.masking import AttentionMasking, BlockMasking
 from mim.methods import IBOT, OptimConfig, Plan
-from mim.methods.ibot import HeadConfig, TeacherConfig, clip_each, hidden_places, padded_places
+from mim.methods.ibot import HeadConfig, TeacherConfig, clip_each
+from mim.patches import hidden_places, padded_places
 
 KWARGS = {"embed_dim": 16, "depth": 2, "num_heads": 2}
 K = 24
@@ -186,16 +187,20 @@ def test_teacher_logits_at_visible_patches_move_the_center_and_not_the_loss(view
     method = with_mask([4] * 8)
     taught = method.teach(torch.cat(views[:2]))
     points = torch.randn(32, 8, requires_grad=True)
-    image, patch, weight = hidden_places(method.masking.mask, 16)
-    before = method.patch_losses(points, taught.patches[image, patch], weight)[0]
-    taught.patches[:, 10:] = 0
-    assert torch.equal(method.patch_losses(points, taught.patches[image, patch], weight)[0], before)
+    places = hidden_places(method.masking.mask, 16)
+    losses, means = [], []
+    for _ in range(2):
+        losses.append(method.patch_losses(points, method.targets(taught, *places)[1], places[2])[0])
+        means.append(method.mean_logits[-1][0][1])
+        taught.tokens[:, 1 + 10 :] = 0
+    assert torch.equal(*losses)
+    assert not torch.equal(*means)
 
 
 def test_chunks_do_not_change_the_loss(views, monkeypatch):
     method = with_mask([4] * 8)
     whole = step(method, views)
-    monkeypatch.setattr("mim.methods.ibot.CHUNK", 5)
+    monkeypatch.setattr("mim.layers.distillation.CHUNK", 5)
     torch.testing.assert_close(step(method, views), whole)
 
 
@@ -328,7 +333,7 @@ def test_every_tensor_is_clipped_on_its_own():
 
 def test_drop_path_is_the_students_alone(views):
     method = quiet(build(drop_path=0.9)).train()
-    first, second = (method.teach(torch.cat(views[:2])).classes for _ in range(2))
+    first, second = (method.teach(torch.cat(views[:2])).tokens for _ in range(2))
     assert torch.equal(first, second)
     assert not torch.equal(method.encoder(views[0]), method.encoder(views[0]))
 

@@ -9,8 +9,17 @@ from mim.masking import AttentionMasking, BlockMasking, HardPatchMasking, Random
 from mim.methods import IBOT, MAE
 from mim.methods.base import hidden_last
 from mim.methods.hpm import hidden_pairs, ranking_loss, regression_loss
-from mim.methods.ibot import HeadConfig, hidden_places, measured_mean, measured_weights
-from mim.patches import measured_patches, measured_values, patch_statistics, patchify, pixel_targets
+from mim.methods.ibot import HeadConfig
+from mim.patches import (
+    hidden_places,
+    measured_mean,
+    measured_patches,
+    measured_values,
+    measured_weights,
+    patch_statistics,
+    patchify,
+    pixel_targets,
+)
 from mim.targets import PixelTarget
 
 

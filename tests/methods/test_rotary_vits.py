@@ -13,10 +13,11 @@ from mim.masking import (
     BlockMasking,
     GridMasking,
     HardPatchMasking,
+    MultiBlockMasking,
     RandomMasking,
     SampledMasking,
 )
-from mim.methods import HPM, IBOT, MAE, AdaMAE, MomentumMAE, OptimConfig, Plan, SimMIM
+from mim.methods import HPM, IBOT, IJEPA, MAE, AdaMAE, MomentumMAE, OptimConfig, Plan, SimMIM
 from mim.methods.adamae import SamplerConfig
 from mim.methods.hpm import DifficultyConfig
 from mim.methods.ibot import HeadConfig, TeacherConfig
@@ -57,6 +58,7 @@ METHODS = {
     "crossmae": lambda model=DINOV3: MAE(
         encoder(model), RandomMasking(), None, 16, 2, 2, OPTIM, CrossConfig(predicted=0.5, mixed=2)
     ),
+    "ijepa": lambda model=DINOV3: IJEPA(encoder(model), MultiBlockMasking(), 16, 1, 2, stop=0.25, optim=OPTIM),
     "ibot": lambda model=DINOV3: ibot(BlockMasking(unmasked_share=0.0), model),
     "attmask": lambda model=DINOV3: ibot(ATTENTION, model),
 }

@@ -170,3 +170,25 @@ def test_a_frozen_vit_that_cannot_be_had_is_named_by_its_own_option(monkeypatch)
 
 def no_network(*_, **__):
     raise ConnectionError("Name or service not known")
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_pixels_standardised_by_channel_do_not_know_the_levels_of_channels_and_come_back_as_pixels(channels):
+    """With nodata, too: what it is filled with says nothing."""
+    images, grid = torch.randn(2, channels, 16, 16), (2, 2)
+    gains, levels = torch.rand(2, channels, 1, 1) + 0.5, 5 * torch.randn(2, channels, 1, 1)
+    indices = torch.tensor([[0, 3], [1, 2]])
+    valid = torch.rand(2, 1, 16, 16) > 0.2
+    target = PixelTarget(standardise="channel")
+    found, _ = target.measured(images, grid, indices, None)
+    assert found.shape == (2, 2, 64 * channels)
+    torch.testing.assert_close(found, target.measured(images * gains + levels, grid, indices, None)[0])
+    by_channel = found.unflatten(-1, (64, channels))
+    torch.testing.assert_close(by_channel.mean(-2), torch.zeros(2, 2, channels), atol=1e-5, rtol=0)
+    torch.testing.assert_close(by_channel.std(-2), torch.ones(2, 2, channels))
+    torch.testing.assert_close(
+        target.to_pixels(found, images, grid, indices), patchify(images, (8, 8), indices), atol=1e-5, rtol=1e-5
+    )
+    one, weights = target.measured(images.where(valid, 0.0), grid, indices, valid)
+    other, _ = target.measured(images.where(valid, 9.0), grid, indices, valid)
+    torch.testing.assert_close(one * weights, other * weights)
