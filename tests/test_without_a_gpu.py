@@ -137,8 +137,8 @@ def test_a_step_with_nodata_waits_for_nothing(name):
     assert step(*prepared(name), CUDA, torch.bfloat16, nodata=True).loss.dtype == torch.float32
 
 
-ON_THE_CPU = ("BlockMasking",)
-"""Drawn there by a method whose masks depend on nothing else, since their sizes are then known."""
+ON_THE_CPU = ("BlockMasking", "MultiBlockMasking")
+"""Drawn there by methods whose masks depend on nothing of the device, since their sizes are then known."""
 
 
 @pytest.mark.parametrize("name", [name for name in masking.__all__ if name not in ("Masking", *ON_THE_CPU)])
