@@ -20,6 +20,9 @@ OTHERWISE = "leave --data out for the built-in images"
 BUILT_IN = ("builtin", "shapes")
 PREFIX = "python:"
 """How names of objects of Python begin that were handed over; no path does."""
+MEASUREMENTS = (".dcm", ".dicom", ".ima", ".h5", ".hdf5", ".hdf", ".nc", ".zarr", ".zarray", ".nii", ".nii.gz", ".fits")
+"""Endings of files with numbers that are not read."""
+AS_TIFF = "a TIFF or .npy file for each image, which keep the numbers (docs/data.md)"
 _SMALL = 1 << 20  # bytes of a list that is read for a look alone, and again for the run
 
 
@@ -77,8 +80,12 @@ def no_images(
     """What is told of folders or tar files without images, with what was found in them instead."""
     found = ", ".join(f"{kind} {count}" for kind, count in ignored.most_common(5)) or "no files"
     hint = "convert the images, for example to .jpg" if ignored else None
+    if any(kind.endswith(MEASUREMENTS) for kind in ignored):
+        hint = AS_TIFF
     if ".tar" in ignored:
         hint = f"--data '{data}/NAME-{{0000..0099}}.tar'"
+    if str(data).lower().rstrip("/").endswith(MEASUREMENTS):  # Zarr is a folder
+        hint = AS_TIFF
     return UserError(
         f"--data {data}: 0 images in {places} {place}{'s' * (places != 1)}",
         why=str(damaged[0]) if damaged else f"found {found}; readable types are {' '.join(SUFFIXES)}",
@@ -92,6 +99,7 @@ def not_a_source(data: str, path: Path, otherwise: str | None) -> UserError:
         why = "a folder, a .txt, .csv or .tsv list, or .tar files are expected"
         packed = path.suffix.lower() in (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
         instead = "unpack it into a folder" if packed else f"--data {path.parent}"
+        instead = AS_TIFF if path.name.lower().endswith(MEASUREMENTS) else instead
         return UserError(f"--data {data} is a file of another type", why=why, hint=instead)
     folder = next(parent for parent in path.absolute().parents if os.access(parent, os.R_OK))
     nearby = {f"{name}/" if (folder / name).is_dir() else name for name in sorted(os.listdir(folder))}

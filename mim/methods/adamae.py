@@ -25,7 +25,7 @@ from mim.layers.initialisation import initialise
 from mim.masking import SampledMasking
 from mim.methods.base import Batch, Method, OptimConfig, single_view
 from mim.options.ranges import Count, NotNegative
-from mim.patches import visible_indices
+from mim.patches import measured_patches, visible_indices
 from mim.randomness import RowGenerator
 from mim.targets import PixelTarget, Target
 
@@ -96,7 +96,7 @@ class AdaMAE(Method):
         """Error of hidden patches, and a small reward for the sampler where it was large."""
         images, valid = single_view(batch)
         log_share = self.sample(images)  # (B, N)
-        mask = self.draw(log_share, self.row_generator(len(images), batch_idx))  # (B, N)
+        mask = self.draw(log_share, self.row_generator(len(images), batch_idx), valid)  # (B, N)
         prediction, hidden = self.reconstruct(images, mask)
         target, weights = self.target.measured(images, self.encoder.grid, hidden, valid)
         error = self.target.errors(prediction, target, weights)  # (B, M)
@@ -115,10 +115,15 @@ class AdaMAE(Method):
         self.skip_step_unless_finite(log_share)  # the loss would not tell: masks are drawn from any scores
         return log_share
 
-    def draw(self, log_share: Tensor, generator: RowGenerator) -> Tensor:
-        """Masks ``(B, N)`` by the sampler's ``log_share (B, N)``."""
-        count, grid = len(log_share), self.encoder.grid
-        mask: Tensor = self.masking(count, grid, scores=-log_share, progress=self.progress, generator=generator)
+    def draw(self, log_share: Tensor, generator: RowGenerator, valid: Tensor | None = None) -> Tensor:
+        """Masks ``(B, N)`` by the sampler's ``log_share (B, N)``.
+
+        What ``valid (B, 1, H, W)`` says was not measured is seen last: the few visible patches are to show something.
+        """
+        count, grid, scores = len(log_share), self.encoder.grid, -log_share
+        if valid is not None:
+            scores = scores.masked_fill(~measured_patches(valid, self.encoder.patch_size), torch.inf)
+        mask: Tensor = self.masking(count, grid, scores=scores, progress=self.progress, generator=generator)
         return mask
 
     def reconstruct(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,6 +101,12 @@ def _checked(name: str, value: str, option: Option | None) -> str:
 
 
 def _unknown(name: str, value: str, known: Mapping[str, Option]) -> UserError:
+    if name in ("windows", "stride"):
+        return UserError(
+            f"--{name} is for pretraining and check_data: this command reads whole images",
+            why="a window has no label of its own, and its picture or features are not those of its image",
+            hint="images cut into tiles, as gdal_retile.py or vips dzsave do, and --data TILES",
+        )
     near = difflib.get_close_matches(name, known, 1)
     hint = "--help"
     if near:

@@ -109,3 +109,11 @@ def test_ten_scenes_of_20000_x_20000_are_read_in_bounded_memory(layout, tmp_path
     windows, kib = map(int, process.stdout.split())
     assert windows == 10 * 40 * 40
     assert kib < 400 * 1024
+
+
+@pytest.mark.parametrize("command", ["knn", "linear_probe", "finetune", "segment", "visualize", "features"])
+def test_commands_that_read_whole_images_say_what_windows_are_for(command, capsys):
+    assert main(command, ["--windows", "512"]) == 2
+    error = capsys.readouterr().err
+    assert "--windows is for pretraining and check_data" in error
+    assert "--data TILES" in error

@@ -419,3 +419,13 @@ def test_an_archive_is_refused(tmp_path):
     touch(tmp_path, "photos.zip")
     with pytest.raises(UserError, match=r"photos\.zip is a file of another type"):
         open_source(str(tmp_path / "photos.zip"))
+
+
+@pytest.mark.parametrize("name", ["slice.dcm", "cube.h5", "scene.zarr/.zarray", "brain.nii"])
+def test_numbers_in_containers_are_refused_with_the_way_out(tmp_path, name):
+    """As the file, as the folder that is one, and in a folder."""
+    touch(tmp_path, name)
+    for place in (tmp_path / name.partition("/")[0], tmp_path):
+        with pytest.raises(UserError) as mistake:
+            open_source(str(place))
+        assert mistake.value.hint.startswith("a TIFF or .npy file for each image"), place

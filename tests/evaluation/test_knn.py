@@ -69,3 +69,11 @@ def test_a_bank_smaller_than_k_votes_as_a_whole():
 def test_an_empty_bank_is_refused():
     with pytest.raises(ValueError, match="0 in the bank"):
         knn_accuracy(torch.empty(0, 3), torch.empty(0, dtype=torch.int64), torch.eye(3), torch.arange(3))
+
+
+@pytest.mark.parametrize(("columns", "k"), [(1300, 20), (1311, 20), (64, 1), (79, 1), (2000, 200), (5, 5)])
+def test_the_largest_of_long_rows_are_those_of_a_sort(columns, k):
+    values = torch.randn(7, columns)
+    best, places = knn.largest(values, k)
+    assert torch.equal(best, values.sort(dim=1, descending=True).values[:, :k])
+    assert torch.equal(values.gather(1, places), best)

@@ -193,3 +193,14 @@ def test_without_a_target_pixels_are_predicted_standardised():
     target = build().target
     assert isinstance(target, PixelTarget)
     assert target.standardise
+
+
+def test_the_few_visible_patches_are_measured_ones_where_there_are_enough():
+    """Whatever the sampler would like to see; the loss stays finite where there are not."""
+    method, images = build(), torch.randn(2, 3, 32, 32)
+    valid = torch.ones(2, 1, 32, 32, dtype=torch.bool)
+    valid[0, :, :24], valid[1] = False, False  # 4 of 16 patches measured, as many as are visible; none
+    mask = method.draw(method.sample(images), method.row_generator(2, 0), valid)
+    assert mask[0].tolist() == [True] * 12 + [False] * 4
+    assert mask[1].sum() == 12
+    assert method.training_step(([images], torch.zeros(2), [valid]), 0).isfinite()
