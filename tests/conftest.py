@@ -1,11 +1,15 @@
 """One thread and one seed: fast on shared cores, and repeatable; and weights that commands look into."""
 
 import os
+from functools import lru_cache, partial
+from importlib import import_module
 
 import pytest
 import torch
 
+from mim.data.shapes import ShapeSource
 from mim.encoder import Encoder
+from mim.evaluation.logistic import linear_answers
 from mim.interop import ModelCard
 from mim.run.weights import export_backbone
 
@@ -30,3 +34,30 @@ def weights(tmp_path_factory):
     card = ModelCard(method="MAE", data="shapes", data_licence="cc0-1.0")
     export_backbone(encoder.vit, folder, mean=[0.5] * 3, std=[0.25] * 3, card=card, model_args={})
     return str(folder)
+
+
+@lru_cache(maxsize=8192)
+def _drawn(seed, split, size, index, draw=ShapeSource.read_pair):
+    return draw(ShapeSource(split, index + 1, size, seed), index)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shapes_are_drawn_once(request):
+    """A millisecond for each image, in every run and evaluation; but where the drawing itself is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ != "test_shapes":
+
+            def read_pair(self, index):
+                image, mask = _drawn(self.seed, self.split, self.size, index)
+                return image.clone(), mask.clone()
+
+            patch.setattr(ShapeSource, "read_pair", read_pair)
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick_probes():
+    """Linear probes of runs take the strongest penalty and choose none: a tenth of the time, other last digits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_module("mim.evaluation.probe"), "linear_answers", partial(linear_answers, l2=(1.0,)))
+        yield

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from mim.cli import main
 
 OLD = Path(__file__).parent / "old_run"
-RUNS = ["mae", "attmask", "hpm", "momentum_mae"]
+RUNS = ["mae", *(pytest.param(name, marks=pytest.mark.middle) for name in ("attmask", "hpm", "momentum_mae"))]
 # The same machine gives the same bits; another processor sums in another order, and 16 steps of AdamW carry that on.
 NEAR = {"rtol": 1e-3, "atol": 1e-4}
 SINCE_THEN = ["val/knn_balanced", "val/linear_balanced"]
@@ -56,7 +56,13 @@ EVALUATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", EVALUATIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("knn", "finetune-evit-0.7") else pytest.param(name, marks=pytest.mark.middle)
+        for name in EVALUATIONS
+    ],
+)
 def test_an_old_export_measures_as_it_did(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # caches of features are new
     run = tmp_path / "mae"

@@ -6,6 +6,8 @@ import pytest
 
 from mim.cli import main
 
+pytestmark = pytest.mark.usefixtures("quick_probes")
+
 TINY = str(Path(__file__).parents[1] / "tiny.yaml")
 
 

@@ -10,6 +10,8 @@ from PIL import Image
 
 from mim.cli import main
 
+pytestmark = pytest.mark.usefixtures("quick_probes")
+
 TINY = str(Path(__file__).parents[1] / "tiny.yaml")
 SEGMENT = ["--steps", "1", "--batch_size", "2", "--device", "cpu", "--devices", "1", "--pictures", "0"]
 

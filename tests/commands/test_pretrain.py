@@ -21,6 +21,8 @@ from mim.interop import ModelCard, export_backbone
 from mim.options.pretraining import translate
 from mim.run.config import parse
 
+pytestmark = pytest.mark.usefixtures("quick_probes")
+
 # Too few images of each class for probes, which would take longer than the run.
 TINY = ["--config", str(ROOT / "tests" / "tiny.yaml"), "--probe_images", "40"]
 
