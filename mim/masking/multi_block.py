@@ -74,13 +74,13 @@ class MultiBlockMasking(Masking):
         if targets < 1 or not 0 < least_context <= 1:
             raise ValueError(f"targets {targets} is no number of blocks, or least_context {least_context} no share")
         self.targets, self.least_context, self.released = targets, least_context, released
-        self.target_scale, self.target_aspect = tuple(target_scale), tuple(target_aspect)
-        self.context_scale = tuple(context_scale)
+        self.target_scale, self.target_aspect = target_scale, target_aspect
+        self.context_scale = context_scale
 
     def fit(self, grid: tuple[int, int]) -> None:
         """Refuses a grid on which a target may cover the context; see :meth:`Masking.fit`."""
         steps = [step / (_STEPS - 1) for step in range(_STEPS)]
-        shares = zip(steps, steps, strict=True) if self.released else ((a, b) for a in steps for b in steps)
+        shares = [(a, b) for a in steps for b in steps if a == b or not self.released]
         target = max(math.prod(self.target_size(grid, *pair)) for pair in shares)
         context = min(math.prod(self.context_size(grid, share)) for share in steps)
         if target >= context:
