@@ -33,7 +33,7 @@ def gather_rows(values: Tensor) -> Tensor:
     """
     if process_count() == 1:
         return values
-    gathered: Tensor = _GatherRows.apply(values)  # type: ignore[no-untyped-call]  # torch's
+    gathered: Tensor = _GatherRows.apply(values)
     return gathered
 
 

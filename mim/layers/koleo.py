@@ -31,4 +31,5 @@ def koleo(tokens: Tensor, neighbours: Literal["batch", "process"] = "batch") -> 
             products[:, own].fill_diagonal_(-torch.inf)
             nearest = products.argmax(dim=1)
         distance = torch.linalg.vector_norm(points - others[nearest], dim=-1)
-        return -distance.clamp(min=_CLOSE).log().mean()
+        crowding: Tensor = -distance.clamp(min=_CLOSE).log().mean()
+        return crowding
