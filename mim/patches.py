@@ -127,7 +127,7 @@ def pixel_targets(
 
 def by_channel(patches: Tensor, channels: int) -> Tensor:
     """Pixels of patches sorted by channel: ``(B, N, p*p*C)`` to ``(B, N, C, p*p)``."""
-    return patches.unflatten(-1, (-1, channels)).transpose(-1, -2)
+    return patches.reshape(*patches.shape[:-1], -1, channels).transpose(-1, -2)
 
 
 def from_channels(patches: Tensor) -> Tensor:

@@ -193,6 +193,8 @@ def test_a_config_without_a_model_goes_over_the_recipe_of_the_method(text, args,
         (TINY, "ibot", "mae"),
         ("ibot/vit_small_patch16_224", "attmask", "ibot"),
         ("attmask/demo", "ibot", "attmask"),
+        ("ibot/demo", "dinov2", "ibot"),
+        ("dinov2/demo", "ibot", "dinov2"),
         ("momentum_mae/demo", "mae", "momentum_mae"),
     ],
 )

@@ -87,8 +87,8 @@ class RemoteShards:
             index = _kept(self.home / _INDEX) or self._build()
         damaged += [ImageError(*error) for error in index["damaged"]]
         return [
-            Member(self.names[number], *place, text and text.encode("latin-1"))
-            for number, *place, text in index["members"]
+            Member(self.names[number], name, offset, size, ordinary, text and text.encode("latin-1"))
+            for number, name, offset, size, ordinary, text in index["members"]
         ]
 
     def content(self, member: Member) -> bytes:

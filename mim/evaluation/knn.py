@@ -116,7 +116,7 @@ def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     width = values.shape[1] // _GROUP
     if values.device.type != "cpu" or width < 4 * k:
         return values.topk(k)
-    maxima = values[:, : width * _GROUP].unflatten(1, (_GROUP, width)).amax(dim=1)  # (q, width)
+    maxima = values[:, : width * _GROUP].reshape(-1, _GROUP, width).amax(dim=1)  # (q, width)
     places = maxima.topk(k).indices[:, :, None] + torch.arange(_GROUP) * width
     rest = torch.arange(width * _GROUP, values.shape[1]).expand(len(values), -1)
     places = torch.cat([places.flatten(1), rest], dim=1)

@@ -161,7 +161,7 @@ class IBOT(Method):
         self.teaching, self.freeze_epochs, self.clip, self.koleo = teacher, freeze_epochs, clip, koleo
         self.teacher = Teacher(nn.ModuleDict({"encoder": self.encoder, "head": self.head}))
         # Row 0 belongs to class logits, row 1 to patch logits.
-        self.register_buffer("centers", torch.zeros(2, head.prototypes))
+        self.register_buffer("centers", torch.zeros(2, head.prototypes), persistent=teacher.center != "sinkhorn")
         # (2, K) and how many rows each is the mean of, (2, 1), of every micro-batch; no buffers, or DDP would overwrite
         # them with rank 0's.
         self.mean_logits: list[tuple[Tensor, Tensor]] = []

@@ -196,7 +196,7 @@ class BlockPredictor(nn.Module):
         sequence = torch.cat([seen[:, None].expand(-1, blocks, -1, -1), queries], dim=2).flatten(0, 1)
         asked = torch.arange(seen.shape[1], sequence.shape[1], device=sequence.device)
         prediction: Tensor = self.trunk(sequence, asked.expand(len(sequence), -1))  # (B * T, M, D)
-        return prediction.unflatten(0, (-1, blocks))
+        return prediction.reshape(-1, blocks, *prediction.shape[1:])
 
     def queries(self, targets: Tensor, noise: Tensor | None = None) -> Tensor:
         """Tokens ``(B, T, M, E)`` that ask for ``targets (B, T, M)``."""
@@ -211,7 +211,7 @@ def sent(blocks: Blocks, device: torch.device) -> Blocks:
 
 def gather_blocks(tokens: Tensor, targets: Tensor) -> Tensor:
     """Tokens ``(B, N, D)`` at ``targets (B, T, M)``: ``(B, T, M, D)``."""
-    return gather_tokens(tokens, targets.flatten(1)).unflatten(1, targets.shape[1:])
+    return gather_tokens(tokens, targets.flatten(1)).reshape(*targets.shape, tokens.shape[2])
 
 
 def spread(features: Tensor) -> Tensor:

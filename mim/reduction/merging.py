@@ -122,7 +122,7 @@ class DominantContextual(TokenReduction):
         targets = self._targets(count)
         dominant, rest = split(attending.class_attention().detach(), count - targets)
         stride = rest.shape[1] // targets
-        rows = rest[:, : targets * stride].unflatten(1, (targets, stride))
+        rows = rest[:, : targets * stride].reshape(len(rest), targets, stride)
         chosen = rows[:, :, 0]  # (B, targets)
         source = torch.cat([rows[:, :, 1:].flatten(1), rest[:, targets * stride :]], dim=1)
         keys = F.normalize(attending.mean_keys().detach(), dim=-1)

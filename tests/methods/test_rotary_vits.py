@@ -75,7 +75,7 @@ def batches(method):
     generator = torch.Generator().manual_seed(1)
     sizes = [32, 32, 16] if isinstance(method, IBOT) else [32]
     views = [torch.randn(4, 3, size, size, generator=generator) for size in sizes]
-    return [(views, torch.zeros(4, dtype=torch.long))] * STEPS
+    return [(views, torch.zeros(4, dtype=torch.long))] * method.plan.max_steps
 
 
 class Save(L.Callback):
@@ -92,10 +92,12 @@ class Save(L.Callback):
 def fit(method, first=0, callbacks=(), checkpoint=None):
     """Trains to the end; returns everything that a checkpoint holds of weights and optimizer."""
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = L.Trainer(accelerator="cpu", max_steps=STEPS, max_epochs=-1, callbacks=list(callbacks), **quiet)
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=method.plan.max_steps, max_epochs=-1, callbacks=list(callbacks), **quiet
+    )
     loader = DataLoader(batches(method)[first:], batch_size=None)
     trainer.fit(method, loader, ckpt_path=checkpoint, weights_only=True)
-    assert trainer.global_step == STEPS
+    assert trainer.global_step == method.plan.max_steps
     leaves = torch.utils._pytree.tree_leaves(trainer.optimizers[0].state_dict()["state"])
     return copy.deepcopy([*method.state_dict().values(), *leaves])
 

@@ -82,7 +82,10 @@ def test_the_kind_of_an_option_of_a_part_is_that_of_its_signature(name):
         assert kinds_of(PRETRAIN[name].kind) - {"list"} <= kinds_of(PARTS[part][setting])
 
 
-@pytest.mark.parametrize("policy", [name for name in mim.masking.__all__ if name != "Masking"])
+RATIOS = [name for name in mim.masking.__all__ if name not in ("Masking", "MultiBlockMasking")]
+
+
+@pytest.mark.parametrize("policy", RATIOS)
 def test_the_mask_ratio_reaches_every_policy(policy):
     needed = {"BoxMasking": ["--model.init_args.masking.init_args.boxes=[[0, 0, 1, 1]]"]}
     arguments = [TINY, f"--model.init_args.masking={policy}", *needed.get(policy, []), "--mask_ratio=0.6"]
@@ -90,6 +93,11 @@ def test_the_mask_ratio_reaches_every_policy(policy):
     chosen = parse(arguments).model.init_args.masking.init_args
     assert settings
     assert [chosen[name] for name in settings] == [0.6] * len(settings)
+
+
+def test_blocks_of_given_areas_have_no_ratio_and_say_so():
+    with pytest.raises(UserError, match=r"--mask_ratio 0.6: MultiBlockMasking has no such setting"):
+        parse([TINY, "--model.init_args.masking=MultiBlockMasking", "--mask_ratio=0.6"])
 
 
 def test_a_policy_without_a_ratio_is_refused_by_name(monkeypatch):
