@@ -287,23 +287,14 @@ def _path(settings: Mapping[str, Any]) -> str | None:
 def _check_same_method(method: str, config: str, model: object) -> None:
     """Refuses a config that names another method than ``--method``."""
     own = _parts(model)
-    recipes = {name: _settings(CONFIGS / name / "default.yaml")["model"] for name in method_names()}
-    known = {name: _parts(recipe) for name, recipe in recipes.items()}
+    known = {name: _parts(_settings(CONFIGS / name / "default.yaml")["model"]) for name in method_names()}
     same_class = [name for name, parts in known.items() if parts[0] == own[0]]
     same = [name for name in same_class if known[name][1] == own[1]] or same_class
-    # Methods of one class and policy are told apart by the words in their settings.
-    distances = {name: len(_words(recipes[name]) ^ _words(model)) for name in same}
-    same = [name for name in same if distances[name] == min(distances.values())]
+    if (folder := config.partition("/")[0]) in same:  # a recipe says it itself, where methods share class and policy
+        same = [folder]
     if method not in same:
         hint = f"--method {same[0]}" if same else "leave --method out"
         raise UserError(f"--method {method}: {config} is one of {same[0] if same else own[0]}", hint=hint)
-
-
-def _words(settings: object, place: str = "") -> set[tuple[str, str]]:
-    """All settings that are words, with their places."""
-    if isinstance(settings, dict):
-        return {word for key, value in settings.items() for word in _words(value, f"{place}.{key}")}
-    return {(place, settings)} if isinstance(settings, str) else set()
 
 
 def _parts(model: object) -> tuple[str, str]:

@@ -189,6 +189,8 @@ def test_all_state_of_a_method_is_in_its_checkpoint(name, monkeypatch):
     saved = {id(value) for value in method.state_dict(keep_vars=True).values()}
     # A checkpoint is never written while one of the first two is set; positions are a fixed table.
     allowed = {"nonfinite_step", "skip_step", "positions"}
+    if name == "dinov2":
+        allowed.add("centers")  # Sinkhorn-Knopp reads none
     for path, module in method.named_modules():
         for key, value in (*vars(module).items(), *module._buffers.items()):
             if isinstance(value, torch.Tensor) and id(value) not in saved and key not in allowed:
