@@ -201,6 +201,11 @@ def measured_mean(patches: Tensor, measured: Tensor) -> Tensor:
     return (patches * measured[..., None]).sum(dim=tuple(range(measured.dim()))) / measured.sum().clamp(min=1)
 
 
+def feature_spread(features: Tensor) -> Tensor:
+    """Deviation over all patches ``(..., D)``, mean over dimensions, a scalar: 0 where all patches are told alike."""
+    return features.flatten(0, -2).std(dim=0, correction=0).mean()
+
+
 def padded_places(mask: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`hidden_places`, with ``most`` places for every image, ``M = B * most``, whatever it hides."""
     places = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, most)

@@ -7,7 +7,7 @@ copy to the CPU. So does an operation on tensors of both, and a copy to the devi
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import torch
@@ -97,6 +97,10 @@ def _check_index(values: Tensor, indices: list[Tensor]) -> None:
         raise HostWaitError("an index of another device")
 
 
+def _no_autocast(*_: object, **__: object) -> nullcontext[None]:
+    return nullcontext()
+
+
 @contextmanager
 def machine(device: torch.device = CUDA) -> Iterator[Machine]:
     """Inside, ``device`` is there."""
@@ -112,6 +116,8 @@ def machine(device: torch.device = CUDA) -> Iterator[Machine]:
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
         mock.patch.object(optimizer, "_get_fused_kernels_supported_devices", return_value=fused),
         mock.patch.object(Tensor, "pin_memory", lambda tensor: present.pin(tensor)),
+        # torch knows no autocast for a device that computes nothing.
+        mock.patch("torch.autocast", _no_autocast if device.type == "meta" else torch.autocast),
         warnings.catch_warnings(),
         present,
     ):

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from mim.patches import (
+    feature_spread,
     gather_tokens,
     patch_grid,
     patchify,
@@ -89,3 +90,8 @@ def test_visible_indices_read_nothing_from_the_device_if_the_count_is_given():
 def test_gathered_tokens_are_those_named():
     tokens = torch.arange(8.0).view(2, 4, 1)
     assert gather_tokens(tokens, torch.tensor([[3, 0], [1, 2]]))[..., 0].tolist() == [[3, 0], [5, 6]]
+
+
+def test_feature_spread_is_0_for_equal_features_and_1_for_standard_ones():
+    assert feature_spread(torch.ones(3, 5, 8)) == 0
+    assert feature_spread(torch.randn(100, 100, 8)).item() == pytest.approx(1, abs=0.02)

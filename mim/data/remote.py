@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -77,7 +78,7 @@ class RemoteShards:
         self.names = check_shards(pattern)
         self.facts = _facts(pattern, self.names)
         self.home = _home(self.facts)
-        self.starts = [sum(fact.size for fact in self.facts[:number]) for number in range(len(self.facts))]
+        self.starts = list(accumulate((fact.size for fact in self.facts), initial=0))
         self.limit = cache_limit()
         self._ahead: dict[Place, bytes] = {}
 

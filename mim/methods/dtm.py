@@ -20,7 +20,7 @@ from mim.layers.teacher import Teacher
 from mim.masking import Masking
 from mim.methods.base import Batch, Method, OptimConfig, single_view
 from mim.options.ranges import Count, Share
-from mim.patches import measured_patches
+from mim.patches import feature_spread, measured_patches
 from mim.randomness import RowGenerator
 from mim.schedules import cosine
 from mim.targets import FeatureTarget
@@ -77,7 +77,12 @@ class DTM(Method):
             losses.append(group_loss(prediction, target, assign, groups, measured))
         loss = torch.stack(losses).mean()
         self.log("train/loss", loss)
-        self.log_dict({"health/target_spread": spread(target), "health/prediction_spread": spread(prediction.detach())})
+        self.log_dict(
+            {
+                "health/target_spread": feature_spread(target),
+                "health/prediction_spread": feature_spread(prediction.detach()),
+            }
+        )
         return self.anchored(loss, images)
 
     @torch.no_grad()
@@ -145,8 +150,3 @@ def group_loss(
     other, _ = group_means(target, assign, groups, measured)
     error = F.smooth_l1_loss(own, other, beta=2.0, reduction="none").mean(dim=-1)  # (B, G)
     return (error * sizes).sum() / sizes.sum().clamp(min=1)
-
-
-def spread(features: Tensor) -> Tensor:
-    """Deviation over all patches of the batch, mean over values, a scalar: 0 where all patches are told alike."""
-    return features.flatten(0, 1).std(dim=0, correction=0).mean()

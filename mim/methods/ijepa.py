@@ -24,7 +24,7 @@ from mim.masking import MultiBlockMasking
 from mim.masking.multi_block import Blocks
 from mim.methods.base import Batch, Method, OptimConfig, single_view
 from mim.options.ranges import Count, NotNegative, Share
-from mim.patches import gather_tokens, measured_patches, replace_patches, visible_indices
+from mim.patches import feature_spread, gather_tokens, measured_patches, replace_patches, visible_indices
 from mim.randomness import RowGenerator
 from mim.schedules import linear
 
@@ -83,8 +83,8 @@ class IJEPA(Method):
         self.log("train/loss", loss)
         self.log_dict(
             {
-                "health/target_std": spread(target),
-                "health/prediction_std": spread(prediction.detach().float()),
+                "health/target_std": feature_spread(target),
+                "health/prediction_std": feature_spread(prediction.detach().float()),
                 "health/hidden": blocks.hidden.float().mean(),
             }
         )
@@ -212,11 +212,6 @@ def sent(blocks: Blocks, device: torch.device) -> Blocks:
 def gather_blocks(tokens: Tensor, targets: Tensor) -> Tensor:
     """Tokens ``(B, N, D)`` at ``targets (B, T, M)``: ``(B, T, M, D)``."""
     return gather_tokens(tokens, targets.flatten(1)).reshape(*targets.shape, tokens.shape[2])
-
-
-def spread(features: Tensor) -> Tensor:
-    """Standard deviation over all patches ``(..., D)`` of every dimension, mean over dimensions; 0 if all are alike."""
-    return features.flatten(0, -2).std(dim=0, correction=0).mean()
 
 
 def spread_over_pixels(values: Tensor, images: Tensor, grid: tuple[int, int]) -> Tensor:

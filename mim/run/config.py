@@ -141,7 +141,10 @@ def _canonical(arg: str) -> str:
 
 def parse_saved(file: Path) -> Namespace:
     """The settings that a run has written down; refuses a file that no run writes."""
-    content = file.open("rb").read(MAX_BYTES + 1) if file.is_file() else b""
+    content = b""
+    if file.is_file():
+        with file.open("rb") as opened:
+            content = opened.read(MAX_BYTES + 1)
     return _parsed_once(file, content, tuple(plugins_in_use())).clone()
 
 

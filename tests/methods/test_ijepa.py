@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from mim.encoder import Encoder
 from mim.masking import MultiBlockMasking
 from mim.methods import IJEPA, Plan
-from mim.methods.ijepa import spread
 from mim.patches import patchify, unpatchify
 from mim.randomness import RowGenerator
 
@@ -176,11 +175,6 @@ def test_pictures_show_the_context_and_the_targets_which_share_no_pixel(images):
     assert (context.any(1) & targets.any(1)).all()
     assert torch.equal(pictures["error"].flatten(1) > 0, targets)
     assert torch.equal(method.visualize(images)["hidden"], pictures["hidden"])
-
-
-def test_spread_is_0_for_equal_features_and_1_for_standard_ones():
-    assert spread(torch.ones(3, 5, 8)) == 0
-    assert spread(torch.randn(100, 100, 8)).item() == pytest.approx(1, abs=0.02)
 
 
 def test_collapse_is_named():
