@@ -171,6 +171,8 @@ _BARE = ("print_config", "help_all")
 
 def translate(args: Sequence[str]) -> list[str]:
     """Turns short options into dotted ones, after the recipe that ``--method``, ``--config`` and ``--data`` imply."""
+    if "--help_all" in args:  # what it is asked for may be the mistake beside it
+        return ["--help_all"]
     given = read(args, PRETRAIN, dotted=True)
     names = dict(given)
     dotted = [
