@@ -38,9 +38,9 @@ LEVELS = [
     ),
     (
         {"mim", "mim.distributed", "mim.errors", "mim.hub", "mim.patches", "mim.program", "mim.randomness"}
-        | {"mim.schedules", "mim.vit"},
+        | {"mim.schedules", "mim.terminal", "mim.vit"},
         "processes and devices, three-line errors, the model hub, how the program was started, patches of an image, "
-        "keyed randomness, schedules, timm's ViTs",
+        "keyed randomness, schedules, what a person at a terminal sees, timm's ViTs",
     ),
 ]
 MODULES = sorted((ROOT / "mim").rglob("*.py"))
