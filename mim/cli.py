@@ -86,7 +86,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "make_shapes": (("--out shapes", ""), ("--out shapes --train 4096 --size 96", "")),
     "tokens": (
         ("fit --data photos --out photos.safetensors", "a codebook"),
-        ("encode --data photos --tokenizer photos.safetensors --out photos-tokens", "tokens, for --data"),
+        ("encode --data photos --tokenizer photos.safetensors", "a folder for --data"),
     ),
     "benchmark": (
         ("--config mae/vit_base_patch16_224 --against plain", "a step"),
