@@ -37,6 +37,7 @@ COMMANDS = {
     "features": "write class and patch features of images to disk",
     "check_data": "look at a data set before training on it",
     "make_shapes": "write the generated shapes as folders of images and masks",
+    "tokens": "fit a tokenizer to images, or keep images as its tokens",
     "benchmark": "measure speed and memory of a training step and of the loader",
     "benchmark_reduction": "measure what token reductions save at inference",
     "pareto": "draw accuracy over speed of token reductions that need no training",
@@ -83,6 +84,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("--weights runs/001-mae-photos --data photos --patch false", ""),
     ),
     "make_shapes": (("--out shapes", ""), ("--out shapes --train 4096 --size 96", "")),
+    "tokens": (
+        ("fit --data photos --out photos.safetensors", "a codebook"),
+        ("encode --data photos --tokenizer photos.safetensors", "a folder for --data"),
+    ),
     "benchmark": (
         ("--config mae/vit_base_patch16_224 --against plain", "a step"),
         ("--config ibot/demo --data photos", "and its loader"),
@@ -112,8 +117,11 @@ EVERY = {
 }
 """What every command takes."""
 
-WITHOUT_RUNS = {"check_data", "make_shapes", "info"}
+WITHOUT_RUNS = {"check_data", "make_shapes", "info", "tokens"}
 """Commands that build nothing from settings, and so take no ``--plugin``."""
+
+POSITIONAL = {"info": ("what", "name"), "tokens": ("what",)}
+"""Options whose names may be left out, as in ``info models "vit_small*"`` and ``tokens fit``."""
 
 RESUMABLE = {"pretrain", "finetune", "segment"}
 """Commands that a signal interrupts with status 75 at any moment."""
@@ -230,8 +238,9 @@ def _carried_out(command: str, args: list[str]) -> int:
         except UserError as error:
             raise in_short(error) from error
         return status
-    if command == "info" and args and not args[0].startswith("-"):  # `info models "vit_small*"`
-        args = [f"--{name}={value}" for name, value in zip(("what", "name"), args, strict=False)]
+    if args and not args[0].startswith("-"):
+        named = [f"--{name}={value}" for name, value in zip(POSITIONAL.get(command, ()), args, strict=False)]
+        args = named + args[len(named) :]
     call(importlib.import_module(f"mim.commands.{command}").run, command, args)
     return 0
 

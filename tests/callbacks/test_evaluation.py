@@ -43,7 +43,8 @@ def test_final_probes_read_an_image_once(evaluation: Evaluation, monkeypatch: py
     result = evaluation.final(encoder(0), [encoder(1), encoder(2), encoder(3)])
     assert set(reads.values()) == {1}
     assert len(reads) == 60 + 12
-    assert len(result["knn"]["untrained"]) == 3
+    assert len(result["knn"]["untrained"]) == len(result["linear"]["pixels"]) == 3
+    assert result["knn"]["chance"] == 5 / 12  # of the dozen that are asked, five are of one class
 
 
 @pytest.mark.parametrize("held_out", [False, True])
