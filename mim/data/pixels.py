@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 from mim.errors import UserError
-
-_N = TypeVar("_N")  # a number or a tensor of some
 
 PixelType = Literal["per_file", "uint8", "uint16", "int16", "float32", "any"]
 """What files hold; ``per_file`` scales each to 8 bit by itself, as runs did that have no ``value_range``."""
@@ -55,7 +53,7 @@ class Pixels:
         """Whether nothing lies beyond 0 and 1."""
         return self.clip or (self.eight_bit and (self.low, self.high) == ((0.0,), (255.0,)))
 
-    def stored(self, x: _N, low: float | _N, high: float | _N) -> _N:
+    def stored(self, x: Any, low: Any, high: Any) -> Any:  # noqa: ANN401 - numbers or tensors
         """The number in a file that becomes ``x``."""
         return low * (high / low) ** x if self.log else low + (high - low) * x
 
