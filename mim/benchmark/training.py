@@ -33,6 +33,7 @@ from mim.errors import UserError
 from mim.methods import Batch, Method
 from mim.randomness import RowGenerator
 from mim.run.config import instantiate
+from mim.terminal import progress
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def compare(contenders: Sequence[Timed], rounds: int, between: Callable[[], obje
         contender.step()
         contender.step()
     timings: list[list[Timing]] = [[] for _ in contenders]
-    for _ in range(rounds):
+    for _ in progress(range(rounds), rounds, "timing", "round"):
         for contender, taken in zip(contenders, timings, strict=True):
             taken.append(contender.step())
         between()

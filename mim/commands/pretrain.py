@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 from lightning import Trainer
 
 from mim.callbacks import Checkpoints, Evaluation, NaNDump, RunLog, Signals
+from mim.data.levels import levels
 from mim.data.pixels import EIGHT_BIT
 from mim.data.pretrain import PretrainData
 from mim.data.remote import keep_index, restore_index
@@ -41,7 +42,7 @@ from mim.run.resuming import check_number_of_images, remember_moved_data, resume
 from mim.run.trackers import build_trackers, track_report
 from mim.run.trainer import build_trainer
 from mim.run.weights import ModelCard, check_published, export_backbone, init_backbone, load_method, pixels_of
-from mim.run.words import conclusion, device_name, introduction, parameters, random_start, shape
+from mim.run.words import architecture, conclusion, device_name, introduction, parameters, random_start, shape
 from mim.targets import Target
 from mim.vit import compile_blocks
 
@@ -308,6 +309,9 @@ class Pretraining:
             start=self.origin,
             pool=self.options.pool,
             parameters=parameters(method.backbone),
+            architecture=architecture(method),
+            values=data.describe_values(),
+            levels=found.facts() if (found := levels(data.source, data.pixels)) else None,
             device=device_name(trainer),
             changed=changes(args),
             versions=versions(),

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from mim.data.images import ImageError
 from mim.data.pixels import Pixels
 from mim.data.sources import Source
 from mim.randomness import keyed_generator
+from mim.terminal import progress
 
 SAMPLE = 2000
 """Images that are measured, at most."""
@@ -77,7 +77,7 @@ def measure(source: Source, channels: int, pixels: Pixels, seed: int, found: boo
     order = torch.randperm(len(source), generator=keyed_generator(seed, "value range"))[:SAMPLE].tolist()
     with ThreadPoolExecutor() as threads:  # decoding releases the interpreter lock
         parts = threads.map(lambda index: _draw(source, index), sorted(order))
-        bar = tqdm(parts, total=len(order), desc="measuring values", unit="image", disable=None, leave=False)
+        bar = progress(parts, len(order), "measuring values")
         samples = [part for part in bar if part is not None]
     if not samples:
         raise ValueError("no image can be read")

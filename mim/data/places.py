@@ -23,6 +23,8 @@ PREFIX = "python:"
 MEASUREMENTS = (".dcm", ".dicom", ".ima", ".h5", ".hdf5", ".hdf", ".nc", ".zarr", ".zarray", ".nii", ".nii.gz", ".fits")
 """Endings of files with numbers that are not read."""
 AS_TIFF = "a TIFF or .npy file for each image, which keep the numbers (docs/data.md)"
+TOKEN_PARTS = ("train", "val")
+"""Folders below one of tokens that sets images apart."""
 _SMALL = 1 << 20  # bytes of a list that is read for a look alone, and again for the run
 
 
@@ -43,7 +45,11 @@ def check_place(data: str, otherwise: str | None = OTHERWISE, label_column: str 
     if is_url(data):
         check_first_shard(data)
     elif path.is_dir():
-        if next(images_in(path, below=True), None) is None and not (found := scan(path)).images:
+        if (
+            not token_parts(path)
+            and next(images_in(path, below=True), None) is None
+            and not (found := scan(path)).images
+        ):
             raise no_images(path, found.ignored, found.folders)
     elif is_list(path):
         if path.stat().st_size <= _SMALL:
@@ -62,6 +68,14 @@ def check_folder_of_masks(data: str) -> None:
     if data not in BUILT_IN and not Path(data).expanduser().is_dir():
         hint = "--data builtin   or   --data shapes   for built-in masks"
         raise UserError(f"--data {data}: no such folder", hint=hint)
+
+
+def token_parts(folder: Path) -> list[Path]:
+    """The folders of tokens that a path names: itself, its two parts, or none."""
+    if (folder / "tokens.json").is_file():
+        return [folder]
+    parts = [folder / part for part in TOKEN_PARTS]
+    return parts if all((part / "tokens.json").is_file() for part in parts) else []
 
 
 def is_list(path: Path) -> bool:

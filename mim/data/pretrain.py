@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, final
 
 import lightning as L
+import torch
 from torch import Tensor
 
 from mim.data.bad_files import BadFiles, BadFileWarning, refuse_channels
@@ -304,6 +305,15 @@ class PretrainData(L.LightningDataModule):
         views, labels, numbers, _, *valid = collate([sample for _, sample in loaded])
         names = [self.source.describe(index) for index, _ in loaded]
         return self.views.cpu()(views, RowGenerator(numbers)), labels, names, valid
+
+    def augmented(self, count: int) -> tuple[Tensor, list[Tensor]]:
+        """Middles ``(B, C, H, W)`` of the run's first images, and the views ``V x (B, C, H_v, W_v)`` made of them."""
+        crops = Crops(self.source, self.views, self.seed)
+        loaded = [crops.load(key) for key in list(self.sampler(range(0)).keys(0))[:count]]
+        views, _, numbers, *_ = collate([sample for _, sample in loaded])
+        middles = torch.cat([images for images, _ in self.center_batches(self.source, [index for index, _ in loaded])])
+        device = self.views.mean.device
+        return middles, self.views([view.to(device) for view in views], RowGenerator(numbers))
 
     def center_batches(
         self, source: Source, indices: Sequence[int], batch_size: int = 64

@@ -89,6 +89,35 @@ def shape(encoder: Encoder) -> str:
     return f"{encoder.dim} wide, {len(encoder.vit.blocks)} blocks, {size} px / {patch}"
 
 
+def architecture(method: Method) -> dict[str, Any]:
+    """What is trained and what is taken home, for the report: plain types alone."""
+    encoder, vit = method.evaluated, method.evaluated.vit
+    attention = getattr(vit.blocks[0], "attn", None) if hasattr(vit, "blocks") else None
+    parts = {name: module for name, module in method.named_children() if parameters(module)}
+    return {
+        "encoder": type(vit).__name__,
+        "width": encoder.dim,
+        "blocks": encoder.depth,
+        "heads": getattr(attention, "num_heads", None),
+        "patch": list(encoder.patch_size),
+        "image": list(encoder.img_size),
+        "channels": encoder.in_chans,
+        "patches": list(encoder.grid),
+        "prefix_tokens": encoder.num_prefix,
+        "mask": method.mask_words(),
+        "parts": {
+            name: {
+                "kind": type(module).__name__,
+                "parameters": parameters(module),
+                "trained": sum(p.numel() for p in module.parameters() if p.requires_grad),
+            }
+            for name, module in parts.items()
+        },
+        "trained": sum(p.numel() for p in method.parameters() if p.requires_grad),
+        "exported": parameters(method.backbone),
+    }
+
+
 def _size(count: int) -> str:
     return f"{count / 2**20:,.0f} MiB" if count >= 2**20 else f"{count / 2**10:,.0f} KiB"
 

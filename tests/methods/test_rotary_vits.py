@@ -16,10 +16,12 @@ from mim.masking import (
     HardPatchMasking,
     MultiBlockMasking,
     RandomMasking,
+    RectangleMasking,
     SampledMasking,
 )
-from mim.methods import HPM, IBOT, IJEPA, MAE, AdaMAE, MomentumMAE, OptimConfig, Plan, SimMIM
+from mim.methods import CAPI, HPM, IBOT, IJEPA, MAE, AdaMAE, MomentumMAE, OptimConfig, Plan, SimMIM
 from mim.methods.adamae import SamplerConfig
+from mim.methods.capi import ClusterConfig
 from mim.methods.hpm import DifficultyConfig
 from mim.methods.ibot import HeadConfig, TeacherConfig
 from mim.methods.mae import CrossConfig
@@ -60,6 +62,9 @@ METHODS = {
         encoder(model), RandomMasking(), None, 16, 2, 2, OPTIM, CrossConfig(predicted=0.5, mixed=2)
     ),
     "ijepa": lambda model=DINOV3: IJEPA(encoder(model), MultiBlockMasking(), 16, 1, 2, stop=0.25, optim=OPTIM),
+    "capi": lambda model=DINOV3: CAPI(
+        encoder(model), RectangleMasking(), ClusterConfig(count=4, blr=0.1), 16, 1, 2, optim=OPTIM
+    ),
     "ibot": lambda model=DINOV3: ibot(BlockMasking(unmasked_share=0.0), model),
     "attmask": lambda model=DINOV3: ibot(ATTENTION, model),
 }
