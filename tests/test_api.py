@@ -65,8 +65,8 @@ def run(tmp_path_factory, photos):
 
 def test_a_run_and_its_card_tell_the_call_of_python_and_not_the_program_around_it(run):
     call = (run.path / "command.txt").read_text().strip()
-    assert call.startswith(f"mim.pretrain(config={str(TINY)!r}, data=test_api.Photos[48], epochs=2, pictures=1, ")
-    assert f", out={str(run.path)!r}, " in call
+    assert call.startswith(f"mim.pretrain(config={str(TINY)!r}, data=test_api.Photos[48], out={str(run.path)!r}, ")
+    assert call.endswith(", eval_every=5, save_every=0.5)")
     assert f"- Command: `{call}`" in (run.path / "export" / "backbone" / "README.md").read_text()
 
 
