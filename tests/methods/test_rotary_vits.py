@@ -18,11 +18,11 @@ from mim.masking import (
     RectangleMasking,
     SampledMasking,
 )
-from mim.methods import CAPI, HPM, IBOT, IJEPA, MAE, AdaMAE, MomentumMAE, OptimConfig, Plan, SimMIM
+from mim.methods import CAPI, DTM, HPM, IBOT, IJEPA, MAE, AdaMAE, MomentumMAE, OptimConfig, Plan, SimMIM
 from mim.methods.adamae import SamplerConfig
 from mim.methods.capi import ClusterConfig
 from mim.methods.hpm import DifficultyConfig
-from mim.methods.ibot import HeadConfig, TeacherConfig
+from mim.methods.ibot import HeadConfig, KoLeoConfig, TeacherConfig
 from mim.methods.mae import CrossConfig
 from mim.pictures.strips import strip
 from mim.targets import FeatureTarget, PixelTarget
@@ -40,6 +40,14 @@ def encoder(model=DINOV3, **settings):
 def ibot(masking, model=DINOV3):
     head, teacher = HeadConfig(prototypes=16, hidden=16, bottleneck=8), TeacherConfig(warmup_epochs=1)
     return IBOT(encoder(model, dynamic_img_size=True, drop_path_rate=0.2), masking, head, teacher, 0.0, optim=OPTIM)
+
+
+def dinov2(model=DINOV3):
+    head = HeadConfig(prototypes=16, hidden=16, bottleneck=8, shared="nothing")
+    teacher = TeacherConfig(warmup_epochs=1, center="sinkhorn")
+    koleo = KoLeoConfig(weight=0.1)
+    masking = BlockMasking(unmasked_share=0.0)
+    return IBOT(encoder(model, dynamic_img_size=True), masking, head, teacher, 0.0, koleo=koleo, optim=OPTIM)
 
 
 ATTENTION = AttentionMasking(low=0.5, high=0.5, unmasked_share=0.0)
@@ -66,6 +74,8 @@ METHODS = {
     ),
     "ibot": lambda model=DINOV3: ibot(BlockMasking(unmasked_share=0.0), model),
     "attmask": lambda model=DINOV3: ibot(ATTENTION, model),
+    "dtm": lambda model=DINOV3: DTM(encoder(model), BlockMasking(0.4, 0.4, unmasked_share=0.0), rounds=3, optim=OPTIM),
+    "dinov2": lambda model=DINOV3: dinov2(model),
 }
 
 
