@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -295,7 +296,7 @@ def _facts(pattern: str, urls: Sequence[str]) -> list[Fact]:
         with ThreadPoolExecutor(CONNECTIONS) as threads:
             found = list(threads.map(_fact, urls))
     except _RefusedError as error:
-        hint = _HINTS.get(pattern.partition("://")[0], "a URL that this machine may read")
+        hint = _HINTS.get(pattern.partition("://")[0], f"curl -I {shlex.quote(urls[0])}")
         raise UserError(f"--data {pattern} cannot be read", why=str(error), hint=hint) from None
     missing = [url for url, fact in zip(urls, found, strict=True) if fact is None]
     if missing:

@@ -226,8 +226,9 @@ def _values(config: dict[str, Any]) -> str | None:
     clipped = ", clipped to 0..1" if pixels["clip"] else ""
     bands = f", bands {pixels['bands']} counted from 1" if pixels["bands"] else ""
     nodata = "" if pixels["nodata"] is None else f", {pixels['nodata']:g} is nodata and becomes the mean"
+    scaled = "log(max(v, low) / low) / log(high / low)" if pixels.get("log") else "(v - low) / (high - low)"
     return (
-        f"`x = (v - low) / (high - low)` for a {pixels['type']} number v, low {low}, high {high}{clipped}, then mean "
+        f"`x = {scaled}` for a {pixels['type']} number v, low {low}, high {high}{clipped}, then mean "
         f"and std of `pretrained_cfg`{bands}{nodata}"
     )
 

@@ -94,6 +94,9 @@ GROUPS: dict[str, dict[str, Option]] = {
             "data.value_range",
         ),
         "clip": Option("", "keep values within that range", target="data.clip"),
+        "log_values": Option(
+            "", "scale logarithms of the numbers, which span many powers of ten", target="data.log_values"
+        ),
         "bands": Option("A,B,...", "channels to read, counted from 1", "all", "data.bands"),
         "nodata": Option("X", "number that means 'not measured', besides NaN", "found", "data.nodata", Number),
     },
