@@ -33,8 +33,8 @@ from mim.reduction import TokenReducedViT
 from mim.run.config import instantiate, parse
 from mim.targets import HOGTarget
 
-FLOAT32 = ("_softmax", "log_softmax", "logsumexp", "sort", "topk", "argmax", "mse_loss", "_fused_adamw")
-"""Operations whose numbers bf16 would round to ties or nothing: softmax, rankings, losses, updates."""
+FLOAT32 = ("_softmax", "log_softmax", "logsumexp", "sort", "topk", "argmax", "mse_loss", "_fused_adamw", "vector_norm")
+"""Operations whose numbers bf16 would round to ties or nothing: softmax, rankings, losses, updates, lengths."""
 
 
 def prepared(name, *changes):
