@@ -364,6 +364,7 @@ class Pretraining:
             card=card,
             model_args=kwargs,
             pool=self.options.pool,
+            img_size=self.method.evaluated.img_size,
             **self.data.pixels.exported(self.data.mean, self.data.std),
         )
 

@@ -10,6 +10,7 @@ from mim.methods.mae import MAE
 from mim.methods.momentum_mae import MomentumMAE
 from mim.methods.mp3 import MP3
 from mim.methods.simmim import SimMIM
+from mim.methods.spark import SparK
 
 __all__ = [
     "DTM",
@@ -26,4 +27,5 @@ __all__ = [
     "OptimConfig",
     "Plan",
     "SimMIM",
+    "SparK",
 ]
