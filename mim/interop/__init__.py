@@ -19,6 +19,7 @@ __all__ = [
     "built",
     "built_otherwise",
     "check_timm_folder",
+    "conv_net_in",
     "deepspeed_weights",
     "differences",
     "export_backbone",
