@@ -5,6 +5,7 @@ import errno
 import importlib
 import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from mim.options.help import page
 from mim.options.pretraining import GROUPS, PRETRAIN, translate
 from mim.options.signatures import Groups, flat, option_groups, options_of
 from mim.program import called
+from mim.terminal import Colour, paint
 
 if TYPE_CHECKING:  # even this parser takes a moment to import: help and typing mistakes come first
     from jsonargparse import ArgumentParser
@@ -37,6 +39,7 @@ COMMANDS = {
     "features": "write class and patch features of images to disk",
     "check_data": "look at a data set before training on it",
     "make_shapes": "write the generated shapes as folders of images and masks",
+    "tokens": "fit a tokenizer to images, or keep images as its tokens",
     "benchmark": "measure speed and memory of a training step and of the loader",
     "benchmark_reduction": "measure what token reductions save at inference",
     "pareto": "draw accuracy over speed of token reductions that need no training",
@@ -83,6 +86,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("--weights runs/001-mae-photos --data photos --patch false", ""),
     ),
     "make_shapes": (("--out shapes", ""), ("--out shapes --train 4096 --size 96", "")),
+    "tokens": (
+        ("fit --data photos --out photos.safetensors", "a codebook"),
+        ("encode --data photos --tokenizer photos.safetensors", "a folder for --data"),
+    ),
     "benchmark": (
         ("--config mae/vit_base_patch16_224 --against plain", "a step"),
         ("--config ibot/demo --data photos", "and its loader"),
@@ -112,8 +119,11 @@ EVERY = {
 }
 """What every command takes."""
 
-WITHOUT_RUNS = {"check_data", "make_shapes", "info"}
+WITHOUT_RUNS = {"check_data", "make_shapes", "info", "tokens"}
 """Commands that build nothing from settings, and so take no ``--plugin``."""
+
+POSITIONAL = {"info": ("what", "name"), "tokens": ("what",)}
+"""Options whose names may be left out, as in ``info models "vit_small*"`` and ``tokens fit``."""
 
 RESUMABLE = {"pretrain", "finetune", "segment"}
 """Commands that a signal interrupts with status 75 at any moment."""
@@ -150,7 +160,7 @@ def _answered(command: str, args: list[str], debug: bool) -> int:
         if debug:
             traceback.print_exc()
         if process_rank() == 0 or error.alone:
-            print(error, file=sys.stderr, flush=True)
+            _tell(error)
         return error.status
     except StoppedError:
         print("stopped by a signal, saved; go on with  --resume true", flush=True)
@@ -163,7 +173,7 @@ def _answered(command: str, args: list[str], debug: bool) -> int:
 
         if (failure := as_machine_error(error)) is None or debug:
             raise
-        print(failure, file=sys.stderr, flush=True)
+        _tell(failure)
         return failure.status
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG or debug:
@@ -172,6 +182,17 @@ def _answered(command: str, args: list[str], debug: bool) -> int:
         return 2
     finally:
         leave_group()
+
+
+def _tell(error: UserError) -> None:
+    """Prints its three lines; whoever watches sees their heads in colours."""
+    text = str(error)
+    for head, colour in HEADS.items():
+        text = re.sub(f"^{head}", paint(head, colour, sys.stderr), text, flags=re.MULTILINE)
+    print(text, file=sys.stderr, flush=True)
+
+
+HEADS: dict[str, Colour] = {"error:": "red", "why:": "dim", "try:": "green"}
 
 
 def _too_long(args: Sequence[str]) -> UserError:
@@ -230,8 +251,9 @@ def _carried_out(command: str, args: list[str]) -> int:
         except UserError as error:
             raise in_short(error) from error
         return status
-    if command == "info" and args and not args[0].startswith("-"):  # `info models "vit_small*"`
-        args = [f"--{name}={value}" for name, value in zip(("what", "name"), args, strict=False)]
+    if args and not args[0].startswith("-"):
+        named = [f"--{name}={value}" for name, value in zip(POSITIONAL.get(command, ()), args, strict=False)]
+        args = named + args[len(named) :]
     call(importlib.import_module(f"mim.commands.{command}").run, command, args)
     return 0
 

@@ -35,15 +35,15 @@ LEVELS = [
         "data: sources, readers, order, crops, views; reduction: fewer tokens inside the encoder",
     ),
     (
-        {"mim.interop", "mim.masking", "mim.options", "mim.layers"},
+        {"mim.interop", "mim.masking", "mim.options", "mim.layers", "mim.tokenizers"},
         "interop: files of other programs; masking: which patches are hidden; options: ranges, refusals, families of "
-        "options; layers: parts that two methods share",
+        "options; layers: parts that two methods share; tokenizers: images as integers and back",
     ),
     (
-        {"mim", "mim.distributed", "mim.errors", "mim.hub", "mim.patches", "mim.program", "mim.randomness"}
-        | {"mim.schedules", "mim.vit", "mim.conv_nets"},
-        "processes and devices, three-line errors, the model hub, how the program was started, patches of an image, "
-        "keyed randomness, schedules, timm's ViTs and conv nets",
+        {"mim", "mim.distributed", "mim.errors", "mim.hub", "mim.lora", "mim.patches", "mim.program", "mim.randomness"}
+        | {"mim.schedules", "mim.terminal", "mim.vit", "mim.conv_nets"},
+        "processes and devices, three-line errors, the model hub, LoRA, how the program was started, patches of an "
+        "image, keyed randomness, schedules, what a person at a terminal sees, timm's ViTs and conv nets",
     ),
 ]
 MODULES = sorted((ROOT / "mim").rglob("*.py"))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -20,10 +21,11 @@ from mim.evaluation.health import feature_std, health_message, rankme
 from mim.evaluation.probe import probe, probe_seeds
 from mim.evaluation.splits import stratified_split
 from mim.methods import Method
-from mim.pictures.strips import save_strip, strip
+from mim.pictures.strips import columns_of, save_strip, strip
 from mim.randomness import keyed_generator
 from mim.report import write_report
 from mim.run.trackers import track_picture
+from mim.terminal import paint
 
 
 class Evaluation(Callback):
@@ -49,6 +51,8 @@ class Evaluation(Callback):
         self.labelled = _worth_probing(data.source, data.evaluation, self.bank)
         self.scored = _scored(data.source, data.evaluation, self.bank, self.queries) if self.labelled else {}
         self._seen = 0
+        self._best: dict[str, float] = {}
+        self._headed = False
         self._device = torch.device("cpu")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -60,6 +64,8 @@ class Evaluation(Callback):
         self._seen = trainer.global_step
         assert isinstance(pl_module, Method)
         if trainer.global_step == 0:
+            if trainer.is_global_zero:
+                self._draw_views()
             self._measure(trainer, pl_module, 0)
 
     def on_train_batch_end(
@@ -72,12 +78,19 @@ class Evaluation(Callback):
             self._measure(trainer, pl_module, step)
         self._seen = step
 
-    def features(self, *encoders: Encoder) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
-        """Per encoder: features and labels of the bank, and of the queries if there is a separate test set."""
-        banks = self._extract(encoders, self.data.source, self.bank)
+    def features(
+        self, *encoders: Encoder, thumbnails: bool = False
+    ) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
+        """Per encoder: features and labels of the bank, and of the queries if there is a separate test set.
+
+        Args:
+            encoders: on one device.
+            thumbnails: an entry more: the images themselves, as few numbers.
+        """
+        banks = self._extract(encoders, self.data.source, self.bank, thumbnails)
         if self.data.evaluation is None:
             return [(*bank, None, None) for bank in banks]
-        queries = self._extract(encoders, self.data.evaluation, self.queries)
+        queries = self._extract(encoders, self.data.evaluation, self.queries, thumbnails)
         return [(*bank, *asked) for bank, asked in zip(banks, queries, strict=True)]
 
     def final(self, trained: Encoder, untrained: Sequence[Encoder], start: Encoder | None = None) -> dict[str, Any]:
@@ -92,9 +105,11 @@ class Evaluation(Callback):
             return {}
         started = [start] if start is not None else []
         encoders = [encoder.to(self._device) for encoder in (trained, *untrained, *started)]
-        pairs = [probe_seeds(*features) for features in self.features(*encoders)]
+        *pairs, pixels = [probe_seeds(*features) for features in self.features(*encoders, thumbnails=True)]
         held_out = "separate test images" if self.data.evaluation else "a fifth of the images, held out of the probe"
         result: dict[str, Any] = {kind: _beside(f"{kind}_top1", pairs, len(untrained)) for kind in ("knn", "linear")}
+        for kind in ("knn", "linear"):
+            result[kind] |= {"pixels": pixels[f"{kind}_top1"], "chance": self._chance()}
         if uneven(self.scored):
             result |= {what: _beside(what, pairs, len(untrained)) for what in ("knn_balanced", "linear_balanced")}
             result["images_per_class"] = self.scored
@@ -105,14 +120,19 @@ class Evaluation(Callback):
         )
         return result
 
+    def _chance(self) -> float:
+        """Share of the images right that one always gets by naming the commonest class."""
+        return max(self.scored.values()) / sum(self.scored.values())
+
     def _extract(
-        self, encoders: Sequence[Encoder], source: Source, indices: Sequence[int]
+        self, encoders: Sequence[Encoder], source: Source, indices: Sequence[int], thumbnails: bool
     ) -> list[tuple[Tensor, Tensor]]:
-        """Features and labels of each encoder; an image is read once for all of them."""
+        """Features and labels of each encoder, and of thumbnails if wanted; an image is read once for all of them."""
         device = next(encoders[0].parameters()).device
         self.data.views.to(device)
         parts = [
             [extract(encoder, [batch], self.pool, device) for encoder in encoders]
+            + [(_thumbnails(batch[0]).to(device), batch[1].to(device, torch.int64))] * thumbnails
             for batch in self.data.center_batches(source, indices)
         ]  # per batch, per encoder
         if not parts:
@@ -167,16 +187,55 @@ class Evaluation(Callback):
         save_strip(picture, path)
         return path
 
+    def _table_row(self, epoch: str, values: dict[str, float], dim: int) -> str:
+        """What was measured as the next row of a table, whose head goes before the first; the best is green so far."""
+        titles = [kind for kind, key in LABELLED.items() if key in values]
+        cells = []
+        for kind in titles:
+            value, best = values[LABELLED[kind]], self._best.get(kind, 0.0)
+            self._best[kind] = max(value, best)
+            cells.append(paint(f"{value:>8.1%}", "green") if value > best else f"{value:>8.1%}")
+        row = f"  {epoch:>8}{''.join(cells)}{values['val/rankme']:>8.0f}/{dim}"
+        if self._headed:
+            return row
+        self._headed = True
+        head = f"  {'epoch':>8}{''.join(f'{kind:>8}' for kind in titles)}{'rankme':>8}"
+        return f"{paint(head, 'bold')}\n{row}"
+
+    @torch.no_grad()
+    def _draw_views(self) -> None:
+        """A picture of what is made of some images before the encoder sees them."""
+        images, views = self.data.augmented(min(VIEWED, self.pictures))
+        if not len(images):
+            return
+        self.run_log.run.images.mkdir(exist_ok=True)
+        measured, names = not self.data.pixels.pictures, [f"view {number}" for number in range(1, len(views) + 1)]
+        shown = {"image": images} | dict(zip(names[: VIEWED + 1], views, strict=False))
+        mean, std = self.data.mean, self.data.std
+        save_strip(columns_of(shown, mean, std, measured), self.run_log.run.images / "augmentation.png")
+
     def _say(self, method: Method, step: int, values: dict[str, float]) -> None:
         numbers = [f"{kind} {values[key]:.1%}" for kind, key in LABELLED.items() if key in values]
         numbers += [f"rankme {values['val/rankme']:.0f}/{method.evaluated.dim}"]
-        self.run_log.run.say(f"eval  epoch {method.plan.epochs_at(step)}   " + "   ".join(numbers))
+        text = f"eval  epoch {method.plan.epochs_at(step)}   " + "   ".join(numbers)
+        self.run_log.run.say(text, self._table_row(method.plan.epochs_at(step), values, method.evaluated.dim))
         images = len(self.bank)
         if step > 0 and (message := health_message(values["val/rankme"], method.evaluated.dim, images)):
             self.run_log.run.say(f"health  {message}")
 
 
 LABELLED = {"knn": "val/knn_top1", "linear": "val/linear_top1"}
+
+
+VIEWED = 4
+"""Images of which the views are shown."""
+THUMBNAIL = 8
+"""Side in pixels of what stands for an image as it is."""
+
+
+def _thumbnails(images: Tensor) -> Tensor:
+    """``(B, C, H, W)`` as the numbers of a small picture, ``(B, C * 8 * 8)``: what can be told without any model."""
+    return F.adaptive_avg_pool2d(images, THUMBNAIL).flatten(1)
 
 
 def _beside(what: str, pairs: Sequence[dict[str, list[float]]], untrained: int) -> dict[str, list[float]]:

@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 from lightning import Trainer
 
 from mim.callbacks import Checkpoints, Evaluation, NaNDump, RunLog, Signals
+from mim.data.levels import levels
 from mim.data.pixels import EIGHT_BIT
 from mim.data.pretrain import PretrainData
 from mim.data.remote import keep_index, restore_index
@@ -21,7 +22,9 @@ from mim.distributed.processes import INTERRUPTED, process_rank
 from mim.distributed.sharding import ShardedStrategy
 from mim.encoder import Encoder
 from mim.errors import MACHINE_ERRORS, UserError
+from mim.lora import set_aside
 from mim.methods import Method, NonFiniteError, Plan
+from mim.options.pretraining import no_weights_for_lora
 from mim.program import called
 from mim.report import write_report
 from mim.run.checkpoint_files import AtomicCheckpointIO, check_room, checkpoint_step, newest_good
@@ -41,7 +44,7 @@ from mim.run.resuming import check_number_of_images, remember_moved_data, resume
 from mim.run.trackers import build_trackers, track_report
 from mim.run.trainer import build_trainer
 from mim.run.weights import ModelCard, check_published, export_backbone, init_backbone, load_method, pixels_of
-from mim.run.words import conclusion, device_name, introduction, parameters, random_start, shape
+from mim.run.words import architecture, conclusion, device_name, introduction, parameters, random_start, shape
 from mim.targets import Target
 from mim.vit import compile_blocks
 
@@ -94,6 +97,9 @@ class Pretraining:
         encoder = self.method.evaluated
         if config["continue"]:
             self._check_continued(encoder)
+        settings = config.model.init_args.encoder
+        if settings.lora and not (self.origin or settings.pretrained or resumed):
+            raise no_weights_for_lora(settings.lora)
         if self.options.pool == "cls" and not encoder.has_class_token:
             raise UserError("--pool cls: this model has no class token", hint="--pool mean")
         self._open_data()
@@ -308,6 +314,9 @@ class Pretraining:
             start=self.origin,
             pool=self.options.pool,
             parameters=parameters(method.backbone),
+            architecture=architecture(method),
+            values=data.describe_values(),
+            levels=found.facts() if (found := levels(data.source, data.pixels)) else None,
             device=device_name(trainer),
             changed=changes(args),
             versions=versions(),
@@ -371,7 +380,8 @@ class Pretraining:
     def _load_start(self, method: Method) -> str:
         """Gives a method's encoder the weights that the run starts from; says what matched."""
         assert self.origin is not None
-        return init_backbone(method.encoder.vit, self.origin, trust=self.config.trust, option=self.origin_option)
+        with set_aside(method.encoder.vit):
+            return init_backbone(method.encoder.vit, self.origin, trust=self.config.trust, option=self.origin_option)
 
     def _started(self) -> Encoder | None:
         """The encoder as it was before its first step, with the weights that the run started from; None if lost."""

@@ -6,6 +6,7 @@ share it.
 """
 
 import hashlib
+import io
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from mim.data.files import read_file
@@ -22,11 +24,12 @@ from mim.data.images import Header, ImageError, read_header, read_image, stored_
 from mim.data.layouts import HELD_OUT, counted, find_layout, mask_folders, same_name, subfolders
 from mim.data.loading import reading
 from mim.data.pixels import EIGHT_BIT, Pixels
-from mim.data.places import OTHERWISE, is_list, is_shards, no_images, not_a_source
+from mim.data.places import OTHERWISE, is_list, is_shards, no_images, not_a_source, token_parts
 from mim.data.remote import RemoteShards, is_url
 from mim.data.shards import LocalShards, Shards
 from mim.data.tables import Table, read_list
 from mim.data.tar_samples import sort_members
+from mim.data.tokens import read_shard
 from mim.errors import UserError, printable
 
 
@@ -261,6 +264,40 @@ class TarSource(FileSource):
             raise ImageError(self.describe(index), error.strerror or str(error)) from None
 
 
+class TokenSource(FileSource):
+    """Images that are kept as tokens, drawn again by their tokenizer; to all else, 8-bit images like others.
+
+    Args:
+        folder: with the tokens, see :mod:`mim.data.tokens`.
+        channels: that are wanted; the images are RGB.
+        name: by default the folder's.
+    """
+
+    unit = "images of tokens"
+
+    def __init__(self, folder: Path, channels: int = 3, name: str | None = None) -> None:
+        if channels != 3:
+            raise UserError(f"--data {folder}: tokens are of RGB images, the model takes {channels} channels")
+        self._shard = read_shard(folder)
+        names = self._shard.labels and [self._shard.classes[label] for label in self._shard.labels]
+        paths = (f"{folder}#{index}" for index in range(len(self._shard.ids)))
+        super().__init__(name or folder.resolve().name, paths, names, channels)
+        if not len(self):
+            raise UserError(f"--data {folder}: no images in these tokens")
+        grid, tokenizer = self._shard.ids.shape[1:], self._shard.tokenizer
+        self.notes.append(f"{grid[0]} x {grid[1]} tokens of {tokenizer.codes} codes, {tokenizer.stride} px each")
+
+    def read(self, index: int) -> Tensor:
+        """``(3, H, W)`` uint8."""
+        return self._shard.picture(index)
+
+    def encoded(self, index: int) -> bytes:
+        """The drawn image as a PNG, for whoever looks at files."""
+        content = io.BytesIO()
+        Image.fromarray(self.read(index).permute(1, 2, 0).numpy()).save(content, "PNG")
+        return content.getvalue()
+
+
 def open_source(
     data: str,
     channels: int = 3,
@@ -300,6 +337,8 @@ def open_source(
 
 
 def _open_folder(path: Path, channels: int, label_column: str | None) -> tuple[FileSource, FileSource | None]:
+    if parts := token_parts(path):
+        return _open_tokens(path, parts, channels)
     layout, name = find_layout(path, holds_images), path.resolve().name
     train: FileSource = FolderSource(layout.train, channels, name, label_column)
     if layout.held_out is None:
@@ -314,6 +353,15 @@ def _open_folder(path: Path, channels: int, label_column: str | None) -> tuple[F
     if layout.train.parent.name.lower() == "leftimg8bit":  # Cityscapes
         for part in (train, held):
             part.drop_labels(Unclear("the folders of Cityscapes are cities, not classes", "--label_column 1"))
+    return train, held
+
+
+def _open_tokens(path: Path, parts: Sequence[Path], channels: int) -> tuple[FileSource, FileSource | None]:
+    train = TokenSource(parts[0], channels, path.resolve().name)
+    held = TokenSource(parts[1], channels, path.resolve().name) if len(parts) > 1 else None
+    if held is not None:
+        train.part, held.part = (f"{part.name}/" for part in parts)
+        train.notes += [f"{held.part} is held out: {len(held):,} images"]
     return train, held
 
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from mim.encoder import Encoder
 from mim.masking import Masking
-from mim.patches import patchify, unpatchify
 from mim.randomness import RowGenerator
 
 GAP, HEADER = 6, 24  # pixels between tiles, and above them for the titles
 SHORTEST, LONGEST = 96, 224  # the shorter side of a tile lies in between
+HIDDEN = (190, 24, 140)  # of hidden patches: no photo has it, and it is told from grey by lightness, too
 INK = (122, 122, 122)  # legible on white (4.3 : 1) and on black (4.9 : 1); the background is transparent
 
 
@@ -49,11 +49,23 @@ def strip(
     """
     mean, std, note = stretched(images, mean, std) if measured else (mean, std, "")
     columns = {name: draw(views, mean, std) for name, views in {"input": images, **pictures}.items()}
+    if "hidden" in pictures and pictures["hidden"].shape == images.shape:
+        changed = (pictures["hidden"] != images).any(dim=1).float()
+        columns["hidden"] = mark_hidden(columns["hidden"], F.max_pool2d(changed, encoder.patch_size) > 0)
     training = encoder.training
     encoder.eval()
     columns |= encoder_views(images, encoder)
     encoder.train(training)
     return lay_out(columns, {"input": note})
+
+
+def columns_of(
+    pictures: dict[str, Tensor], mean: Sequence[float], std: Sequence[float], measured: bool = False
+) -> Image.Image:
+    """Normalised ``(B, C, H, W)`` by title, side by side; the contrast of measurements is that of the first entry."""
+    first = next(iter(pictures))
+    mean, std, note = stretched(pictures[first], mean, std) if measured else (mean, std, "")
+    return lay_out({title: to_rgb(images, mean, std) for title, images in pictures.items()}, {first: note})
 
 
 def masking_strip(
@@ -83,13 +95,17 @@ def masking_strip(
         with torch.no_grad():
             attention = encoder.forward_with_attention(images)[1].float()  # (B, N)
         columns["attention"] = heat(attention.view(-1, *encoder.grid))
-    patches = patchify(images, encoder.patch_size)
     for title, policy in policies.items():
         generator = RowGenerator.for_rows(0, 0, len(images), images.device)
         mask = policy(len(images), encoder.grid, scores=attention, generator=generator)  # (B, N)
-        visible = patches.masked_fill(mask[..., None], 0.0)
-        columns[title] = to_rgb(unpatchify(visible, encoder.grid, encoder.patch_size, encoder.in_chans), mean, std)
+        columns[title] = mark_hidden(columns["input"], mask.view(-1, *encoder.grid))
     return lay_out(columns, {"input": note})
+
+
+def mark_hidden(shown: Tensor, hidden: Tensor) -> Tensor:
+    """``shown (B, 3, H, W)`` uint8 with patches of one colour where ``hidden (B, h, w)`` bool is true."""
+    places = F.interpolate(hidden[:, None].float(), shown.shape[2:], mode="nearest").bool().to(shown.device)
+    return torch.where(places, torch.tensor(HIDDEN, dtype=torch.uint8, device=shown.device)[:, None, None], shown)
 
 
 def draw(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

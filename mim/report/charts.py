@@ -167,6 +167,11 @@ def hover(lines: dict[str, Points], x: Axis, unit: str, x_name: str) -> list[Htm
     ]
 
 
+def said(values: NDArray[np.float64]) -> str:
+    """Shares of one, one after another."""
+    return " ".join(percent(value) for value in values)
+
+
 def seeds(untrained: NDArray[np.float64], trained: NDArray[np.float64], low: float, high: float) -> Html:
     """Every seed as a dot on a common line from ``low`` to ``high``."""
     place = Axis([low, max(high, low + 1e-6)], 8, 212)
@@ -176,5 +181,11 @@ def seeds(untrained: NDArray[np.float64], trained: NDArray[np.float64], low: flo
         for value in values
     ]
     return tag(
-        "svg", tag("line", x1=8, x2=212, y1=11, y2=11, class_="grid"), *dots, viewBox="0 0 220 22", class_="seeds"
+        "svg",
+        tag("line", x1=8, x2=212, y1=11, y2=11, class_="grid"),
+        *dots,
+        viewBox="0 0 220 22",
+        class_="seeds",
+        role="img",
+        aria_label=f"untrained {said(untrained)}, pretrained {said(trained)}",
     )

@@ -55,6 +55,11 @@ def picture(image: Image.Image, alt: str, budget: int) -> Html:
     return Html(f'<img src="{source}" alt="{escape(alt)}" width="{image.width}" height="{image.height}">')
 
 
+def zoomable(shown: Html) -> Html:
+    """A picture that fills the window when one clicks on it, or presses space on it, and goes back at the next."""
+    return tag("label", Html('<input type="checkbox" aria-label="enlarge the picture">'), shown, class_="zoom")
+
+
 def number(value: object) -> str:
     """Four digits that matter, thousands apart; text as it is."""
     if isinstance(value, bool) or not isinstance(value, int | float):

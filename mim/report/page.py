@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 
 from mim.evaluation.features import POOLED
 from mim.program import called
+from mim.report.advice import advice
 from mim.report.charts import chart, seeds
+from mim.report.levels import level_chart, level_rows
 from mim.report.markup import Html, count, duration, folded, number, percent, section, table, tag
 from mim.report.record import KNN, LINEAR, LOSS, LR, RANKME, SPREAD, Run, read_json, read_run, to_float
-from mim.report.strips import overlay, what_it_sees
+from mim.report.strips import augmentation, overlay, what_it_sees
 from mim.report.style import PAGE, STYLE
 from mim.report.tables import spread
 
@@ -48,12 +50,15 @@ def compose(run: Run, limit: int) -> str:
     """The page, with pictures of at most ``limit`` bytes each."""
     sections = [
         headline(run),
+        probes(run),
+        warnings(run),
         what_it_sees(run, limit),
         curves(run),
-        probes(run),
+        measurements(run),
         *evaluations(run, limit),
+        model(run),
+        data(run, limit),
         settings(run),
-        data(run),
         environment(run),
         use(run),
         notes(run),
@@ -105,6 +110,16 @@ def accuracy_of(run: Run, key: str, metric: str) -> tuple[float | None, float | 
     if probe.get("trained") and probe.get("untrained"):
         return float(np.mean(probe["trained"])), float(np.mean(probe["untrained"])), words
     return run.last(key, metric), run.untrained(metric), ", ".join(filter(None, [words, "one split so far"]))
+
+
+def warnings(run: Run) -> Html:
+    """What the measurements warn of."""
+    sentences = advice(run)
+    return (
+        section("What to look at", tag("ul", *(tag("li", sentence) for sentence in sentences)))
+        if sentences
+        else Html("")
+    )
 
 
 def curves(run: Run) -> Html:
@@ -160,30 +175,53 @@ def probes(run: Run) -> Html:
     }
     if not results:
         return Html("")
-    low = min(values.min() for pair in results.values() for values in pair)
-    high = max(values.max() for pair in results.values() for values in pair)
-    rows = [
-        (
-            name,
-            spread(untrained.tolist()),
-            *([spread(started[name].tolist()) if name in started else ""] if started else []),
-            tag("strong", spread(trained.tolist())),
-            f"{100 * (trained.mean() - started.get(name, untrained).mean()):+.1f} points",
-            seeds(untrained, trained, low, high),
-        )
-        for name, (untrained, trained) in results.items()
-    ]
-    beside = ["the start", "pretrained", "gain over the start"] if started else ["pretrained", "gain"]
     counts = probe.get("images_per_class") or {}
     runs = max(len(values) for pair in results.values() for values in pair)
-    note = f"Mean ± standard deviation of {runs} seeds." if runs > 1 else "One seed only, so no spread is known."
+    note = PROBE_SEEDS.format(runs) if runs > 1 else "One seed only, so no spread is known."
     return section(
         "What it is worth",
         tag("p", tag("strong", verdict)) if (verdict := _verdict(started, results)) else "",
-        table(rows, head=["top-1", "untrained", *beside, "each seed: ○ untrained, ● pretrained"]),
+        worth(run, results, started),
         folded("Images per class", table((name, str(count)) for name, count in counts.items())) if counts else "",
         lead=f"{probe.get('protocol', '')} {note}".strip(),
     )
+
+
+PROBE_SEEDS = (
+    "Mean ± standard deviation of {} seeds of the probe: each leaves out other images. "
+    "The untrained row draws other weights for each, too. "
+    "The model was trained once; another seed of pretraining may differ by more."
+)
+
+
+def worth(run: Run, results: dict[str, tuple[Values, Values]], started: dict[str, Values]) -> Html:
+    """A column per kind of score, a row per who was measured."""
+    probe, kinds = run.summary.get("probe") or {}, list(results)
+    keys = {shown: key for key, shown in PROBES.items()}
+    low = min(values.min() for pair in results.values() for values in pair)
+    high = max(values.max() for pair in results.values() for values in pair)
+    beside = {kind: probe[keys.get(kind, kind)] for kind in kinds}
+    best = [run.best(f"val/{keys.get(kind, kind)}_top1") for kind in kinds]
+    rows: list[list[object]] = [
+        [
+            "chance: the commonest class",
+            *(percent(own["chance"]) if own.get("chance") else "" for own in beside.values()),
+        ],
+        ["raw pixels: 8 x 8 thumbnails", *(spread(own.get("pixels") or []) for own in beside.values())],
+        ["untrained", *(spread(untrained.tolist()) for untrained, _ in results.values())],
+        ["the start", *(spread(started[kind].tolist()) if kind in started else "" for kind in kinds)],
+        ["best while learning, one split", *(f"{percent(b[1])}, {run.when(b[0])}" if b else "" for b in best)],
+        [tag("strong", "pretrained"), *(tag("strong", spread(trained.tolist())) for _, trained in results.values())],
+        [
+            "gain over the start" if started else "gain over untrained",
+            *(
+                f"{100 * (own.mean() - started.get(kind, old).mean()):+.1f} points"
+                for kind, (old, own) in results.items()
+            ),
+        ],
+        ["each seed: ○ untrained, ● pretrained", *(seeds(*pair, low, high) for pair in results.values())],
+    ]
+    return table([row for row in rows if any(row[1:])], head=["top-1", *kinds])
 
 
 def _verdict(started: dict[str, Values], results: dict[str, tuple[Values, Values]]) -> str:
@@ -199,6 +237,30 @@ PROBES = {
     "knn_balanced": "k-NN, balanced accuracy",
     "linear_balanced": "linear, balanced accuracy",
 }
+
+
+def measurements(run: Run) -> Html:
+    """Every evaluation while the run learnt, the best of each kind in bold."""
+    kinds = {title: key for title, key in MEASURED.items() if key in run.metrics}
+    steps = sorted({float(step) for key in kinds.values() for step in run.metrics[key][:, 0]})
+    if not kinds or len(steps) < 2:
+        return Html("")
+    losses = run.metrics.get(LOSS, np.zeros((0, 2)))
+    rows: list[list[object]] = []
+    for step in steps:
+        cells: list[object] = [run.when(step) if step else "before"]
+        for key in kinds.values():
+            found = run.metrics[key][run.metrics[key][:, 0] == step, 1]
+            best, shown = run.best(key), percent if key in (KNN, LINEAR) else number
+            text = shown(float(found[-1])) if len(found) else ""
+            cells.append(tag("strong", text) if text and best and best[0] == step else text)
+        near = losses[losses[:, 0] <= step]
+        rows.append([*cells, number(float(near[-1, 1])) if len(near) and step else ""])
+    content = table(rows, head=["", *kinds, "loss"])
+    return folded("Every evaluation, on one split; bold is the best", content)
+
+
+MEASURED = {"k-NN": KNN, "linear": LINEAR, "RankMe": RANKME, "spread": SPREAD}
 
 
 def evaluations(run: Run, limit: int) -> list[Html]:
@@ -233,6 +295,29 @@ def measured(value: object) -> str:
     return number(value)
 
 
+def model(run: Run) -> Html:
+    """What was built and what of it is taken home."""
+    built = run.summary.get("architecture") or {}
+    if not built:
+        return Html("")
+    (height, width), (rows, columns), patch = built["image"], built["patches"], built["patch"]
+    heads = f", {built['heads']} heads" if built.get("heads") else ""
+    parts = [
+        (name, part["kind"], number(part["parameters"]), number(part["trained"]))
+        for name, part in built["parts"].items()
+    ]
+    facts = [
+        ("encoder", f"{built['encoder']}, {built['width']} wide, {built['blocks']} blocks{heads}"),
+        ("timm's name", str(run.summary.get("model", ""))),
+        ("input", f"{height} x {width} px, {count(built['channels'], 'channel')}"),
+        ("patches", f"{patch[0]} x {patch[1]} px: {rows} x {columns} = {rows * columns}"),
+        ("mask", built["mask"]),
+        ("trained", f"{number(built['trained'])} parameters"),
+        ("exported", f"{number(built['exported'])} parameters"),
+    ]
+    return section("Model", table(facts), table(parts, head=["part", "kind", "parameters", "trained"]))
+
+
 def settings(run: Run) -> Html:
     """What differs from the defaults, and everything."""
     changed = run.summary.get("changed") or {}
@@ -246,14 +331,17 @@ def written(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def data(run: Run) -> Html:
-    """How many images and classes there are, and which files could not be read."""
-    known = {key: run.summary[key] for key in ("data", "images", "classes") if run.summary.get(key)}
+def data(run: Run, limit: int) -> Html:
+    """How many images and classes there are, what their numbers mean, what is made of them, what could not be read."""
+    known = {key: run.summary[key] for key in ("data", "images", "classes", "values") if run.summary.get(key)}
     bad = run.text("bad_files.txt").splitlines()
     rows = [*((key, number(value)) for key, value in known.items()), *([("unreadable files", len(bad))] if bad else [])]
+    found = run.summary.get("levels") or {}
     first = "\n".join(bad[:BAD_FILES_SHOWN])
     title = "Unreadable files" if len(bad) <= BAD_FILES_SHOWN else f"The first {BAD_FILES_SHOWN} unreadable files"
-    return section("Data", table(rows), folded(title, first))
+    return section(
+        "Data", table([*rows, *level_rows(found)]), level_chart(found), augmentation(run, limit), folded(title, first)
+    )
 
 
 def environment(run: Run) -> Html:
@@ -270,16 +358,45 @@ def environment(run: Run) -> Html:
 
 
 def use(run: Run) -> Html:
-    """How to load the result, to go on and to run it again."""
+    """How to load the result, what to do with it, how to go on and to run it again, and where everything lies."""
     export, command = run.summary.get("export"), run.text("command.txt") or run.summary.get("command")
     parts = []
     if export:
         model = f'model = timm.create_model("local-dir:{export}", pretrained=True)'
         lines = f"import timm\n{model}\nfeatures = model.forward_features(images)"
         parts += [tag("p", "Load it, with nothing but timm:"), tag("pre", lines)]
+        parts += [
+            tag("p", "Measure it on images with labels, as it was measured here:"),
+            tag("pre", next_commands(run)),
+        ]
     parts += [tag("p", "Go on where it stopped:"), tag("pre", f"{called('pretrain')} --resume {run.where}")]
     parts += [tag("p", "Run it again:"), tag("pre", command)] if command else []
-    return section("Use it", *parts)
+    return section("Use it", *parts, files(run))
+
+
+def next_commands(run: Run) -> str:
+    """Evaluations of the run with the pool that its probes have used."""
+    pool = f" --pool {run.pool}" if run.pool else ""
+    given = f"--weights {run.where} --data LABELLED"
+    return "\n".join(f"{called(name)} {given}{pool}" for name in ("knn", "linear_probe"))
+
+
+FILES = {
+    "images": "strips of every evaluation",
+    "metrics.csv": "all measurements",
+    "timing.csv": "speeds",
+    "config.yaml": "every setting",
+    "log.txt": "what the run said",
+    "tensorboard": "for tensorboard --logdir",
+    "export/backbone": "the model, a timm folder",
+}
+
+
+def files(run: Run) -> Html:
+    """Links to what lies beside the page; they work where the page lies in its folder."""
+    there = {name: words for name, words in FILES.items() if (run.folder / name).exists()}
+    items = [tag("li", tag("a", name, href=name), f" {words}") for name, words in there.items()]
+    return tag("div", tag("p", "Beside this page:"), tag("ul", *items)) if items else Html("")
 
 
 def notes(run: Run) -> Html:

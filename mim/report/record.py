@@ -67,6 +67,16 @@ class Run:
         """The value before the first step."""
         return self.first(metric) if metric in self.metrics and self.metrics[metric][0, 0] == 0 else None
 
+    def when(self, step: float) -> str:
+        """A step as people count it."""
+        return f"epoch {step * self.epochs_per_step:.3g}" if self.epochs_per_step else f"step {step:g}"
+
+    def best(self, metric: str) -> tuple[float, float] | None:
+        """Step and value of the highest measurement after the first step."""
+        points = self.metrics.get(metric, np.zeros((0, 2)))
+        points = points[(points[:, 0] > 0) & np.isfinite(points[:, 1])]
+        return (float(points[points[:, 1].argmax(), 0]), float(points[:, 1].max())) if len(points) else None
+
     @property
     def origin(self) -> str:
         """What the encoder was before the first step, in a word."""

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from mim.pictures.strips import read_strip
-from mim.report.markup import Html, count, picture, section, tag
+from mim.report.markup import Html, count, picture, section, tag, zoomable
 from mim.report.record import Run
 
 TILE = 160  # longest side of an inlined tile in pixels
@@ -46,6 +46,7 @@ def what_it_sees(run: Run, limit: int) -> Html:
 
 
 SEEN = {
+    "hidden": "Hidden: what the encoder does not see is magenta.",
     "difficulty": "Difficulty: how hard the model expects each patch to be if it is hidden, bright is much.",
     "error": "Error: how far the reconstruction of each patch is off while it is hidden, bright is much.",
     "attention": "Attention: where the class token looks in the last block, bright is much.",
@@ -89,7 +90,24 @@ def mosaic(columns: dict[str, list[Image.Image]], rows: Sequence[int], limit: in
             tile = tiles[row].resize((width, height), Image.Resampling.LANCZOS)
             canvas.paste(tile, (column * (width + gap), line * (height + gap)))
     titles = tag("div", *(tag("span", title) for title in columns), class_="titles")
-    return tag("div", titles, picture(canvas, f"{', '.join(columns)} of {count(len(rows), 'image')}", limit))
+    shown = picture(canvas, f"{', '.join(columns)} of {count(len(rows), 'image')}", limit)
+    return tag("div", titles, zoomable(shown), class_="mosaic")
+
+
+def augmentation(run: Run, limit: int) -> Html:
+    """Some images, and the views of them that were trained on."""
+    path = run.folder / "images" / "augmentation.png"
+    try:
+        tiles = read_strip(path) if path.is_file() else {}
+    except (OSError, SyntaxError, ValueError, KeyError) as error:
+        run.unreadable.append(f"{path.name}: {error}")
+        tiles = {}
+    if not tiles:
+        return Html("")
+    shown = mosaic(tiles, range(len(next(iter(tiles.values())))), limit)
+    return tag(
+        "figure", tag("figcaption", "What is made of an image before the encoder sees it"), shown, class_="narrow"
+    )
 
 
 def overlay(path: Path, run: Run, limit: int) -> Html:

@@ -14,10 +14,11 @@ PAGE = """<!doctype html>
 """
 
 STYLE = """
-:root { --paper: #fdfcfa; --ink: #1d1c1a; --soft: #6c6963; --line: #e4e1db; --well: #f4f2ee;
-  --s1: #1f6fb2; --s2: #c2571a; }
+:root { --paper: #fdfcfa; --ink: #1d1c1a; --soft: #66635d; --line: #e4e1db; --well: #f4f2ee;
+  --s1: #1f6fb2; --s2: #b34f17; --c1: #b3261e; --c2: #2e7031; --c3: #1f6fb2; }
 @media (prefers-color-scheme: dark) { :root { --paper: #16171a; --ink: #e9e7e2; --soft: #9b9890; --line: #2e3035;
-  --well: #1e2024; --s1: #6db3f2; --s2: #f0975a; } }
+  --well: #1e2024; --s1: #6db3f2; --s2: #f0975a;
+  --c1: #f2857c; --c2: #7cc47f; --c3: #6db3f2; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif;
   font-variant-numeric: tabular-nums; }
@@ -41,6 +42,13 @@ h2 + .lead { margin-top: -10px; }
 .charts { align-items: end; }
 .titles { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; margin-bottom: 4px; color: var(--soft);
   font-size: 12px; text-align: center; white-space: nowrap; }
+a { color: var(--s1); }
+.narrow { max-width: 560px; margin-top: 24px; }
+.zoom { display: block; cursor: zoom-in; }
+.zoom input { position: absolute; opacity: 0; }
+.zoom input:focus-visible + img { outline: 3px solid var(--s1); outline-offset: 2px; }
+.zoom input:checked + img { position: fixed; inset: 0; z-index: 9; width: 100vw; height: 100vh; object-fit: contain;
+  background: var(--paper); padding: 16px; cursor: zoom-out; }
 img { display: block; width: 100%; height: auto; border-radius: 3px; }
 figure { margin: 0; min-width: 0; }
 figcaption { font-weight: 600; font-size: 14px; margin-bottom: 4px; }
@@ -50,6 +58,7 @@ small { color: var(--soft); font-weight: 400; font-size: 13px; }
   margin-right: 6px; vertical-align: middle; background: var(--c); }
 .legend b { color: var(--ink); font-weight: 600; }
 .s1 { --c: var(--s1); } .s2 { --c: var(--s2); }
+.c1 { --c: var(--c1); } .c2 { --c: var(--c2); } .c3 { --c: var(--c3); }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
 svg text { font-size: 11px; fill: var(--soft); }
 .grid { stroke: var(--line); }
@@ -72,6 +81,11 @@ pre { margin: 0; padding: 14px 16px; overflow-x: auto; background: var(--well); 
   font: 13px/1.55 ui-monospace, "DejaVu Sans Mono", monospace; }
 details { margin-top: 16px; }
 summary { cursor: pointer; color: var(--soft); font-size: 14px; margin-bottom: 8px; }
-@media print { main { max-width: none; padding: 0; } section, figure, tr { break-inside: avoid; }
-  pre { white-space: pre-wrap; } }
+@media (max-width: 600px) { main { padding: 24px 16px 64px; } h1 { font-size: 24px; }
+  th, td { padding-right: 16px; } table { font-size: 14px; } th:first-child { min-width: 7em; } }
+@media print { :root { --paper: #ffffff; --ink: #1d1c1a; --soft: #66635d; --line: #d9d6d0; --well: #f4f2ee;
+  --s1: #1f6fb2; --s2: #b34f17; --c1: #b3261e; --c2: #2e7031; --c3: #1f6fb2; }
+  main { max-width: none; padding: 0; } figure, tr, .mosaic { break-inside: avoid; }
+  h2, h3, figcaption { break-after: avoid; } img { print-color-adjust: exact; } pre { white-space: pre-wrap; }
+  .scroll { overflow: visible; } .status { border: 0; } }
 """

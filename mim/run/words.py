@@ -14,6 +14,7 @@ from mim import __version__
 from mim.data.pretrain import PretrainData
 from mim.encoder import Encoder
 from mim.hub import SCHEMES
+from mim.lora import LoRALinear
 from mim.methods import Method, Plan
 from mim.program import called
 from mim.run.checkpoint_files import KEEP, checkpoint_bytes
@@ -90,6 +91,35 @@ def shape(encoder: Encoder) -> str:
     return f"{encoder.dim} wide, {blocks}{size} px / {patch}"
 
 
+def architecture(method: Method) -> dict[str, Any]:
+    """What is trained and what is taken home, for the report: plain types alone."""
+    encoder, vit = method.evaluated, method.evaluated.vit
+    attention = getattr(vit.blocks[0], "attn", None) if hasattr(vit, "blocks") else None
+    parts = {name: module for name, module in method.named_children() if parameters(module)}
+    return {
+        "encoder": type(vit).__name__,
+        "width": encoder.dim,
+        "blocks": encoder.depth,
+        "heads": getattr(attention, "num_heads", None),
+        "patch": list(encoder.patch_size),
+        "image": list(encoder.img_size),
+        "channels": encoder.in_chans,
+        "patches": list(encoder.grid),
+        "prefix_tokens": encoder.num_prefix,
+        "mask": method.mask_words(),
+        "parts": {
+            name: {
+                "kind": type(module).__name__,
+                "parameters": parameters(module),
+                "trained": sum(p.numel() for p in module.parameters() if p.requires_grad),
+            }
+            for name, module in parts.items()
+        },
+        "trained": sum(p.numel() for p in method.parameters() if p.requires_grad),
+        "exported": parameters(method.backbone),
+    }
+
+
 def _size(count: int) -> str:
     return f"{count / 2**20:,.0f} MiB" if count >= 2**20 else f"{count / 2**10:,.0f} KiB"
 
@@ -107,11 +137,13 @@ def parameters(module: nn.Module) -> int:
 def _gently(method: Method) -> list[str]:
     """How good weights are treated, if they are."""
     optim, held = method.optim, method.held_steps
-    if not held and optim.layer_decay == 1 and not optim.anchor.holds:
+    rank = next((layer.down.shape[0] for layer in method.encoder.modules() if isinstance(layer, LoRALinear)), None)
+    if not held and optim.layer_decay == 1 and not optim.anchor.holds and rank is None:
         return []
+    added = "" if rank is None else f"; of it only additions of rank {rank} to its attention learn"
     anchors = [f"{name} {weight:g}" for name, weight in vars(optim.anchor).items() if weight]
     anchored = f", anchored by {' and '.join(anchors)}" if anchors else ""
-    return [f"  start   encoder stands still for {held:,} steps, layer decay {optim.layer_decay:g}{anchored}"]
+    return [f"  start   encoder stands still for {held:,} steps, layer decay {optim.layer_decay:g}{anchored}{added}"]
 
 
 def _few_images(images: int, plan: Plan) -> list[str]:

@@ -3,6 +3,7 @@
 from mim.targets.base import Target
 from mim.targets.features import FeatureTarget
 from mim.targets.hog import HOGTarget
+from mim.targets.joint import JointTarget
 from mim.targets.pixels import PixelTarget
 
-__all__ = ["FeatureTarget", "HOGTarget", "PixelTarget", "Target"]
+__all__ = ["FeatureTarget", "HOGTarget", "JointTarget", "PixelTarget", "Target"]

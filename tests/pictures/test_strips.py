@@ -8,9 +8,11 @@ from mim.masking import AttentionMasking, RandomMasking
 from mim.pictures.strips import (
     GAP,
     HEADER,
+    HIDDEN,
     encoder_views,
     heat,
     label_colours,
+    mark_hidden,
     masking_strip,
     pca_rgb,
     read_strip,
@@ -96,10 +98,10 @@ def test_a_value_per_patch_is_drawn_as_heat(encoder, tmp_path):
 
 def test_a_saved_strip_gives_back_title_and_pixels_of_every_tile(encoder, tmp_path):
     images = torch.randn(2, 3, 32, 32)
-    save_strip(strip(images, {"hidden": -images}, encoder, HALF, QUARTER), tmp_path / "epoch_001.png")
+    save_strip(strip(images, {"mirrored": -images}, encoder, HALF, QUARTER), tmp_path / "epoch_001.png")
     tiles = read_strip(tmp_path / "epoch_001.png")
-    assert list(tiles) == ["input", "hidden", "attention", "features"]
-    small = np.asarray(tiles["hidden"][1])[::3, ::3]  # 32 pixels are enlarged three times
+    assert list(tiles) == ["input", "mirrored", "attention", "features"]
+    small = np.asarray(tiles["mirrored"][1])[::3, ::3]  # 32 pixels are enlarged three times
     assert np.array_equal(small, to_rgb(-images, HALF, QUARTER)[1].permute(1, 2, 0).numpy())
     assert [path.name for path in tmp_path.iterdir()] == ["epoch_001.png"]
 
@@ -140,3 +142,16 @@ def test_policies_are_shown_side_by_side(tmp_path):
     tiles = read_strip(tmp_path / "masks.png")
     assert list(tiles) == ["input", "attention", "high", "random"]
     assert [len(column) for column in tiles.values()] == [2] * 4
+
+
+def test_hidden_patches_have_a_colour_of_their_own_in_every_column_that_hides(encoder):
+    images, mask = torch.zeros(1, 3, 32, 32), torch.zeros(1, 16, dtype=torch.bool)
+    images[..., :16] = 1.0
+    mask[0, 0] = True  # the first patch of 4 x 4
+    hidden = images.clone()
+    hidden[..., :8, :8] = 0.0
+    assert mark_hidden(to_rgb(images, HALF, QUARTER), mask.view(1, 4, 4))[0, :, 7, 7].tolist() == list(HIDDEN)
+    picture = strip(images, {"hidden": hidden}, encoder, HALF, QUARTER)
+    column = GAP + 96 + GAP  # of the second tile
+    assert picture.getpixel((column + 3, HEADER + 3))[:3] == HIDDEN
+    assert picture.getpixel((column + 90, HEADER + 3))[:3] != HIDDEN

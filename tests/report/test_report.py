@@ -9,11 +9,13 @@ from fake_run import SUMMARY, write_fake_run, write_metrics
 from PIL import Image
 
 from mim.report import write_report
+from mim.report.advice import advice
 from mim.report.charts import POINTS, chart, nice_ticks, thin
 from mim.report.markup import Html, duration, number, tag
 from mim.report.record import read_run
+from mim.report.style import STYLE
 
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "input"}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,8 @@ class Balance(HTMLParser):
         self.open, self.fetched = [], []
 
     def handle_starttag(self, name, attributes):
-        self.fetched += [value for key, value in attributes if key in ("src", "href") and not value.startswith("data:")]
+        loads = ("src",) if name == "a" else ("src", "href")  # a link is followed by a person, not by the browser
+        self.fetched += [value for key, value in attributes if key in loads and not value.startswith("data:")]
         self.open += [] if name in VOID else [name]
 
     def handle_endtag(self, name):
@@ -58,12 +61,13 @@ def test_the_page_tells_the_story_in_order(run):
     titles = re.findall(r"<h[12]>(.*?)</h[12]>", page_of(run))
     assert titles == [
         "mae on vit_tiny_patch16_224",
+        "What it is worth",
         "What it sees",
         "How it went",
-        "What it is worth",
         "Semantic segmentation",
-        "Settings",
+        "Model",
         "Data",
+        "Settings",
         "Environment",
         "Use it",
     ]
@@ -71,7 +75,7 @@ def test_the_page_tells_the_story_in_order(run):
 
 def test_accuracies_stand_beside_those_of_the_untrained_encoder(run):
     page = page_of(run)
-    assert '<dd>61.7\u202f%</dd><dd class="note">untrained 34.4\u202f%</dd>' in page
+    assert '<dd>61.7\u202f%</dd><dd class="note">mean of patch tokens, untrained 34.4\u202f%</dd>' in page
     assert "+27.3 points" in page
     assert page.count("<circle") >= 12  # every seed of two probes, trained and untrained
 
@@ -258,3 +262,105 @@ def test_a_start_that_was_better_is_said_to_be(tmp_path):
     assert "The start was better" not in page
     assert "+10.0 points" in page
     assert "gain over the start" in page
+
+
+def test_the_headline_table_has_chance_pixels_untrained_best_epoch_and_result_with_spreads(run):
+    rows = dict(re.findall(r'<tr><th scope="row">(?:<strong>)?([^<]+)(?:</strong>)?</th><td>(.*?)</td>', page_of(run)))
+    assert rows["chance: the commonest class"] == "8.3\u202f%"
+    assert rows["raw pixels: 8 x 8 thumbnails"] == "20.9 ± 0.2 %"
+    assert rows["untrained"] == "34.4 ± 0.6 %"
+    assert rows["best while learning, one split"] == "61.8\u202f%, epoch 100"
+    assert rows["pretrained"] == "<strong>61.7 ± 0.8 %</strong>"
+    assert rows["gain over untrained"] == "+27.3 points"
+
+
+def test_every_evaluation_is_a_row_and_the_best_is_bold(run):
+    table = page_of(run).partition("Every evaluation")[2].partition("</table>")[0]
+    assert table.count("<tr>") == 1 + 5
+    assert table.count("<strong>") == 4  # of each kind, at the last of five evaluations
+    assert table.index('<th scope="row">before</th>') < table.index('<th scope="row">epoch 25</th>')
+
+
+def test_model_and_data_are_described_as_they_were_built(run):
+    page = page_of(run)
+    assert "VisionTransformer, 128 wide, 4 blocks, 4 heads" in page
+    assert "RandomMasking(ratio=0.6) hides 38 of 64 patches" in page
+    assert '<th scope="row">decoder</th><td>Decoder</td><td>70\u202f000</td><td>70\u202f000</td>' in page
+    assert "0 to 255, 249 to 256 different ones in a channel" in page
+    assert '<th scope="row">nodata</th><td>12.5\u202f%</td>' in page
+    assert 'aria-label="Histogram of the numbers in the files, 3 channels"' in page
+
+
+def test_the_next_commands_name_the_pool_that_was_measured(run):
+    commands = page_of(run).partition("as it was measured here")[2].partition("</pre>")[0]
+    assert commands.count("--pool mean") == 2
+
+
+def measured(folder, name, *values):
+    (folder / "metrics.csv").write_text(
+        f"step,epoch,{name}\n" + "".join(f"{i},{i},{v}\n" for i, v in enumerate(values))
+    )
+    return " ".join(advice(read_run(folder)))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("val/knn_top1", (0.5, 0.7, 0.6), "k-NN accuracy has fallen since epoch 1"),
+        ("val/knn_top1", (0.5, 0.3, 0.4), "k-NN accuracy is below that of the untrained encoder"),
+        ("val/linear_top1", (0.5, 0.7, 0.6), "Linear accuracy has fallen"),
+        ("val/rankme", (30, 60, 20), "RankMe has fallen from 60 (epoch 1) to 20"),
+        ("val/feature_std", (0.5, 0.05), "have collapsed"),
+        ("val/knn_top1", (0.5, 0.7, 0.69), ""),
+        ("val/knn_top1", (0.5,), ""),
+        ("val/knn_top1", (0.5, float("nan")), ""),
+        ("val/rankme", (30, 60, 55), ""),
+        ("val/feature_std", (0.5, 0.4), ""),
+    ],
+)
+def test_a_sentence_says_what_fell_and_nothing_else(tmp_path, name, values, words):
+    said = measured(tmp_path, name, *values)
+    assert words in said if words else said == ""
+
+
+def colours(theme):
+    """The custom properties of the page: of the plain rule, of dark screens, of paper."""
+    light = dict(re.findall(r"--(\w+): (#\w{6})", STYLE.partition("@media")[0]))
+    part = {"light": "", "dark": "prefers-color-scheme: dark", "print": "@media print"}[theme]
+    return light | (
+        dict(re.findall(r"--(\w+): (#\w{6})", STYLE.partition(part)[2].partition("} }")[0])) if part else {}
+    )
+
+
+def luminance(colour):
+    """Relative luminance of ``#rrggbb`` (WCAG 2.2)."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    lighter, darker = sorted((luminance(one), luminance(other)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark", "print"])
+def test_text_and_lines_can_be_told_from_the_page(theme):
+    of = colours(theme)
+    for ground in ("paper", "well"):
+        assert contrast(of["ink"], of[ground]) >= 7
+        assert contrast(of["soft"], of[ground]) >= 4.5
+    for line in ("s1", "s2", "c1", "c2", "c3"):
+        assert contrast(of[line], of["paper"]) >= 4.5  # links and states are text in these colours
+
+
+def test_what_is_seen_has_words_for_those_who_do_not_see_it(run):
+    page = page_of(run)
+    assert '<html lang="en">' in page
+    assert all(re.search(r' alt="[^"]+"', image) for image in re.findall("<img[^>]*>", page))
+    drawings = re.findall("<svg[^>]*>", page)
+    assert drawings
+    assert all(re.search(r' role="img" aria-label="[^"]+"', drawing) for drawing in drawings)
+    assert all('aria-label="' in box for box in re.findall("<input[^>]*>", page))
+    assert re.findall(r"<h(\d)", page)[0] == "1"
+    assert re.findall(r"<th(?! scope)[ >]", page) == []

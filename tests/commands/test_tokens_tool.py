@@ -1,0 +1,34 @@
+import pytest
+
+from mim.cli import main
+from mim.data.sources import open_source
+
+SMALL = ["--data", "shapes", "--img_size", "32", "--num_workers", "0"]
+
+
+def test_a_tokenizer_is_fitted_and_its_tokens_are_images_with_labels(tmp_path, capsys):
+    file, folder = tmp_path / "t.safetensors", tmp_path / "tokens"
+    args = ["--steps", "3", "--codes", "32", "--batch_size", "8", "--out", str(file)]
+    assert main("tokens", ["fit", *SMALL, "--stride", "8", *args]) == 0
+    assert main("tokens", ["encode", *SMALL, "--tokenizer", str(file), "--out", str(folder)]) == 0
+    assert "16 bytes each" in capsys.readouterr().out
+    train, val = open_source(str(folder))
+    assert train.read(0).shape == (3, 32, 32)
+    assert train.classes == val.classes
+    assert main("tokens", ["encode", *SMALL, "--out", str(folder)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["fit", "--kind", "convolutional", "--stride", "6"], "--stride 4"),
+        (["fit", "--stride", "64", "--img_size", "32"], "--img_size 64"),
+        (["fit", "--stride", "5", "--img_size", "32", "--data", "shapes"], "--img_size 30"),
+        (["encode", "--tokenizer", "none.safetensors"], "tokens"),
+        (["paint"], "fit"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_something_to_try(args, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main("tokens", args) == 2
+    assert said in capsys.readouterr().err
