@@ -98,7 +98,7 @@ class Pretraining:
         if config["continue"]:
             self._check_continued(encoder)
         settings = config.model.init_args.encoder
-        if settings.lora and not (self.origin or settings.pretrained or resumed):
+        if settings.get("lora") and not (self.origin or settings.pretrained or resumed):
             raise no_weights_for_lora(settings.lora)
         if self.options.pool == "cls" and not encoder.has_class_token:
             raise UserError("--pool cls: this model has no class token", hint="--pool mean")
