@@ -11,6 +11,7 @@ from mim.methods.mae import MAE
 from mim.methods.momentum_mae import MomentumMAE
 from mim.methods.mp3 import MP3
 from mim.methods.simmim import SimMIM
+from mim.methods.spark import SparK
 
 __all__ = [
     "CAPI",
@@ -28,4 +29,5 @@ __all__ = [
     "OptimConfig",
     "Plan",
     "SimMIM",
+    "SparK",
 ]
