@@ -91,8 +91,8 @@ def _parse(command, args):
         parse(translate(args))
         return
     run = importlib.import_module(f"mim.commands.{command}").run
-    needed = [f"--{name}=1" for name, option in known_options(command).items() if option.default == "required"]
-    needed = ["--what=methods" if name == "--what=1" else name for name in needed]
+    required = {name: option.value for name, option in known_options(command).items() if option.default == "required"}
+    needed = [f"--{name}={form.partition('|')[0] if '|' in form else 1}" for name, form in required.items()]
     given = [f"--{name}={value}" for name, value in read(args, known_options(command))]
     function_parser(run, command).parse_args(with_config_files([*needed, *given]))
 
