@@ -104,6 +104,7 @@ class PretrainOptions(TypedDict, total=False):
     continue_: Weights
     value_range: str | Sequence[float]
     clip: bool
+    log_values: bool
     bands: str | Sequence[int]
     nodata: float
     windows: int

@@ -5,6 +5,7 @@ import errno
 import importlib
 import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from mim.options.help import page
 from mim.options.pretraining import GROUPS, PRETRAIN, translate
 from mim.options.signatures import Groups, flat, option_groups, options_of
 from mim.program import called
+from mim.terminal import Colour, paint
 
 if TYPE_CHECKING:  # even this parser takes a moment to import: help and typing mistakes come first
     from jsonargparse import ArgumentParser
@@ -163,7 +165,7 @@ def _answered(command: str, args: list[str], debug: bool) -> int:
         if debug:
             traceback.print_exc()
         if process_rank() == 0 or error.alone:
-            print(error, file=sys.stderr, flush=True)
+            _tell(error)
         return error.status
     except StoppedError:
         print("stopped by a signal, saved; go on with  --resume true", flush=True)
@@ -176,7 +178,7 @@ def _answered(command: str, args: list[str], debug: bool) -> int:
 
         if (failure := as_machine_error(error)) is None or debug:
             raise
-        print(failure, file=sys.stderr, flush=True)
+        _tell(failure)
         return failure.status
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG or debug:
@@ -185,6 +187,17 @@ def _answered(command: str, args: list[str], debug: bool) -> int:
         return 2
     finally:
         leave_group()
+
+
+def _tell(error: UserError) -> None:
+    """Prints its three lines; whoever watches sees their heads in colours."""
+    text = str(error)
+    for head, colour in HEADS.items():
+        text = re.sub(f"^{head}", paint(head, colour, sys.stderr), text, flags=re.MULTILINE)
+    print(text, file=sys.stderr, flush=True)
+
+
+HEADS: dict[str, Colour] = {"error:": "red", "why:": "dim", "try:": "green"}
 
 
 def _too_long(args: Sequence[str]) -> UserError:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from mim.errors import UserError
 from mim.hub import SCHEMES, missing_on_hub
 from mim.layers.positions import sincos_positions, stretch_positions
+from mim.lora import adapt
 from mim.options.ranges import Count, ShareBelowOne, Whole
 from mim.options.timm_names import no_such_model
 from mim.patches import gather_tokens, patch_grid, patchify, visible_indices
@@ -53,6 +54,7 @@ class Encoder(nn.Module):
         kwargs: further arguments of the timm model, such as ``{reg_tokens: 4}``.
         reduction: shortens the sequence inside the blocks; may be set and taken away later, too.
         registers: learned tokens beside the class token that belong to no patch; the model's own number if not given.
+        lora: rank of the additions to the linear layers of attention, which alone learn then (LoRA): for good weights.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Encoder(nn.Module):
         kwargs: dict[str, Any] | None = None,
         reduction: TokenReduction | None = None,
         registers: Whole | None = None,
+        lora: Count | None = None,
     ) -> None:
         super().__init__()
         self.pretrained, self.resampling = pretrained, resampling
@@ -116,6 +119,8 @@ class Encoder(nn.Module):
             prefix = 0 if self.vit.no_embed_class else self.num_prefix
             table = sincos_positions(self.grid, self.dim, prefix)
             self.vit.pos_embed = nn.Parameter(table, requires_grad=False)
+        if lora is not None:
+            adapt(self.vit, lora)
 
     @property
     def dim(self) -> int:

@@ -160,6 +160,11 @@ def visible_indices(mask: Tensor, count: int | None = None) -> Tensor:
     return mask.byte().argsort(dim=1, stable=True)[:, :count]
 
 
+def some_of(places: Tensor, count: int, numbers: Tensor) -> Tensor:
+    """``count`` of ``places (B, M)``, those with the smallest ``numbers (B, M)``, in their order: ``(B, count)``."""
+    return places.gather(1, numbers.argsort(dim=1)[:, :count].sort(dim=1).values)
+
+
 def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
     """Chosen tokens of every image: ``(B, N, D)`` at ``(B, K)`` to ``(B, K, D)``."""
     return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[2]))

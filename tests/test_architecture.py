@@ -37,10 +37,10 @@ LEVELS = [
         "options; layers: parts that two methods share; tokenizers: images as integers and back",
     ),
     (
-        {"mim", "mim.distributed", "mim.errors", "mim.hub", "mim.patches", "mim.program", "mim.randomness"}
-        | {"mim.schedules", "mim.vit"},
-        "processes and devices, three-line errors, the model hub, how the program was started, patches of an image, "
-        "keyed randomness, schedules, timm's ViTs",
+        {"mim", "mim.distributed", "mim.errors", "mim.hub", "mim.lora", "mim.patches", "mim.program", "mim.randomness"}
+        | {"mim.schedules", "mim.terminal", "mim.vit"},
+        "processes and devices, three-line errors, the model hub, LoRA, how the program was started, patches of an "
+        "image, keyed randomness, schedules, what a person at a terminal sees, timm's ViTs",
     ),
 ]
 MODULES = sorted((ROOT / "mim").rglob("*.py"))

@@ -9,6 +9,7 @@ from mim.patches import (
     patchify,
     pixel_targets,
     replace_patches,
+    some_of,
     unpatchify,
     visible_indices,
 )
@@ -95,3 +96,9 @@ def test_gathered_tokens_are_those_named():
 def test_feature_spread_is_0_for_equal_features_and_1_for_standard_ones():
     assert feature_spread(torch.ones(3, 5, 8)) == 0
     assert feature_spread(torch.randn(100, 100, 8)).item() == pytest.approx(1, abs=0.02)
+
+
+def test_some_of_the_places_are_those_with_the_smallest_numbers_in_their_order():
+    places = torch.tensor([[1, 4, 6, 9], [0, 2, 3, 5]])
+    numbers = torch.tensor([[0.5, 0.1, 0.9, 0.2], [0.3, 0.2, 0.1, 0.4]])
+    assert some_of(places, 2, numbers).tolist() == [[4, 9], [2, 3]]

@@ -23,6 +23,7 @@ SCALES = {
     "uint16 of 12 bit": Pixels((0.0,), (3100.0,), "uint16"),
     "int16, Hounsfield": Pixels((-1000.0,), (1500.0,), "int16", clip=True),
     "float decibels": Pixels((-30.0,), (-5.0,), "float32"),
+    "float backscatter": Pixels((1e-4,), (10.0,), "float32", log=True),
     "float with nodata": Pixels((0.0,), (1.5,), "float32", nodata=-9999.0),
 }
 CHANNELS = (1, 3, 6)
@@ -55,7 +56,8 @@ def wanted(pixels, mean, std, images):
     """Mean patch token of every image, from timm's copy and the formula of ``docs/data.md``."""
     model = timm.create_model("local-dir:weights", pretrained=True).eval()
     values = torch.stack([torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1) for image in images])
-    scaled = (values - pixels.low[0]) / (pixels.high[0] - pixels.low[0])
+    low, high = pixels.low[0], pixels.high[0]
+    scaled = (values / low).log() / np.log(high / low) if pixels.log else (values - low) / (high - low)
     scaled = scaled.clamp(0, 1) if pixels.clip else scaled
     normed = (scaled - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     normed = normed if pixels.nodata is None else normed.masked_fill(values == pixels.nodata, 0)

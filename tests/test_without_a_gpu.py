@@ -119,6 +119,7 @@ OPTIONS = {
     ),
     "difficulty regressed": ("hpm", "--model.init_args.difficulty.loss", "absolute"),
     "smooth places": ("mp3", "--model.init_args.positions", "{smoothing: 2.0, temperature: 0.1}"),
+    "a guard against collapse": ("ijepa", "--model.init_args.guard", "{weight: 0.02, patches: 2}"),
     "learned frequencies": ("simmim", "--model.init_args.encoder.model", "vit_small_patch16_rope_mixed_224"),
     "activations computed again": ("simmim", "--model.init_args.encoder.grad_checkpointing", "true"),
 }

@@ -33,6 +33,7 @@ from mim.errors import UserError
 from mim.methods import Batch, Method
 from mim.randomness import RowGenerator
 from mim.run.config import instantiate
+from mim.terminal import progress
 
 
 @dataclass(frozen=True)
@@ -105,17 +106,21 @@ class Contender:
     def step(self, batch: Batch | None = None) -> Timing:
         """Takes a training step and times it."""
         clock, processor = Clock(self.method.device), time.process_time()
+        self.issue(self.batch if batch is None else batch, clock.mark)
+        forward, backward, optimizer = clock.laps()
+        return Timing(forward, backward, optimizer, time.process_time() - processor)
+
+    def issue(self, batch: Batch, mark: Callable[[], object] = lambda: None) -> None:
+        """Takes a training step without waiting for the device; calls ``mark`` after each of its three phases."""
         with self.autocast():
-            loss = self.loss(self.method, self.batch if batch is None else batch)
-        clock.mark()
+            loss = self.loss(self.method, batch)
+        mark()
         loss.backward()  # type: ignore[no-untyped-call]
-        clock.mark()
+        mark()
         self.check(self.optimizer)
         self.method.optimizer_step(0, 0, self.optimizer)  # with whatever the method does after it
         self.optimizer.zero_grad(set_to_none=True)
-        clock.mark()
-        forward, backward, optimizer = clock.laps()
-        return Timing(forward, backward, optimizer, time.process_time() - processor)
+        mark()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision of the forward pass."""
@@ -157,7 +162,7 @@ def compare(contenders: Sequence[Timed], rounds: int, between: Callable[[], obje
         contender.step()
         contender.step()
     timings: list[list[Timing]] = [[] for _ in contenders]
-    for _ in range(rounds):
+    for _ in progress(range(rounds), rounds, "timing", "round"):
         for contender, taken in zip(contenders, timings, strict=True):
             taken.append(contender.step())
         between()
@@ -179,13 +184,18 @@ def build(config: Namespace, device: torch.device) -> tuple[Method, Batch]:
     torch.manual_seed(config.seed)
     objects = instantiate(config)
     method: Method = objects.model.to(device)
-    data: PretrainData = objects.data
+    views, labels, keys = noise(objects.data, method)
+    finished = objects.data.views.to(device)([view.to(device) for view in views], RowGenerator(keys))
+    return method, (finished, labels.to(device))
+
+
+def noise(data: PretrainData, method: Method) -> tuple[list[Tensor], Tensor, Tensor]:
+    """A batch of noise as the loader ships it: cut, but not scaled; views, labels and keys."""
     encoder = method.encoder
     data.views.configure(encoder.img_size, *data.statistics(encoder.in_chans), EIGHT_BIT)
-    noise = torch.randint(256, (data.batch_size, encoder.in_chans, *encoder.img_size), dtype=torch.uint8)
-    views, labels, keys, _ = collate([(data.views.crop(image), -1, key, []) for key, image in enumerate(noise)])
-    finished = data.views.to(device)([view.to(device) for view in views], RowGenerator(keys))
-    return method, (finished, labels.to(device))
+    images = torch.randint(256, (data.batch_size, encoder.in_chans, *encoder.img_size), dtype=torch.uint8)
+    views, labels, keys, *_ = collate([(data.views.crop(image), -1, key, []) for key, image in enumerate(images)])
+    return views, labels, keys
 
 
 def loader_rates(config: Namespace, contender: Contender, steps: int) -> dict[str, Any]:

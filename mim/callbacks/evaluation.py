@@ -25,6 +25,7 @@ from mim.pictures.strips import columns_of, save_strip, strip
 from mim.randomness import keyed_generator
 from mim.report import write_report
 from mim.run.trackers import track_picture
+from mim.terminal import paint
 
 
 class Evaluation(Callback):
@@ -50,6 +51,8 @@ class Evaluation(Callback):
         self.labelled = _worth_probing(data.source, data.evaluation, self.bank)
         self.scored = _scored(data.source, data.evaluation, self.bank, self.queries) if self.labelled else {}
         self._seen = 0
+        self._best: dict[str, float] = {}
+        self._headed = False
         self._device = torch.device("cpu")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -184,6 +187,21 @@ class Evaluation(Callback):
         save_strip(picture, path)
         return path
 
+    def _table_row(self, epoch: str, values: dict[str, float], dim: int) -> str:
+        """What was measured as the next row of a table, whose head goes before the first; the best is green so far."""
+        titles = [kind for kind, key in LABELLED.items() if key in values]
+        cells = []
+        for kind in titles:
+            value, best = values[LABELLED[kind]], self._best.get(kind, 0.0)
+            self._best[kind] = max(value, best)
+            cells.append(paint(f"{value:>8.1%}", "green") if value > best else f"{value:>8.1%}")
+        row = f"  {epoch:>8}{''.join(cells)}{values['val/rankme']:>8.0f}/{dim}"
+        if self._headed:
+            return row
+        self._headed = True
+        head = f"  {'epoch':>8}{''.join(f'{kind:>8}' for kind in titles)}{'rankme':>8}"
+        return f"{paint(head, 'bold')}\n{row}"
+
     @torch.no_grad()
     def _draw_views(self) -> None:
         """A picture of what is made of some images before the encoder sees them."""
@@ -199,7 +217,8 @@ class Evaluation(Callback):
     def _say(self, method: Method, step: int, values: dict[str, float]) -> None:
         numbers = [f"{kind} {values[key]:.1%}" for kind, key in LABELLED.items() if key in values]
         numbers += [f"rankme {values['val/rankme']:.0f}/{method.evaluated.dim}"]
-        self.run_log.run.say(f"eval  epoch {method.plan.epochs_at(step)}   " + "   ".join(numbers))
+        text = f"eval  epoch {method.plan.epochs_at(step)}   " + "   ".join(numbers)
+        self.run_log.run.say(text, self._table_row(method.plan.epochs_at(step), values, method.evaluated.dim))
         images = len(self.bank)
         if step > 0 and (message := health_message(values["val/rankme"], method.evaluated.dim, images)):
             self.run_log.run.say(f"health  {message}")

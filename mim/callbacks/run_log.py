@@ -13,8 +13,9 @@ from lightning import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
 from mim.methods import Method
-from mim.run.folder import RunFolder, terminal
+from mim.run.folder import RunFolder
 from mim.run.words import duration
+from mim.terminal import watched
 
 
 class MetricsTable:
@@ -93,7 +94,7 @@ class RunLog(Callback):
         if trainer.is_global_zero:
             self.metrics.forget_after(trainer.global_step)
             self.timing.forget_after(trainer.global_step)
-            if terminal():
+            if watched():
                 self._bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, unit="step", dynamic_ncols=True)
         self._since = self._idle_since = self._started = time.monotonic()
 

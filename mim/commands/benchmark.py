@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +35,7 @@ def run(
     data: str | None = None,
     num_workers: Processes | None = None,
     json: Path | None = None,
+    gpu_report: bool = False,
 ) -> None:
     """Measure speed and memory of a training step and of the loader.
 
@@ -51,7 +53,13 @@ def run(
         data: images as for pretraining; measures the loader alone, and loader and step together.
         num_workers: loader processes of --data; one per core unless given.
         json: write every number to this file.
+        gpu_report: measure all that a GPU has to show in under 8 minutes, and write it as JSON and as a table; of the
+            other options it takes --device, --precision, --threads, --num_workers, --json, and --data for its training.
     """
+    if gpu_report:
+        mine = (config, against, model, img_size, batch_size, compile, rounds)
+        _report(mine, device, precision, threads, data, num_workers, json)
+        return
     if num_workers is not None and data is None:
         raise UserError("--num_workers: there is no loader to measure without images", hint="--data PATH")
     if json:
@@ -102,6 +110,34 @@ def run(
         results["loader"] = loader_rates(recipe, contenders[0], rounds)
     _print(results)
     write_json(json, results)
+
+
+def _report(
+    others: tuple[object, ...],
+    device: str,
+    precision: str,
+    threads: int | None,
+    data: str | None,
+    num_workers: int | None,
+    json: Path | None,
+) -> None:
+    """``--gpu_report``."""
+    for name, given in zip(
+        ("config", "against", "model", "img_size", "batch_size", "compile", "rounds"), others, strict=True
+    ):
+        if given != signature(run).parameters[name].default:
+            raise UserError(f"--{name}: --gpu_report has recipes and sizes of its own", hint="--gpu_report")
+    table = json or Path("gpu_report.json")
+    check_file("--json", table)
+    import torch
+
+    from mim.benchmark.gpu_report import gpu_report
+    from mim.benchmark.results import prepare
+    from mim.distributed.devices import best_precision
+
+    place = prepare(device, threads)
+    kind = best_precision(place.type == "cuda") if precision == "auto" else precision
+    gpu_report(place, kind, table, data, num_workers, torch.get_num_threads())
 
 
 def _name(config: str | Path) -> str:

@@ -36,14 +36,14 @@ def run(
     for method in wanted:
         folders += [_train(method, data, epochs, seed, out) for seed in range(seeds)]
     # torch is imported when there is something to read: --help must not wait for it.
-    from mim.run.comparison import collect, strips, tables, write_page
+    from mim.run.comparison import collect, curves, strips, tables, write_page
 
     entries = collect(folders)
     text, markdown, rows = tables(entries)
     print(f"\n{text}\n")
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.md").write_text(markdown, encoding="utf-8")
-    write_page(out / "compare.html", rows, strips(entries, images))
+    write_page(out / "compare.html", rows, strips(entries, images), curves(entries))
     print(f"  table   {out / 'summary.md'}\n  page    {out / 'compare.html'}")
 
 

@@ -22,7 +22,9 @@ from mim.distributed.processes import INTERRUPTED, process_rank
 from mim.distributed.sharding import ShardedStrategy
 from mim.encoder import Encoder
 from mim.errors import MACHINE_ERRORS, UserError
+from mim.lora import set_aside
 from mim.methods import Method, NonFiniteError, Plan
+from mim.options.pretraining import no_weights_for_lora
 from mim.program import called
 from mim.report import write_report
 from mim.run.checkpoint_files import AtomicCheckpointIO, check_room, checkpoint_step, newest_good
@@ -95,6 +97,9 @@ class Pretraining:
         encoder = self.method.evaluated
         if config["continue"]:
             self._check_continued(encoder)
+        settings = config.model.init_args.encoder
+        if settings.lora and not (self.origin or settings.pretrained or resumed):
+            raise no_weights_for_lora(settings.lora)
         if self.options.pool == "cls" and not encoder.has_class_token:
             raise UserError("--pool cls: this model has no class token", hint="--pool mean")
         self._open_data()
@@ -374,7 +379,8 @@ class Pretraining:
     def _load_start(self, method: Method) -> str:
         """Gives a method's encoder the weights that the run starts from; says what matched."""
         assert self.origin is not None
-        return init_backbone(method.encoder.vit, self.origin, trust=self.config.trust, option=self.origin_option)
+        with set_aside(method.encoder.vit):
+            return init_backbone(method.encoder.vit, self.origin, trust=self.config.trust, option=self.origin_option)
 
     def _started(self) -> Encoder | None:
         """The encoder as it was before its first step, with the weights that the run started from; None if lost."""

@@ -59,7 +59,7 @@ class Augmented(Frames):
     def _in_files(self, noise: Tensor) -> Tensor:
         """Numbers ``(C, H, W)`` as a file of the data set would hold them, within their type."""
         low, high = (torch.tensor(end)[:, None, None] for end in self.pixels.ends(len(noise)))
-        numbers = low + noise * (high - low)
+        numbers = self.pixels.stored(noise, low, high)
         bounds = {"uint8": (0, 255), "per_file": (0, 255), "uint16": (0, 65535), "int16": (-32768, 32767)}
         return numbers.clamp(*bounds[self.pixels.type]) if self.pixels.type in bounds else numbers
 

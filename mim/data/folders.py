@@ -20,6 +20,9 @@ from mim.data.layouts import (
 )
 from mim.errors import UserError
 
+PACKED = ("gz", "bz2", "xz", "zst")
+"""Endings that stand behind another one."""
+
 
 class Unclear(NamedTuple):
     """Why images have no labels although something looks like them, and what to try."""
@@ -224,4 +227,6 @@ def file_type(name: str) -> str:
     if name.rpartition("/")[2].startswith("._"):
         return "._* (macOS)"
     suffix = suffix_of(name)
+    if suffix in PACKED and (inner := suffix_of(name[: -len(suffix) - 1])).isalnum() and len(inner) <= 8:
+        return f".{inner}.{suffix}"
     return f".{suffix}" if suffix.isalnum() and len(suffix) <= 8 else "no suffix"

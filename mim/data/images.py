@@ -221,6 +221,8 @@ def as_image(stored: Stored, channels: int, pixels: Pixels) -> Tensor:
     if values.dtype == np.uint8 and not nodata:
         return _tensor(values)
     known = as_stored(values, nodata)
+    if pixels.log and (known < 0).any():
+        raise ValueError(f"holds {np.nanmin(known):g}, which has no logarithm; read it without --log_values")
     if known.dtype.kind == "f" and (share := float(np.isnan(known[..., 0]).mean())) > MAX_NODATA:
         raise NodataError(f"{share:.0%} of its pixels are nodata, more than the limit of {MAX_NODATA:.0%}")
     return _tensor(known)

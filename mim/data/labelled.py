@@ -20,6 +20,7 @@ from mim.data.views import SingleView, stacked
 from mim.errors import UserError
 from mim.program import called
 from mim.randomness import derive_seed
+from mim.terminal import progress
 
 UNREADABLE = -1
 """Label of an image that could not be read: its row keeps its place and is left out of every score."""
@@ -208,7 +209,7 @@ def framed_batches(
         collate_fn=collate_framed,
         pin_memory=torch.device(device).type == "cuda",
     )
-    for pixels, labels, bad in loader:
+    for pixels, labels, bad in progress(loader, len(loader), "encoding", "batch"):
         yield frames.normalize(pixels.to(device, non_blocking=True)), labels, bad
 
 

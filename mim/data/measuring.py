@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from mim.data.images import ImageError
 from mim.data.pixels import Pixels
 from mim.data.sources import Source
 from mim.randomness import keyed_generator
+from mim.terminal import progress
 
 SAMPLE = 2000
 """Images that are measured, at most."""
@@ -50,6 +50,8 @@ class Measured:
         scale = (
             f"scaled by {short(high[0])}" if low == (0.0,) else f"{short(low[0])} becomes 0, {short(high[0])} becomes 1"
         )
+        if self.pixels.log:
+            scale = f"on a logarithmic scale from {short(low[0])} to {short(high[0])}"
         if len(low) > 1:
             scale = "each channel on a scale of its own"
         kind = "numbers of several types" if self.pixels.type == "any" else self.pixels.type
@@ -77,7 +79,7 @@ def measure(source: Source, channels: int, pixels: Pixels, seed: int, found: boo
     order = torch.randperm(len(source), generator=keyed_generator(seed, "value range"))[:SAMPLE].tolist()
     with ThreadPoolExecutor() as threads:  # decoding releases the interpreter lock
         parts = threads.map(lambda index: _draw(source, index), sorted(order))
-        bar = tqdm(parts, total=len(order), desc="measuring values", unit="image", disable=None, leave=False)
+        bar = progress(parts, len(order), "measuring values")
         samples = [part for part in bar if part is not None]
     if not samples:
         raise ValueError("no image can be read")
@@ -87,7 +89,7 @@ def measure(source: Source, channels: int, pixels: Pixels, seed: int, found: boo
         raise ValueError("no pixel was measured")
     ends = percentiles(known)
     if found:
-        low, high = value_range(known, ends, pixels.type)
+        low, high = value_range(known, ends, pixels.type, pixels.log)
         pixels = replace(pixels, low=(low,), high=(high,))
     mean, std = statistics(known, pixels)
     return Measured(pixels, mean, std, ends, len(samples), 1 - known.shape[1] / values.shape[1])
@@ -99,11 +101,17 @@ def percentiles(values: NDArray[Any]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def value_range(values: NDArray[Any], ends: tuple[float, float], kind: str) -> tuple[float, float]:
+def value_range(values: NDArray[Any], ends: tuple[float, float], kind: str, log: bool = False) -> tuple[float, float]:
     """What becomes 0 and 1: 0 and the upper percentile of unsigned numbers, both percentiles of others.
 
     Where these are one number, the smallest and largest of all; where even these are, that number and the next.
+    On a logarithmic scale both percentiles of what lies above 0.
     """
+    if log:
+        positive = values[values > 0]
+        if not positive.size:
+            raise ValueError("no number lies above 0, so that none has a logarithm; leave --log_values out")
+        return value_range(positive, percentiles(positive), "float32")
     low, high = (0.0, ends[1]) if kind.startswith("uint") else ends
     if not low < high:
         low, high = (0.0 if kind.startswith("uint") else float(values.min())), float(values.max())
@@ -114,7 +122,11 @@ def value_range(values: NDArray[Any], ends: tuple[float, float], kind: str) -> t
 def statistics(values: NDArray[Any], pixels: Pixels) -> tuple[list[float], list[float]]:
     """Mean and deviation per channel of ``(C, M)`` numbers on the scale of ``pixels``."""
     low, high = (np.array(end, np.float64)[:, None] for end in pixels.ends(len(values)))
-    scaled = (values.astype(np.float64) - low) / (high - low)
+    numbers = values.astype(np.float64)
+    if pixels.log:
+        scaled = np.log(np.maximum(numbers, low) / low) / np.log(high / low)
+    else:
+        scaled = (numbers - low) / (high - low)
     scaled = scaled.clip(0, 1) if pixels.clip else scaled
     std = scaled.std(axis=1)
     mean = [float(f"{value:.6g}") for value in scaled.mean(axis=1)]
@@ -122,10 +134,10 @@ def statistics(values: NDArray[Any], pixels: Pixels) -> tuple[list[float], list[
 
 
 def option(pixels: Pixels) -> str:
-    """The range as ``--value_range`` takes it."""
-    if len(pixels.low) == 1:
-        return f"{short(pixels.low[0])},{short(pixels.high[0])}"
-    return "[" + ",".join(f"[{short(a)},{short(b)}]" for a, b in zip(pixels.low, pixels.high, strict=True)) + "]"
+    """The range as ``--value_range`` takes it, and ``--log_values`` if that belongs to it."""
+    pairs = [f"{short(a)},{short(b)}" for a, b in zip(pixels.low, pixels.high, strict=True)]
+    ends = pairs[0] if len(pairs) == 1 else "[" + ",".join(f"[{pair}]" for pair in pairs) + "]"
+    return f"{ends} --log_values" if pixels.log else ends
 
 
 def short(number: float) -> str:

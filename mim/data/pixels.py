@@ -12,7 +12,7 @@ PixelType = Literal["per_file", "uint8", "uint16", "int16", "float32", "any"]
 
 @dataclass(frozen=True)
 class Pixels:
-    """The scale of a data set: ``x = (v - low) / (high - low)`` for a number ``v`` in a file.
+    """The scale of a data set: ``x = (v - low) / (high - low)`` for a number ``v`` in a file, or its logarithm.
 
     Args:
         low: number that becomes 0; one for all channels or one for each.
@@ -22,6 +22,7 @@ class Pixels:
         clip: keep ``x`` within 0 and 1.
         bands: channels to read, counted from 1, in this order; all if empty.
         nodata: number that stands for "not measured", besides NaN and what a file itself names.
+        log: ``x = log(max(v, low) / low) / log(high / low)`` instead, with ``low`` above 0.
     """
 
     low: tuple[float, ...] = (0.0,)
@@ -30,11 +31,12 @@ class Pixels:
     clip: bool = False
     bands: tuple[int, ...] = ()
     nodata: float | None = None
+    log: bool = False
 
     @property
     def colours(self) -> bool:
         """Whether three channels are red, green and blue of 8 bit, as far as anybody knows."""
-        return self.eight_bit and not self.bands
+        return self.eight_bit and not self.bands and not self.log
 
     @property
     def eight_bit(self) -> bool:
@@ -50,6 +52,10 @@ class Pixels:
     def bounded(self) -> bool:
         """Whether nothing lies beyond 0 and 1."""
         return self.clip or (self.eight_bit and (self.low, self.high) == ((0.0,), (255.0,)))
+
+    def stored(self, x: Any, low: Any, high: Any) -> Any:  # noqa: ANN401 - numbers or tensors
+        """The number in a file that becomes ``x``."""
+        return low * (high / low) ** x if self.log else low + (high - low) * x
 
     def ends(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """``low`` and ``high`` of each channel.
@@ -75,7 +81,8 @@ class Pixels:
         ends = "per_file" if self.type == "per_file" else pairs[0] if len(pairs) == 1 else pairs
         type_ = None if self.type == "per_file" else self.type
         bands = list(self.bands) or None
-        return {"value_range": ends, "pixel_type": type_, "clip": self.clip, "bands": bands, "nodata": self.nodata}
+        own = {"clip": self.clip, "bands": bands, "nodata": self.nodata, "log_values": self.log}
+        return {"value_range": ends, "pixel_type": type_} | own
 
     @classmethod
     def of(cls, facts: object) -> "Pixels":
@@ -87,10 +94,11 @@ class Pixels:
         low, high = (
             tuple(float(v) for v in facts.get(end, default)) for end, default in (("low", [0]), ("high", [255]))
         )
-        check_range(low, high)
+        log = bool(facts.get("log"))
+        check_range(low, high, log)
         nodata, bands = facts.get("nodata"), tuple(int(band) for band in facts.get("bands", ()))
         missing = None if nodata is None else float(nodata)
-        return cls(low, high, facts.get("type", "uint8"), bool(facts.get("clip")), bands, missing)
+        return cls(low, high, facts.get("type", "uint8"), bool(facts.get("clip")), bands, missing, log)
 
     def exported(self, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
         """Mean, deviation and scale for a timm folder.
@@ -98,7 +106,7 @@ class Pixels:
         timm's transforms divide 8 bit by 255, so there the statistics are told on that scale, whatever the range.
         """
         shown, stats = self, (list(mean), list(std))
-        if self.eight_bit and not self.clip:
+        if self.eight_bit and not self.clip and not self.log:
             low, high = self.ends(len(mean))
             if set(low + high) != {0.0, 255.0}:
                 spans = [(a / 255, (b - a) / 255) for a, b in zip(low, high, strict=True)]
@@ -114,21 +122,25 @@ AS_STORED = Pixels(type="any")
 """Numbers of whatever type, before their scale is known."""
 
 
-def check_range(low: Sequence[float], high: Sequence[float]) -> None:
-    """Raises ValueError unless all ends are finite and each ``low`` lies below its ``high``."""
+def check_range(low: Sequence[float], high: Sequence[float], log: bool = False) -> None:
+    """Raises ValueError unless all ends are finite, each ``low`` below its ``high``, and above 0 for logarithms."""
     finite = all(abs(value) < 1e38 for value in (*low, *high))  # NaN compares false, too
     if len(low) != len(high) or not low or not finite or not all(a < b for a, b in zip(low, high, strict=True)):
         raise ValueError(
             f"{[*map(list, zip(low, high, strict=False))]} is no range of values: low,high with low < high"
         )
+    if log and not all(a > 0 and b < 1e30 * a for a, b in zip(low, high, strict=True)):
+        raise ValueError(f"{min(low):g} is no low end of a logarithmic range, which begins above 0")
 
 
-def parse_range(given: object) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+def parse_range(given: object, log: bool = False) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """``low`` and ``high`` of ``0,4095``, ``[0, 4095]`` or ``[[0, 1], [-30, 5]]``; None for ``auto`` and ``per_file``.
 
     Raises:
-        UserError: for anything else.
+        UserError: for anything else, and for what has no logarithm where it is wanted.
     """
+    if log and given == "per_file":
+        raise UserError("--log_values and --value_range per_file exclude each other", hint="--value_range auto")
     if given in ("auto", "per_file"):
         return None
     try:
@@ -141,6 +153,14 @@ def parse_range(given: object) -> tuple[tuple[float, ...], tuple[float, ...]] | 
             f"--value_range {given} is no range",
             why="it is the number that becomes 0 and the one that becomes 1, of all channels or of each",
             hint="--value_range 0,4095   or   --value_range [[0,1],[-30,5]]   or   --value_range auto",
+        ) from error
+    try:
+        check_range(low, high, log)
+    except ValueError as error:
+        raise UserError(
+            f"--log_values needs a --value_range above 0, not {given}",
+            why="what lies below its low end counts as that, and 0 has no logarithm",
+            hint="--value_range auto --log_values",
         ) from error
     return low, high
 

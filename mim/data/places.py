@@ -20,8 +20,16 @@ OTHERWISE = "leave --data out for the built-in images"
 BUILT_IN = ("builtin", "shapes")
 PREFIX = "python:"
 """How names of objects of Python begin that were handed over; no path does."""
-MEASUREMENTS = (".dcm", ".dicom", ".ima", ".h5", ".hdf5", ".hdf", ".nc", ".zarr", ".zarray", ".nii", ".nii.gz", ".fits")
-"""Endings of files with numbers that are not read."""
+MEASUREMENTS = {
+    **dict.fromkeys((".dcm", ".dicom", ".ima"), "DICOM"),
+    **dict.fromkeys((".h5", ".hdf5", ".hdf", ".nc"), "HDF5"),
+    **dict.fromkeys((".zarr", ".zarray"), "Zarr"),
+    **dict.fromkeys((".nii", ".nii.gz"), "NIfTI"),
+    **dict.fromkeys((".fits", ".fit", ".fits.gz"), "FITS"),
+    **dict.fromkeys((".nrrd", ".mha", ".mhd"), "NRRD and MetaImage"),
+    **dict.fromkeys((".czi", ".nd2", ".lif", ".oib", ".mrc"), "the format of a microscope"),
+}
+"""Endings of files with numbers that are not read, and what they are called."""
 AS_TIFF = "a TIFF or .npy file for each image, which keep the numbers (docs/data.md)"
 TOKEN_PARTS = ("train", "val")
 """Folders below one of tokens that sets images apart."""
@@ -94,15 +102,14 @@ def no_images(
     """What is told of folders or tar files without images, with what was found in them instead."""
     found = ", ".join(f"{kind} {count}" for kind, count in ignored.most_common(5)) or "no files"
     hint = "convert the images, for example to .jpg" if ignored else None
-    if any(kind.endswith(MEASUREMENTS) for kind in ignored):
-        hint = AS_TIFF
+    why = f"found {found}; readable types are {' '.join(SUFFIXES)}"
     if ".tar" in ignored:
         hint = f"--data '{data}/NAME-{{0000..0099}}.tar'"
-    if str(data).lower().rstrip("/").endswith(MEASUREMENTS):  # Zarr is a folder
-        hint = AS_TIFF
+    elif kind := next(filter(None, map(_measurements, (str(data).rstrip("/"), *ignored))), None):  # Zarr is a folder
+        why, hint = f"found {found}; {kind} is not read", AS_TIFF
     return UserError(
         f"--data {data}: 0 images in {places} {place}{'s' * (places != 1)}",
-        why=str(damaged[0]) if damaged else f"found {found}; readable types are {' '.join(SUFFIXES)}",
+        why=str(damaged[0]) if damaged else why,
         hint=hint,
     )
 
@@ -113,7 +120,8 @@ def not_a_source(data: str, path: Path, otherwise: str | None) -> UserError:
         why = "a folder, a .txt, .csv or .tsv list, or .tar files are expected"
         packed = path.suffix.lower() in (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
         instead = "unpack it into a folder" if packed else f"--data {path.parent}"
-        instead = AS_TIFF if path.name.lower().endswith(MEASUREMENTS) else instead
+        if kind := _measurements(path.name):
+            why, instead = f"{kind} is not read", AS_TIFF
         return UserError(f"--data {data} is a file of another type", why=why, hint=instead)
     folder = next(parent for parent in path.absolute().parents if os.access(parent, os.R_OK))
     nearby = {f"{name}/" if (folder / name).is_dir() else name for name in sorted(os.listdir(folder))}
@@ -128,3 +136,8 @@ def not_a_source(data: str, path: Path, otherwise: str | None) -> UserError:
         hint += f"      or   {otherwise}" if otherwise else ""
     what = "file" if path.suffix else "folder"
     return UserError(f"--data {data}: no such {what}", hint=hint)
+
+
+def _measurements(name: str) -> str | None:
+    """What files of numbers that are not read are called, by their ending."""
+    return next((kind for suffix, kind in MEASUREMENTS.items() if name.lower().endswith(suffix)), None)

@@ -54,6 +54,8 @@ class PretrainData(L.LightningDataModule):
             once for all files, per_file scales every file to 8 bit by itself, as earlier versions did.
         pixel_type: of the files: uint8, uint16, int16, float32, or any; found with the range unless given.
         clip: keep values within 0 and 1.
+        log_values: scale the logarithm of the numbers, between those of the two ends of the range; what lies below the
+            lower end counts as that end, negative numbers are refused.
         bands: channels to read of each file, counted from 1, as 4,3,2; all unless given.
         nodata: number that stands for "not measured", besides NaN and what a GeoTIFF names.
         windows: side in pixels of the windows that larger images are cut into, each an image of its own; images are
@@ -79,6 +81,7 @@ class PretrainData(L.LightningDataModule):
         nodata: float | None = None,
         windows: Side | None = None,
         stride: Count | None = None,
+        log_values: bool = False,
     ) -> None:
         super().__init__()
         workers = 0 if num_workers == "auto" else num_workers
@@ -91,7 +94,7 @@ class PretrainData(L.LightningDataModule):
         self.views = views or SingleView()
         self.num_workers = min(_cores(), 16) if num_workers == "auto" else num_workers
         self._mean, self._std = mean, std
-        self.pixels, self.resolved = _given(value_range, pixel_type, clip, parse_bands(bands), nodata)
+        self.pixels, self.resolved = _given(value_range, pixel_type, clip, parse_bands(bands), nodata, log_values)
         self._found = value_range == "auto"
         self.measured: Measured | None = None
         self.channels = 3
@@ -218,7 +221,8 @@ class PretrainData(L.LightningDataModule):
             return "every file scaled to 8 bit by itself, as in earlier versions"
         if self.measured is not None:
             return self.measured.line()
-        scale = f"{option(self.pixels)} in {self.pixels.type} become 0 and 1"
+        scale = f"{option(self.pixels).removesuffix(' --log_values')} in {self.pixels.type} become 0 and 1"
+        scale += ", logarithms between" if self.pixels.log else ""
         return f"{scale}; mean {spread(self.mean)} std {spread(self.std)}"
 
     def _use(self, pixels: Pixels, mean: list[float], std: list[float]) -> None:
@@ -236,7 +240,7 @@ class PretrainData(L.LightningDataModule):
         pixels = replace(self.pixels, type=cast(PixelType, kind) if self.pixels.type == "any" else self.pixels.type)
         if kind != "any" and count < total:
             self._warn_of_types(kinds, kind)
-        given = (self.pixels.low, self.pixels.high) == ((0.0,), (255.0,))
+        given = not pixels.log and (self.pixels.low, self.pixels.high) == ((0.0,), (255.0,))
         if pixels.type == "uint8" and self.channels == 3 and pixels.colours and given:
             self._use(pixels, *self.statistics(3))
         elif first:
@@ -380,14 +384,20 @@ class OldScaleWarning(BadFileWarning):
 
 
 def _given(
-    value_range: object, pixel_type: PixelType | None, clip: bool, bands: tuple[int, ...], nodata: float | None
+    value_range: object,
+    pixel_type: PixelType | None,
+    clip: bool,
+    bands: tuple[int, ...],
+    nodata: float | None,
+    log: bool,
 ) -> tuple[Pixels, bool]:
     """What options say about pixels, and whether that is all there is to know."""
+    ends, known = parse_range(value_range, log), {"clip": clip, "bands": bands, "nodata": nodata, "log": log}
     if value_range == "per_file":
         return Pixels(type="per_file"), True
-    ends, known = parse_range(value_range), {"clip": clip, "bands": bands, "nodata": nodata}
     if ends is None:
-        return Pixels(type=pixel_type or "any", **known), False  # type: ignore[arg-type]  # by their names
+        low = (1.0,) if log else (0.0,)  # until it is measured
+        return Pixels(low, type=pixel_type or "any", **known), False  # type: ignore[arg-type]  # by their names
     return Pixels(*ends, type=pixel_type or "any", **known), pixel_type is not None  # type: ignore[arg-type]
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +23,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from tqdm import tqdm
-
 from mim.data.files import ImageError, NothingReadableError
 from mim.data.shards import MAX_LABEL_BYTES, Member, Place, expand_shards, missing_shards, tar_members
 from mim.errors import UserError, printable
+from mim.terminal import progress
 
 PATIENCE = 90.0
 """Seconds after which a read that keeps failing ends the command; loader processes may be silent for longer."""
@@ -121,7 +121,7 @@ class RemoteShards:
         """The index, from the headers of all shards."""
         with ThreadPoolExecutor(CONNECTIONS) as threads:
             parts = threads.map(self._headers, range(len(self.facts)))
-            found = list(tqdm(parts, total=len(self.facts), desc="indexing shards", disable=None, leave=False))
+            found = list(progress(parts, len(self.facts), "indexing", "shard"))
         index = {
             "facts": self.facts,
             "members": [member for members, _ in found for member in members],
@@ -296,7 +296,7 @@ def _facts(pattern: str, urls: Sequence[str]) -> list[Fact]:
         with ThreadPoolExecutor(CONNECTIONS) as threads:
             found = list(threads.map(_fact, urls))
     except _RefusedError as error:
-        hint = _HINTS.get(pattern.partition("://")[0], "a URL that this machine may read")
+        hint = _HINTS.get(pattern.partition("://")[0], f"curl -I {shlex.quote(urls[0])}")
         raise UserError(f"--data {pattern} cannot be read", why=str(error), hint=hint) from None
     missing = [url for url, fact in zip(urls, found, strict=True) if fact is None]
     if missing:

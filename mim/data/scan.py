@@ -16,7 +16,6 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
 from mim.data.bad_files import refuse_channels
 from mim.data.files import UnmeasuredError
@@ -29,6 +28,7 @@ from mim.data.windows import Windows, WindowSource, cut
 from mim.errors import UserError
 from mim.program import called
 from mim.randomness import keyed_generator
+from mim.terminal import progress
 
 SHEET = 64
 """Pictures on the contact sheet, at most."""
@@ -133,7 +133,7 @@ def _look_at(source: FileSource, limit: int | None) -> list[Look]:
     drawn = set(indices[:: max(1, len(indices) // SHEET)])
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
         looks = threads.map(lambda index: _look(source, index, index in drawn), indices)
-        return list(tqdm(looks, total=len(indices), desc="reading", unit="image", disable=None, leave=False))
+        return list(progress(looks, len(indices), "reading"))
 
 
 def _look(source: FileSource, index: int, draw: bool) -> Look:

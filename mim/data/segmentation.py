@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 from mim.data.loading import EndlessLoader, WatchedLoader
 from mim.data.mask_classes import IGNORE, ClassNumbers, count_classes, refuse_absent, refuse_smoothed
@@ -25,6 +24,7 @@ from mim.data.sampler import Key, Shard, StepSampler
 from mim.data.views import Views, resized, stacked
 from mim.errors import UserError
 from mim.randomness import derive_seed
+from mim.terminal import progress
 
 CHECKED = 256
 """Masks of each part that are looked at before anything is trained; all others are checked as they are read."""
@@ -198,7 +198,7 @@ class SegmentationData(L.LightningDataModule):
         indices = range(len(source))
         with ThreadPoolExecutor() as pool:
             found = pool.map(lambda index: set(torch.unique(source.read_mask(index)).tolist()), indices)
-            bar = tqdm(found, total=len(indices), desc="counting classes", unit="mask", disable=None, leave=False)
+            bar = progress(found, len(indices), "counting classes", "mask")
             return set().union(*bar)
 
     def _turned(self, indices: Iterable[int]) -> list[str]:

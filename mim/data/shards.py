@@ -8,10 +8,12 @@ import io
 import json
 import os
 import re
+import shlex
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from math import prod
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from braceexpand import braceexpand
@@ -140,8 +142,34 @@ def expand_shards(pattern: str) -> list[str]:
 
 
 def missing_shards(pattern: str, missing: Sequence[str], count: int) -> UserError:
-    """What is told of shards that are not there."""
-    return UserError(f"--data {pattern}: {len(missing)} of {count} tar files are missing, first {missing[0]}")
+    """What is told of shards that are not there, and which of them are."""
+    return UserError(
+        f"--data {pattern}: {len(missing)} of {count} tar files are missing, first {missing[0]}",
+        hint=_present(pattern, set(missing)) or _look(missing[0]),
+    )
+
+
+def _present(pattern: str, missing: set[str]) -> str | None:
+    """The option that names the first shards of a pattern that are there; None if there are none."""
+    names = expand_shards(pattern)
+    start = next((place for place, name in enumerate(names) if name not in missing), None)
+    if start is None:
+        return None
+    end = next((place for place in range(start, len(names)) if names[place] in missing), len(names)) - 1
+    spans = re.findall(r"{(-?\d+)\.\.(-?\d+)}", pattern)
+    if end == start or len(spans) != 1 or pattern.count("{") != 1 or int(spans[0][0]) > int(spans[0][1]):
+        return f"--data {shlex.quote(names[start])}"
+    before, after = pattern.index("{"), len(pattern) - pattern.index("}") - 1
+    first, last = (names[place][before : len(names[place]) - after] for place in (start, end))
+    return f"--data '{pattern[:before]}{{{first}..{last}}}{pattern[len(pattern) - after :]}'"
+
+
+def _look(name: str) -> str:
+    """A command that shows what is there instead."""
+    if "://" in name:
+        return f"curl -I {shlex.quote(name)}" if name.startswith("http") else "a URL of shards that are there"
+    folder = next(parent for parent in Path(name).absolute().parents if parent.is_dir())
+    return f"ls {shlex.quote(str(folder))}"
 
 
 def tar_members(shard: str, file: io.RawIOBase, length: int, damaged: list[ImageError]) -> Iterator[Member]:

@@ -61,13 +61,13 @@ class Views(nn.Module):
         self.size, self.pixels = size, pixels
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
-        span = [high - low for low, high in zip(pixels.low, pixels.high, strict=True)]
+        ends = zip(pixels.low, pixels.high, strict=True)
+        span = [math.log(high / low) if pixels.log else high - low for low, high in ends]
         self.register_buffer("low", torch.tensor(pixels.low)[:, None, None], persistent=False)
         self.register_buffer("span", torch.tensor(span)[:, None, None], persistent=False)
         # What stands in for nodata; plain numbers, as loader processes cannot read buffers that lie on a GPU.
-        self.filling = [
-            low + (high - low) * share for low, high, share in zip(*pixels.ends(len(mean)), mean, strict=True)
-        ]
+        own_ends = zip(mean, *pixels.ends(len(mean)), strict=True)
+        self.filling = [pixels.stored(share, low, high) for share, low, high in own_ends]
 
     def check(self, patch_size: tuple[int, int]) -> None:
         """Refuses views, other than those of the encoder's own size, that patches of this height and width cannot tile.
@@ -95,10 +95,13 @@ class Views(nn.Module):
     def scale(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` of any type to floats on the scale of the data set; the mean where nothing was measured."""
         pixels = images.float()
-        if any(self.pixels.low):
+        if self.pixels.log:
+            pixels = torch.maximum(pixels, self.low).div(self.low).log()
+        elif any(self.pixels.low):
             pixels = pixels - self.low
         # One number as such: a GPU multiplies by its inverse, and results of older runs depend on that.
-        pixels = pixels.div(self.pixels.high[0] - self.pixels.low[0] if len(self.pixels.low) == 1 else self.span)
+        one = len(self.pixels.low) == 1 and not self.pixels.log
+        pixels = pixels.div(self.pixels.high[0] - self.pixels.low[0] if one else self.span)
         pixels = pixels.clamp(0, 1) if self.pixels.clip else pixels
         if images.is_floating_point():
             pixels = torch.where(pixels.isnan(), self.mean[:, None, None], pixels)

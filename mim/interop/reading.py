@@ -18,6 +18,7 @@ from mim.interop.hf_folder import MODEL_TYPES
 from mim.interop.layouts import NoViTError, named_tensors, to_timm
 from mim.interop.sharded import INDEX, refuse_part, shards_of
 from mim.interop.unpickling import unpickled
+from mim.lora import merged
 from mim.vit import without_weights
 
 CHECKSUMS = "SHA256SUMS"
@@ -106,7 +107,7 @@ def read_vit(path: Path, *, trust: bool = False, option: str = "--init") -> tupl
             hint=f"torch.save(model.merge_and_unload().state_dict(), '{path.stem}-merged.pth')   with peft",
         )
     try:
-        return to_timm(tensors)
+        return to_timm(merged(tensors))
     except NoViTError as error:
         some = ", ".join(sorted(tensors, key=len)[:: max(1, len(tensors) // 4)][:4])
         raise UserError(

@@ -21,6 +21,7 @@ from torch import nn
 from mim.errors import UserError
 from mim.interop.layouts import named_tensors
 from mim.interop.reading import CHECKSUMS, sha256
+from mim.lora import merge
 from mim.randomness import keyed_generator
 from mim.vit import ViT
 
@@ -96,6 +97,7 @@ def export_backbone(
     _refuse_to_replace(folder)
     # A float copy on the CPU: no side effect on the run, and the same arithmetic on both sides of the comparison.
     trained = deepcopy(vit).cpu().float().eval()
+    merge(trained)
     if pool is not None and trained.attn_pool is None:
         trained.global_pool = _POOLING[pool]
     partial = folder.with_name(f".{folder.name}.partial")
@@ -224,8 +226,9 @@ def _values(config: dict[str, Any]) -> str | None:
     clipped = ", clipped to 0..1" if pixels["clip"] else ""
     bands = f", bands {pixels['bands']} counted from 1" if pixels["bands"] else ""
     nodata = "" if pixels["nodata"] is None else f", {pixels['nodata']:g} is nodata and becomes the mean"
+    scaled = "log(max(v, low) / low) / log(high / low)" if pixels.get("log") else "(v - low) / (high - low)"
     return (
-        f"`x = (v - low) / (high - low)` for a {pixels['type']} number v, low {low}, high {high}{clipped}, then mean "
+        f"`x = {scaled}` for a {pixels['type']} number v, low {low}, high {high}{clipped}, then mean "
         f"and std of `pretrained_cfg`{bands}{nodata}"
     )
 

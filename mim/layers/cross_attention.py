@@ -87,7 +87,7 @@ class CrossDecoder(nn.Module):
     Args:
         dim: encoder width ``D``.
         grid: ``(h, w)`` patches per side.
-        out_dim: values predicted for a patch.
+        out_dim: values predicted for a patch; None for the normed queries themselves.
         width: decoder width ``E``.
         depth: number of blocks.
         heads: attention heads.
@@ -97,7 +97,7 @@ class CrossDecoder(nn.Module):
     positions: Tensor
 
     def __init__(
-        self, dim: int, grid: tuple[int, int], out_dim: int, width: int, depth: int, heads: int, mixed: int = 1
+        self, dim: int, grid: tuple[int, int], out_dim: int | None, width: int, depth: int, heads: int, mixed: int = 1
     ) -> None:
         super().__init__()
         self.mask_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
@@ -105,10 +105,10 @@ class CrossDecoder(nn.Module):
         self.mix = Mix(dim, mixed, depth) if mixed > 1 else None
         self.blocks = nn.ModuleList(CrossBlock(width, heads, dim) for _ in range(depth))
         self.norm = LayerNorm(width)
-        self.predict = nn.Linear(width, out_dim)
+        self.predict = nn.Identity() if out_dim is None else nn.Linear(width, out_dim)
 
     def forward(self, layers: Sequence[Tensor], indices: Tensor) -> Tensor:
-        """The patches ``indices (B, M)`` from the tokens ``(B, P + K, D)`` of each mixed layer: ``(B, M, out_dim)``."""
+        """Patches ``indices (B, M)`` from tokens ``(B, P + K, D)`` of each mixed layer: ``(B, M, out_dim or E)``."""
         contexts = self.mix(layers) if self.mix else [layers[-1]] * len(self.blocks)
         queries = self.mask_token + F.embedding(indices, self.positions)  # (B, M, E)
         for block, context in zip(self.blocks, contexts, strict=True):

@@ -2,6 +2,7 @@
 
 from mim.methods.adamae import AdaMAE
 from mim.methods.base import Batch, Method, NonFiniteError, OptimConfig, Plan
+from mim.methods.capi import CAPI
 from mim.methods.dtm import DTM
 from mim.methods.hpm import HPM
 from mim.methods.ibot import IBOT
@@ -13,6 +14,7 @@ from mim.methods.mp3 import MP3
 from mim.methods.simmim import SimMIM
 
 __all__ = [
+    "CAPI",
     "DTM",
     "HPM",
     "IBOT",

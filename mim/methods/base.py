@@ -1,7 +1,7 @@
 """What every pretraining method shares: optimizer, position in the run, keyed randomness, the guard against NaN."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -229,6 +229,11 @@ class Method(L.LightningModule):
         if not self.held_steps:
             return 1.0
         return min(1.0, max(0, step + 1 - self.held_steps) / max(1, self.warmup_steps))
+
+    def group_rate(self, group: Mapping[str, Any], step: int) -> float:
+        """Learning rate of one group of the optimizer in the step that follows ``step`` finished ones."""
+        share = self.encoder_share(step) if group.get("encoder") else 1.0
+        return self.learning_rate(step) * float(group.get("lr_scale", 1.0)) * share
 
     def anchored(self, loss: Tensor, images: Tensor) -> Tensor:
         """The loss of a step with what keeps the encoder near its start; ``loss`` itself if nothing does.
@@ -478,10 +483,9 @@ class Method(L.LightningModule):
     ) -> None:
         """Sets learning rate and weight decay from the step, steps, then calls :meth:`after_optimizer_step`."""
         step = self.global_step
-        lr, weight_decay = self.learning_rate(step), self.weight_decay(step)
+        weight_decay = self.weight_decay(step)
         for group in optimizer.param_groups:
-            share = self.encoder_share(step) if group.get("encoder") else 1.0
-            group["lr"] = lr * group.get("lr_scale", 1.0) * share
+            group["lr"] = self.group_rate(group, step)
             group["weight_decay"] = weight_decay if group["weight_decay"] else 0.0
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.after_optimizer_step(step)

@@ -2,13 +2,17 @@
 
 Encode one large block of the image; from it and a position, a narrow predictor tells what a slowly moving teacher, who
 sees the whole image, makes of the patches of several other blocks. No pixel is predicted. With ``stop`` it is StoP
-(arXiv:2308.00566, 2023): positions of what is asked for are noisy, through the matrix that projects the context.
+(arXiv:2308.00566, 2023): positions of what is asked for are noisy, through the matrix that projects the context. With
+``guard`` the context's features are kept from collapsing by SIGReg (arXiv:2511.08544, 2025).
 
 Deviations:
     Contexts have one size over the global batch; in the released code each loader process finds a size of its own.
     The query has a mask token in StoP, too, and noise passes the shared matrix without its bias; the released StoP has
     the bias in the token's place. Class token and registers, where a ViT has them, are part of the context.
+    SIGReg beside I-JEPA is ours: on patches behind the encoder's norm, without the projector of LeJEPA.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +23,30 @@ from mim.encoder import Encoder
 from mim.layers.decoder import Trunk
 from mim.layers.initialisation import initialise
 from mim.layers.positions import sincos_positions
+from mim.layers.sigreg import sigreg
 from mim.layers.teacher import Teacher
 from mim.masking import MultiBlockMasking
 from mim.masking.multi_block import Blocks
 from mim.methods.base import Batch, Method, OptimConfig, single_view
-from mim.options.ranges import Count, NotNegative, Share
+from mim.options.ranges import Count, NotNegative, Positive, Share
 from mim.patches import feature_spread, gather_tokens, measured_patches, replace_patches, visible_indices
-from mim.randomness import RowGenerator
+from mim.randomness import RowGenerator, keyed_generator
 from mim.schedules import linear
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What keeps the context's features near a standard normal distribution over the images, and so from collapsing.
+
+    Args:
+        weight: of the statistic beside the loss; LeJEPA takes 0.02 beside 0.98.
+        patches: visible patches of an image that are judged, the same numbers in all images of a step.
+        directions: that features are projected on, drawn anew for each step; 256 in LeJEPA.
+    """
+
+    weight: Positive = 0.02
+    patches: Count = 4
+    directions: Count = 256
 
 
 class IJEPA(Method):
@@ -42,6 +62,7 @@ class IJEPA(Method):
         stop: standard deviation of the noise on positions of targets; 0.25 in StoP for ViT-B and 0.2 for ViT-H. None,
             as in I-JEPA, if not given.
         optim: learning rate, weight decay and warm-up.
+        guard: against collapse; none, as in I-JEPA, if not given.
     """
 
     masking: MultiBlockMasking
@@ -56,8 +77,10 @@ class IJEPA(Method):
         momentum: Share = 0.996,
         stop: NotNegative | None = None,
         optim: OptimConfig = OptimConfig(),  # noqa: B008 - frozen
+        guard: GuardConfig | None = None,
     ) -> None:
         super().__init__(encoder, masking, optim)
+        self.guard = guard
         self.predictor = BlockPredictor(
             encoder.dim, encoder.grid, encoder.num_prefix, predictor_width, predictor_depth, predictor_heads
         )
@@ -77,9 +100,14 @@ class IJEPA(Method):
         blocks = self.draw(len(images), batch_idx)
         target = gather_blocks(self.teach(images), blocks.targets)  # (B, T, M, D)
         noise = self.noise(target.shape, self.row_generator(len(images), batch_idx))
-        prediction = self.predict(images, blocks, noise)  # (B, T, M, D)
+        context = self.encode(images, blocks)  # (B, P + K, D)
+        prediction = self.ask(context, blocks, noise)  # (B, T, M, D)
         error = F.smooth_l1_loss(prediction.float(), target, reduction="none").mean(dim=-1)  # (B, T, M)
         loss = error.mean() if valid is None else self.measured_mean(error, valid, blocks.targets)
+        if self.guard is not None:
+            crowding = self.crowding(context[:, self.encoder.num_prefix :], self.guard)
+            loss = loss + self.guard.weight * crowding
+            self.log("train/guard", crowding)
         self.log("train/loss", loss)
         self.log_dict(
             {
@@ -110,11 +138,27 @@ class IJEPA(Method):
 
     def predict(self, images: Tensor, blocks: Blocks, noise: Tensor | None = None) -> Tensor:
         """Features of the target blocks, ``(B, T, M, D)``, by what the context shows."""
-        context = self.encoder(images, blocks.hidden, visible_count=blocks.visible)  # (B, P + K, D)
+        return self.ask(self.encode(images, blocks), blocks, noise)
+
+    def encode(self, images: Tensor, blocks: Blocks) -> Tensor:
+        """The context ``(B, P + K, D)``."""
+        context: Tensor = self.encoder(images, blocks.hidden, visible_count=blocks.visible)
+        return context
+
+    def ask(self, context: Tensor, blocks: Blocks, noise: Tensor | None = None) -> Tensor:
+        """Features of the target blocks, ``(B, T, M, D)``, by a context ``(B, P + K, D)``."""
         prediction: Tensor = self.predictor(
             context, visible_indices(blocks.hidden, blocks.visible), blocks.targets, noise
         )
         return prediction
+
+    def crowding(self, context: Tensor, guard: GuardConfig) -> Tensor:
+        """How far some patches of the context ``(B, K, D)`` are from standard normal over the images, a scalar."""
+        generator = keyed_generator(self.plan.seed, "guard", self.global_step)
+        chosen = torch.randperm(context.shape[1], generator=generator)[: guard.patches]
+        directions = torch.randn(context.shape[2], guard.directions, generator=generator)
+        chosen, directions = send(chosen, self.device), send(F.normalize(directions, dim=0), self.device)
+        return sigreg(context[:, chosen], directions)
 
     def measured_mean(self, error: Tensor, valid: Tensor, targets: Tensor) -> Tensor:
         """Mean of ``error (B, T, M)`` over targets that are not mostly nodata, by ``valid (B, 1, H, W)``."""

@@ -21,7 +21,7 @@ from mim.layers.initialisation import initialise
 from mim.masking import Masking
 from mim.methods.base import Batch, Method, OptimConfig, single_view
 from mim.options.ranges import Count, SomeShare
-from mim.patches import visible_indices
+from mim.patches import some_of, visible_indices
 from mim.randomness import RowGenerator
 from mim.targets import PixelTarget, Target
 
@@ -130,7 +130,7 @@ class MAE(Method):
         count = max(1, round(hidden.shape[1] * (self.cross.predicted if self.cross else 1)))
         if count == hidden.shape[1]:
             return hidden
-        return hidden.gather(1, generator.rand(hidden.shape[1]).argsort(dim=1)[:, :count].sort(dim=1).values)
+        return some_of(hidden, count, generator.rand(hidden.shape[1]))
 
     def layers(self, images: Tensor, mask: Tensor) -> list[Tensor]:
         """Tokens ``(B, P + K, D)`` of visible patches after the blocks that the decoder looks at, the last one normed.

@@ -54,6 +54,14 @@ GROUPS: dict[str, dict[str, Option]] = {
         "continue": Option(
             "WEIGHTS", "go on from strong weights: heads first, then all of it, gently", target="continue"
         ),
+        "lora": Option(
+            "RANK",
+            "with --continue: only additions of so low a rank learn, to attention",
+            "off: all of it learns",
+            f"{_ENCODER}.lora",
+            Count,
+            example="8",
+        ),
         "registers": Option(
             "N", "learned tokens beside the class token", "the model's own", f"{_ENCODER}.registers", Whole
         ),
@@ -86,6 +94,9 @@ GROUPS: dict[str, dict[str, Option]] = {
             "data.value_range",
         ),
         "clip": Option("", "keep values within that range", target="data.clip"),
+        "log_values": Option(
+            "", "scale logarithms of the numbers, which span many powers of ten", target="data.log_values"
+        ),
         "bands": Option("A,B,...", "channels to read, counted from 1", "all", "data.bands"),
         "nodata": Option("X", "number that means 'not measured', besides NaN", "found", "data.nodata", Number),
     },
@@ -212,8 +223,18 @@ def _recipe(names: Mapping[str, str], configs: Sequence[str]) -> list[str]:
     return [f"--config={method}/{'demo' if demo else 'default'}"]
 
 
+def no_weights_for_lora(rank: object) -> UserError:
+    """Additions to random weights that stand still would learn next to nothing."""
+    return UserError(
+        f"--lora {rank}: the weights that it adds to stand still, and these would be random",
+        hint=f"--continue vit_small_patch16_dinov3.lvd1689m --lora {rank}",
+    )
+
+
 def _check_continued(names: Mapping[str, str]) -> None:
-    """Refuses a second place to start from."""
+    """Refuses a second place to start from, and none where there must be one."""
+    if "lora" in names and names.keys().isdisjoint(("continue", "init", "config", "resume", f"{_ENCODER}.pretrained")):
+        raise no_weights_for_lora(names["lora"])
     if "continue" not in names:
         return
     if "init" in names:

@@ -36,9 +36,14 @@ class Axis:
 
 
 def chart(
-    title: str, lines: dict[str, Points], epochs_per_step: float | None, unit: str = "", from_zero: bool = False
+    title: str,
+    lines: dict[str, Points],
+    epochs_per_step: float | None,
+    unit: str = "",
+    from_zero: bool = False,
+    across: str | None = None,
 ) -> Html:
-    """A line chart over the epochs; empty if nothing finite was measured.
+    """A line chart over the epochs, or over what ``across`` names; empty if nothing finite was measured.
 
     An accuracy that was measured at step 0 is dotted on at that height: it is what the untrained encoder reaches.
     Long lines show the mean of neighbouring steps in front of their range; a gap is where a value was not finite.
@@ -53,7 +58,7 @@ def chart(
     y = Axis(nice_ticks(min(bottom, 0) if from_zero else bottom, top), HEIGHT - BOTTOM, TOP)
     x = Axis([every[:, 0].min(), max(every[:, 0].max(), every[:, 0].min() + 1e-9)], LEFT, WIDTH - RIGHT)
     drawn = [draw_line(points, f"s{i}", x, y, unit) for i, points in enumerate(thinned.values(), start=1)]
-    unit_of_time = "epoch" if epochs_per_step else "step"
+    unit_of_time = across or ("epoch" if epochs_per_step else "step")
     power = tens(y.ticks)
     shown_unit = unit or (f"10{str(power).translate(SUPERSCRIPTS)}" if power else "")
     svg = tag(

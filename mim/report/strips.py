@@ -47,6 +47,8 @@ def what_it_sees(run: Run, limit: int) -> Html:
 
 SEEN = {
     "hidden": "Hidden: what the encoder does not see is magenta.",
+    "edges": "Edges: the directions in each quarter of a patch, as strokes.",
+    "imagined edges": "Imagined edges: the same, in hidden patches as the model believes them to be.",
     "difficulty": "Difficulty: how hard the model expects each patch to be if it is hidden, bright is much.",
     "error": "Error: how far the reconstruction of each patch is off while it is hidden, bright is much.",
     "attention": "Attention: where the class token looks in the last block, bright is much.",

@@ -15,10 +15,12 @@ PAGE = """<!doctype html>
 
 STYLE = """
 :root { --paper: #fdfcfa; --ink: #1d1c1a; --soft: #66635d; --line: #e4e1db; --well: #f4f2ee;
-  --s1: #1f6fb2; --s2: #b34f17; --c1: #b3261e; --c2: #2e7031; --c3: #1f6fb2; }
+  --s1: #1f6fb2; --s2: #b34f17; --c1: #b3261e; --c2: #2e7031; --c3: #1f6fb2;
+  --s3: #2e7031; --s4: #8e3a9d; --s5: #8a6100; --s6: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --paper: #16171a; --ink: #e9e7e2; --soft: #9b9890; --line: #2e3035;
   --well: #1e2024; --s1: #6db3f2; --s2: #f0975a;
-  --c1: #f2857c; --c2: #7cc47f; --c3: #6db3f2; } }
+  --c1: #f2857c; --c2: #7cc47f; --c3: #6db3f2;
+  --s3: #7cc47f; --s4: #d58ee2; --s5: #e0b44c; --s6: #f2857c; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif;
   font-variant-numeric: tabular-nums; }
@@ -57,7 +59,8 @@ small { color: var(--soft); font-weight: 400; font-size: 13px; }
 .legend [class]::before { content: ""; display: inline-block; width: 14px; height: 3px; border-radius: 2px;
   margin-right: 6px; vertical-align: middle; background: var(--c); }
 .legend b { color: var(--ink); font-weight: 600; }
-.s1 { --c: var(--s1); } .s2 { --c: var(--s2); }
+.s1 { --c: var(--s1); } .s2 { --c: var(--s2); } .s3 { --c: var(--s3); }
+.s4 { --c: var(--s4); } .s5 { --c: var(--s5); } .s6 { --c: var(--s6); }
 .c1 { --c: var(--c1); } .c2 { --c: var(--c2); } .c3 { --c: var(--c3); }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
 svg text { font-size: 11px; fill: var(--soft); }
@@ -84,7 +87,8 @@ summary { cursor: pointer; color: var(--soft); font-size: 14px; margin-bottom: 8
 @media (max-width: 600px) { main { padding: 24px 16px 64px; } h1 { font-size: 24px; }
   th, td { padding-right: 16px; } table { font-size: 14px; } th:first-child { min-width: 7em; } }
 @media print { :root { --paper: #ffffff; --ink: #1d1c1a; --soft: #66635d; --line: #d9d6d0; --well: #f4f2ee;
-  --s1: #1f6fb2; --s2: #b34f17; --c1: #b3261e; --c2: #2e7031; --c3: #1f6fb2; }
+  --s1: #1f6fb2; --s2: #b34f17; --c1: #b3261e; --c2: #2e7031; --c3: #1f6fb2;
+  --s3: #2e7031; --s4: #8e3a9d; --s5: #8a6100; --s6: #b3261e; }
   main { max-width: none; padding: 0; } figure, tr, .mosaic { break-inside: avoid; }
   h2, h3, figcaption { break-after: avoid; } img { print-color-adjust: exact; } pre { white-space: pre-wrap; }
   .scroll { overflow: visible; } .status { border: 0; } }

@@ -8,14 +8,16 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from mim.data.pretrain import PretrainData
 from mim.errors import UserError
 from mim.pictures.strips import strip
+from mim.report.charts import chart
 from mim.report.markup import Html, picture, section, table, tag
-from mim.report.record import read_run
+from mim.report.record import KNN, LINEAR, RANKME, Points, Run, read_metrics, read_run
 from mim.report.style import PAGE, STYLE
 from mim.report.tables import markdown_table, spread, text_table
 from mim.run.weights import load_method
@@ -103,7 +105,44 @@ def strips(entries: Sequence[Entry], images: int) -> dict[str, Image.Image]:
     return shown
 
 
-def write_page(path: Path, rows: Sequence[Sequence[str]], shown: dict[str, Image.Image]) -> None:
+LINES = 6
+"""Curves in one chart; more could not be told apart."""
+
+
+def curves(entries: Sequence[Entry]) -> list[Html]:
+    """How the first run of every entry got there: over the images that it saw, and the time that its steps took."""
+    records = {entry.name: read_run(entry.runs[0]) for entry in entries if entry.runs}
+    charts = []
+    for title, key, unit in (("k-NN", KNN, "%"), ("Linear", LINEAR, "%"), ("RankMe", RANKME, "")):
+        for across, places in (("images seen", images_seen), ("minutes of training", minutes)):
+            lines = {
+                name: np.stack([places(record, record.metrics[key][:, 0]), record.metrics[key][:, 1]], axis=1)
+                for name, record in list(records.items())[:LINES]
+                if key in record.metrics
+            }
+            lines = {name: points for name, points in lines.items() if np.isfinite(points[:, 0]).all()}
+            charts.append(chart(f"{title} over {across}", lines, None, unit, across=across))
+    return [drawn for drawn in charts if drawn]
+
+
+def images_seen(record: Run, steps: Points) -> Points:
+    """Images that a run has seen after each of ``steps (M,)``."""
+    return steps * float(record.summary.get("batch_size") or 1)
+
+
+def minutes(record: Run, steps: Points) -> Points:
+    """Minutes that a run has trained for after each of ``steps (M,)``, evaluations left out."""
+    speed = read_metrics(record.folder / "timing.csv").get("images_per_second", np.zeros((0, 2)))
+    if not len(speed):
+        return np.full(len(steps), np.nan)
+    taken = np.diff(speed[:, 0], prepend=0) * float(record.summary.get("batch_size") or 1) / speed[:, 1]
+    found: Points = np.interp(steps, [0, *speed[:, 0]], [0, *np.cumsum(taken) / 60])
+    return found
+
+
+def write_page(
+    path: Path, rows: Sequence[Sequence[str]], shown: dict[str, Image.Image], drawn: Sequence[Html] = ()
+) -> None:
     """Writes one page that needs nothing but a browser."""
     figures = [
         tag("figure", tag("figcaption", name), picture(image, f"{name}: the same images", _PICTURE_BYTES))
@@ -115,6 +154,7 @@ def write_page(path: Path, rows: Sequence[Sequence[str]], shown: dict[str, Image
     body = [
         tag("header", tag("h1", "Comparison of runs"), tag("p", lead, class_="lead")),
         section("What they are worth", table(rows[1:], head=list(rows[0]))),
+        section("How they got there", tag("div", *drawn, class_="charts") if drawn else "", lead=CURVES),
         section("The same images under each", tag("div", *figures, class_="pair") if figures else Html("")),
     ]
     unfinished = path.with_suffix(".unfinished")
@@ -123,6 +163,9 @@ def write_page(path: Path, rows: Sequence[Sequence[str]], shown: dict[str, Image
         encoding="utf-8",
     )
     os.replace(unfinished, path)
+
+
+CURVES = "One split of the probes, the first run of each row. Time is that of the steps, on the machine of each run."
 
 
 def _measured(run: Path) -> dict[str, tuple[list[float], list[float]]]:

@@ -22,6 +22,7 @@ from mim.data.bad_files import BadFileWarning
 from mim.errors import MachineError, UserError
 from mim.options.outputs import free_bytes
 from mim.program import called
+from mim.terminal import paint, watched
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 """What a disk answers that is full, read-only, forbidden or broken."""
@@ -136,9 +137,9 @@ class RunFolder:
             hint=f"make room, then  {called('pretrain')} --resume {self.path}   (saved checkpoints are intact)",
         )
 
-    def say(self, text: str) -> None:
-        """Prints a line and keeps it in ``log.txt``."""
-        tqdm.write(text)  # beside a progress bar, not into it
+    def say(self, text: str, shown: str | None = None) -> None:
+        """Prints a line and keeps it in ``log.txt``; a person who watches may see it as ``shown`` instead."""
+        tqdm.write(shown if shown is not None and watched() else text)  # beside a progress bar, not into it
         sys.stdout.flush()
         with self.log.open("a") as file:
             file.write(text + "\n")
@@ -224,11 +225,6 @@ def _number(path: Path) -> int:
     return int(digits[0]) if digits else 0
 
 
-def terminal() -> bool:
-    """Whether a person is watching."""
-    return sys.stdout.isatty()
-
-
 def quieten(rank: int) -> None:
     """Keeps Lightning's tips and hints off the screen; what a user can act on, we say ourselves."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
@@ -249,5 +245,5 @@ def _show_thread_error(error: threading.ExceptHookArgs) -> None:
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: object, **more: object) -> None:
     head = "warning:" if issubclass(category, BadFileWarning) else f"warning: {category.__name__}:"
-    tqdm.write(f"{head} {message}")
+    tqdm.write(f"{paint(head, 'yellow')} {message}")
     sys.stdout.flush()

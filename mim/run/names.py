@@ -32,7 +32,7 @@ def check_pretraining(args: Sequence[str]) -> None:
         RunFolder(Path(given["out"])).check_free(given.get("overwrite") == "true")
         check_folder("--out", Path(given["out"]))
     check_trackers(given.get("log", "").strip("[]").split(","))
-    parse_range(given.get("data.value_range", "auto"))
+    parse_range(given.get("data.value_range", "auto"), given.get("data.log_values") == "true")
     parse_bands(given.get("data.bands"))
     for option in ("init", "continue"):
         if option in given:

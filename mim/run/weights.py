@@ -39,6 +39,7 @@ from mim.interop import (
     to_rotary,
     weights_in,
 )
+from mim.lora import merge
 from mim.methods import Method
 from mim.options.timm_names import no_such_weights
 from mim.program import called
@@ -137,6 +138,7 @@ def _from_checkpoint(
     """What a run evaluates, with the weights of one of its checkpoints or of the newest."""
     method, data, config = load_method(run, checkpoint)
     encoder, hint = method.evaluated, f"{called('export')} --run {run}   first"
+    merge(encoder.vit)
     if img_size not in (None, encoder.img_size, encoder.img_size[0]):
         raise UserError(f"--img_size {img_size}: only an exported run can be resized", hint=hint)
     if dynamic_img_size and not encoder.any_size:

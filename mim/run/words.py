@@ -14,6 +14,7 @@ from mim import __version__
 from mim.data.pretrain import PretrainData
 from mim.encoder import Encoder
 from mim.hub import SCHEMES
+from mim.lora import LoRALinear
 from mim.methods import Method, Plan
 from mim.program import called
 from mim.run.checkpoint_files import KEEP, checkpoint_bytes
@@ -135,11 +136,13 @@ def parameters(module: nn.Module) -> int:
 def _gently(method: Method) -> list[str]:
     """How good weights are treated, if they are."""
     optim, held = method.optim, method.held_steps
-    if not held and optim.layer_decay == 1 and not optim.anchor.holds:
+    rank = next((layer.down.shape[0] for layer in method.encoder.modules() if isinstance(layer, LoRALinear)), None)
+    if not held and optim.layer_decay == 1 and not optim.anchor.holds and rank is None:
         return []
+    added = "" if rank is None else f"; of it only additions of rank {rank} to its attention learn"
     anchors = [f"{name} {weight:g}" for name, weight in vars(optim.anchor).items() if weight]
     anchored = f", anchored by {' and '.join(anchors)}" if anchors else ""
-    return [f"  start   encoder stands still for {held:,} steps, layer decay {optim.layer_decay:g}{anchored}"]
+    return [f"  start   encoder stands still for {held:,} steps, layer decay {optim.layer_decay:g}{anchored}{added}"]
 
 
 def _few_images(images: int, plan: Plan) -> list[str]:

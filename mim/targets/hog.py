@@ -14,6 +14,7 @@ from mim.targets.base import Target, mean_over_values, patch_size_of
 
 _BINS = 9  # directions; opposite ones share a bin
 _CELLS = 4  # two by two in a patch
+_STROKE = 8  # pixels of a cell in a picture
 
 
 class HOGTarget(Target):
@@ -52,6 +53,15 @@ class HOGTarget(Target):
         """Mean of squared differences, ``(B, M)``."""
         return mean_over_values(F.mse_loss(prediction.float(), target, reduction="none"), weights)
 
+    def pictures(self, prediction: Tensor, images: Tensor, grid: tuple[int, int], indices: Tensor) -> dict[str, Tensor]:
+        """What is hidden, the edges of the images, and the same with those of hidden patches predicted."""
+        everything = torch.arange(grid[0] * grid[1], device=images.device).expand(len(images), -1)
+        true = self(images, grid, everything)  # (B, N, 36 * C)
+        places = indices[..., None].expand(-1, -1, true.shape[2])
+        imagined = true.scatter(1, places, prediction.to(true.dtype))
+        shown = {"edges": _strokes(true, grid), "imagined edges": _strokes(imagined, grid)}
+        return super().pictures(prediction, images, grid, indices) | shown
+
     def weights(self, valid: Tensor | None, images: Tensor, grid: tuple[int, int], indices: Tensor) -> Tensor | None:
         """``(B, M, 36 * C)``: 1 for cells measured to the last pixel, neighbours included, in patches that count.
 
@@ -83,3 +93,21 @@ def _window(height: int, width: int, device: torch.device) -> Tensor:
     sides = (torch.arange(side, device=device) - (side - 1) / 2 for side in (height, width))
     row, column = ((-0.5 * (place / (len(place) / 2)).square()).exp() for place in sides)
     return row[:, None] * column
+
+
+def _strokes(values: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Histograms ``(B, N, 36 * C)``, mean over channels, as strokes along the edges: ``(B, 16h, 16w)``, 0 is dark."""
+    rows, columns = grid
+    cells = values.clamp(min=0).unflatten(-1, (2, 2, -1, _BINS)).mean(dim=-2)  # (B, N, 2, 2, 9)
+    cells = cells.view(-1, rows, columns, 2, 2, _BINS).transpose(2, 3)  # (B, h, 2, w, 2, 9)
+    drawn = torch.einsum("bhywxd,dij->bhyiwxj", cells, _templates(values.device))
+    return drawn.reshape(len(values), 2 * rows * _STROKE, 2 * columns * _STROKE)
+
+
+def _templates(device: torch.device) -> Tensor:
+    """A stroke through the middle of a cell for each direction, across its gradient: ``(9, 8, 8)``."""
+    place = torch.arange(_STROKE, device=device) - (_STROKE - 1) / 2
+    angle = (torch.arange(_BINS, device=device) + 0.5) * torch.pi / _BINS
+    # The angle is measured from down towards across, as atan2(across, down) in the gradients.
+    distance = angle.cos()[:, None, None] * place[:, None] + angle.sin()[:, None, None] * place
+    return (1 - distance.abs()).clamp(min=0)

@@ -14,7 +14,7 @@ class JointTarget(Target):
     """The values of several targets behind each other; the error is the weighted sum of their errors.
 
     Args:
-        targets: what is predicted; the first that can be shown as pixels makes the pictures.
+        targets: what is predicted.
         weights: of each error; 1 unless given.
     """
 
@@ -63,13 +63,12 @@ class JointTarget(Target):
         for target in self._each():
             target.check(mean, std)
 
-    def to_pixels(self, prediction: Tensor, images: Tensor, grid: tuple[int, int], indices: Tensor) -> Tensor | None:
-        """Those of the first target that has some; see :meth:`Target.to_pixels`."""
+    def pictures(self, prediction: Tensor, images: Tensor, grid: tuple[int, int], indices: Tensor) -> dict[str, Tensor]:
+        """Those of all targets; see :meth:`Target.pictures`."""
+        shown: dict[str, Tensor] = {}
         for target, part in zip(self._each(), torch.split(prediction, self.sizes, dim=-1), strict=True):
-            pixels = target.to_pixels(part, images, grid, indices)
-            if pixels is not None:
-                return pixels
-        return None
+            shown |= target.pictures(part, images, grid, indices)
+        return shown
 
     def _each(self) -> list[Target]:
         return [target for target in self.targets if isinstance(target, Target)]

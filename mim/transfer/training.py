@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from tqdm import tqdm
 
 from mim.callbacks import Checkpoints, Signals
 from mim.data.bad_files import BadFiles
@@ -23,6 +24,7 @@ from mim.options.evaluation import TrainingOptions
 from mim.run.checkpoint_files import AtomicCheckpointIO, checkpoint_step, newest_good
 from mim.run.trainer import build_trainer
 from mim.run.words import duration
+from mim.terminal import watched
 from mim.transfer.measurement import PRETRAINED
 
 _QUIET = 30.0
@@ -30,24 +32,39 @@ _QUIET = 30.0
 
 
 class Progress(Callback):
-    """Says every half minute where a training stands."""
+    """Shows where a training stands: as a bar to those who watch, in a line every half minute elsewhere."""
+
+    _bar: "tqdm[Any] | None" = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
         self._first, self._started = trainer.global_step, time.monotonic()
-        self._said = self._started
+        self._said, self._bar = self._started, None
+        if trainer.is_global_zero and watched():
+            self._bar = tqdm(
+                total=trainer.max_steps, initial=self._first, unit="step", dynamic_ncols=True, leave=False, delay=0.5
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Prints a line if it is time; reading the loss waits for the device, so not more often."""
         now, step = time.monotonic(), trainer.global_step
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            return
         if now - self._said < _QUIET or not trainer.is_global_zero or step == self._first:
             return
         self._said = now
         left = (now - self._started) / (step - self._first) * (trainer.max_steps - step)
         loss = float(trainer.callback_metrics["train/loss"])
         print(f"    step {step:,}/{trainer.max_steps:,}  loss {loss:.4f}  eta {duration(left)}", flush=True)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
 
 def open_trainer(

@@ -70,3 +70,12 @@ def test_probes_of_a_run_show_the_balanced_accuracy_where_classes_are_uneven(tmp
     for kind in kinds:
         assert {who: len(scores) for who, scores in result[kind].items()} == {"trained": 3, "untrained": 3, "start": 3}
         assert 0 <= values[f"val/{kind}"] <= 1
+
+
+def test_evaluations_are_rows_of_one_table_to_those_who_watch(evaluation: Evaluation, monkeypatch) -> None:
+    monkeypatch.setattr("mim.callbacks.evaluation.paint", lambda text, colour: f"[{text.strip()}]" if colour else text)
+    values = {"val/knn_top1": 0.5, "val/linear_top1": 0.625, "val/rankme": 30.4}
+    first = evaluation._table_row("0", values, 128).splitlines()
+    assert [line.split() for line in first] == [["[epoch", "knn", "linear", "rankme]"], ["0[50.0%][62.5%]", "30/128"]]
+    later = evaluation._table_row("8", values | {"val/knn_top1": 0.4, "val/linear_top1": 0.7}, 128)
+    assert later.split() == ["8", "40.0%[70.0%]", "30/128"]

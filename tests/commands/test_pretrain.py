@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import yaml
+from safetensors.torch import load_file
 from strikes import ROOT, checkpoints, differences, final_state, start, wait_for_steps
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -20,6 +21,7 @@ from mim.data.pixels import Pixels
 from mim.interop import ModelCard, export_backbone
 from mim.options.pretraining import translate
 from mim.run.config import parse
+from mim.run.weights import load_encoder
 
 pytestmark = pytest.mark.usefixtures("quick_probes")
 
@@ -246,6 +248,29 @@ def test_a_run_goes_on_from_good_weights_and_stands_beside_them(dinov3, tmp_path
     checkpoints(part)[-1].unlink()
     assert main("pretrain", ["--resume", str(part)]) == 0
     assert differences(whole, part) == []
+
+
+def test_additions_of_low_rank_learn_resume_and_are_merged_into_what_leaves_the_run(dinov3, tmp_path, capsys):
+    small = [*TINY[:2], f"--model=local-dir:{dinov3}", "--img_size=32", "--patch_size=8", "--epochs=0.125"]
+    small += ["--model.init_args.encoder.positions=learned"]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert main("pretrain", [*small, f"--continue={dinov3}", "--lora=2", "--blr=1", f"--out={whole}"]) == 0
+    assert "of it only additions of rank 2 to its attention learn" in capsys.readouterr().out
+    shutil.copytree(whole, part, symlinks=True)
+    checkpoints(part)[-1].unlink()
+    assert main("pretrain", ["--resume", str(part)]) == 0
+    assert differences(whole, part) == []
+    start, end = (load_file(folder / "model.safetensors") for folder in (dinov3, whole / "export" / "backbone"))
+    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    assert start.keys() == end.keys()
+    assert moved == {f"blocks.{depth}.attn.{layer}.weight" for depth in (0, 1) for layer in ("qkv", "proj")}
+    unexported = load_encoder(str(whole / "checkpoints" / "last.ckpt")).encoder
+    assert all(torch.equal(value, end[name]) for name, value in unexported.vit.state_dict().items())
+
+
+def test_additions_to_random_weights_are_refused(capsys):
+    assert main("pretrain", ["--data=shapes", "--lora=4"]) == 2
+    assert capsys.readouterr().err.startswith("error: --lora 4: the weights that it adds to stand still")
 
 
 ABSENT = ("vit_smal_patch16_dinov3", "vit_small_patch16_dinov3.lvd", "nowhere/model.pth", "https://example.org/x.pth")

@@ -329,3 +329,63 @@ def test_facts_of_pixels_survive_json():
     for broken in ("x", {"type": "eval"}, {"low": [1], "high": [0]}, {"low": ["a"], "high": [0]}):
         with pytest.raises(ValueError, match=r"."):
             Pixels.of(broken)
+
+
+# Logarithms
+
+
+def backscatter(count=4):
+    """Ten powers of ten, a zero and a pixel without measurement."""
+    images = [10 ** np.random.default_rng(i).uniform(-6, 4, (40, 30, 2)).astype(np.float32) for i in range(count)]
+    for image in images:
+        image[0, :2] = 0, np.nan
+    return images
+
+
+def test_logarithms_lie_between_both_percentiles_of_what_is_above_0(tmp_path):
+    data = opened(folder_of(tmp_path / "a", backscatter()), 2, log_values=True)
+    values = np.stack(backscatter())
+    low, high = np.percentile(values[values > 0], [0.1, 99.9])
+    assert (data.pixels.low, data.pixels.high) == ((pytest.approx(low, rel=0.1),), (pytest.approx(high, rel=0.1),))
+    assert data.mean == pytest.approx([0.5, 0.5], abs=0.02)
+    assert "in float32, on a logarithmic scale from " in data.describe_values()
+    assert data.describe_values().endswith(" --log_values")
+
+
+def test_a_logarithmic_scale_takes_its_ends_to_0_and_1_what_lies_below_to_0_and_nodata_to_the_mean():
+    views = SingleView()
+    views.configure((4, 4), [0.25], [0.5], Pixels((0.01,), (100.0,), "float32", log=True))
+    images = torch.tensor([0.0, 0.001, 0.01, 1, 100, 10000, torch.nan]).view(1, 1, 1, 7)
+    torch.testing.assert_close(views.scale(images).flatten(), torch.tensor([0.0, 0, 0, 0.5, 1, 1.5, 0.25]))
+    assert views.filling == [pytest.approx(0.1)]
+
+
+def test_settings_facts_and_the_export_say_that_numbers_are_logarithms(tmp_path):
+    path = folder_of(tmp_path / "a", backscatter())
+    first = opened(path, 2, log_values=True)
+    again = opened(path, 2, log_values=True, **first.settings())
+    assert (again.pixels, again.mean, again.measured) == (first.pixels, first.mean, None)
+    assert Pixels.of(first.pixels.facts()) == first.pixels
+    assert first.pixels.options()["log_values"]
+    assert first.pixels.exported([0.5], [0.5])["pixels"]["log"]
+
+
+def test_8_bit_colours_on_a_logarithmic_scale_are_measured_and_no_pictures(tmp_path):
+    images = [np.random.default_rng(i).integers(0, 256, (20, 20, 3), np.uint8) for i in range(4)]
+    data = opened(folder_of(tmp_path / "a", images), 3, log_values=True)
+    assert (data.pixels.type, data.pixels.low, data.pixels.colours, data.plain) == ("uint8", (1.0,), False, False)
+    assert data.pixels.exported(data.mean, data.std)["mean"] == data.mean
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "told"),
+    [
+        (camera(kind=np.float32), {"value_range": "0,10"}, "above 0, not 0,10"),
+        (camera(kind=np.float32), {"value_range": "per_file"}, "exclude each other"),
+        ([-image for image in camera(kind=np.float32)], {}, "has no logarithm; read it without --log_values"),
+        ([np.zeros_like(image) for image in camera()], {}, "no number lies above 0"),
+    ],
+)
+def test_what_has_no_logarithm_is_refused_by_name(tmp_path, images, options, told):
+    with pytest.raises(UserError, match=told):
+        opened(folder_of(tmp_path / "a", images), 1, log_values=True, **options)

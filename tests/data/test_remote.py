@@ -153,11 +153,15 @@ def test_a_server_without_ranges_is_told_by_name(server):
 @pytest.mark.parametrize(
     ("url", "told"),
     [
-        ("{}/y-{{0..1}}.tar", "2 of 2 tar files are missing, first http"),
-        ("{}/x-{{2..4}}.tar", "2 of 3 tar files are missing, first http://.*/x-3.tar"),
+        ("{}/y-{{0..1}}.tar", r"2 of 2 tar files are missing, first http.*\ntry:   curl -I http.*/y-0.tar"),
+        ("{}/x-{{2..4}}.tar", r"2 of 3 tar files are missing, first http://.*/x-3.tar\ntry:   --data http.*/x-2.tar"),
+        ("{}/x-{{1..4}}.tar", r"2 of 4 tar files are missing, .*\ntry:   --data 'http.*/x-\{1..2\}.tar'"),
         ("{}/photos", "of URLs, only those of .tar files are read"),
         ("nosuch://bucket/x.tar", "Protocol not known: nosuch"),
-        ("http://127.0.0.1:9/x.tar", r"cannot be read\nwhy:   http://127.0.0.1:9/x.tar: .*Cannot connect"),
+        (
+            "http://127.0.0.1:9/x.tar",
+            r"cannot be read\nwhy: .*Cannot connect.*\ntry:   curl -I http://127.0.0.1:9/x.tar",
+        ),
         ("http://host.invalid/x.tar", r"cannot be read\nwhy:   http://host.invalid/x.tar: "),
     ],
 )
@@ -171,7 +175,7 @@ def test_a_wrong_url_ends_in_three_lines(server, url, told, monkeypatch):
 
 def test_a_url_that_is_not_for_us_is_told_before_anything_is_imported(server):
     server.fault = lambda number: 401
-    with pytest.raises(UserError, match=r"cannot be read\nwhy:   .*401.*\ntry:   a URL that this machine may read"):
+    with pytest.raises(UserError, match=r"cannot be read\nwhy:   .*401.*\ntry:   curl -I http"):
         check_place(pattern(server))
 
 

@@ -381,6 +381,30 @@ def test_missing_shards_are_counted(tmp_path):
         open_source(str(tmp_path / "x-{0..2}.tar"))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "there", "option"),
+    [
+        ("x-{00..09}.tar", ("03", "04", "05", "08"), "'x-{03..05}.tar'"),
+        ("x-{2..0}.tar", ("1", "0"), "x-1.tar"),
+        ("x-{a,b}.tar", ("b",), "x-b.tar"),
+    ],
+)
+def test_the_shards_that_are_there_are_named_where_others_lack(tmp_path, monkeypatch, pattern, there, option):
+    monkeypatch.chdir(tmp_path)
+    for number in there:
+        tar(tmp_path / f"x-{number}.tar", [("a.png", PNG)])
+    with pytest.raises(UserError) as mistake:
+        open_source(pattern)
+    assert mistake.value.hint == f"--data {option}"
+    assert len(open_source(option.strip("'"))[0]) > 0
+
+
+def test_without_any_shard_the_folder_is_to_be_looked_at(tmp_path):
+    with pytest.raises(UserError) as mistake:
+        open_source(str(tmp_path / "x-{0..2}.tar"))
+    assert mistake.value.hint == f"ls {tmp_path}"
+
+
 # Mistakes
 
 
@@ -421,11 +445,23 @@ def test_an_archive_is_refused(tmp_path):
         open_source(str(tmp_path / "photos.zip"))
 
 
-@pytest.mark.parametrize("name", ["slice.dcm", "cube.h5", "scene.zarr/.zarray", "brain.nii"])
-def test_numbers_in_containers_are_refused_with_the_way_out(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [
+        ("slice.dcm", "DICOM"),
+        ("cube.h5", "HDF5"),
+        ("scene.zarr/.zarray", "Zarr"),
+        ("brain.nii", "NIfTI"),
+        ("brain.v2.nii.gz", "NIfTI"),
+        ("night.FITS", "FITS"),
+        ("stack.czi", "the format of a microscope"),
+    ],
+)
+def test_numbers_in_containers_are_refused_by_name_with_the_way_out(tmp_path, name, called):
     """As the file, as the folder that is one, and in a folder."""
     touch(tmp_path, name)
     for place in (tmp_path / name.partition("/")[0], tmp_path):
         with pytest.raises(UserError) as mistake:
             open_source(str(place))
         assert mistake.value.hint.startswith("a TIFF or .npy file for each image"), place
+        assert f"{called} is not read" in str(mistake.value), place

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from mim.encoder import Encoder
 from mim.masking import MultiBlockMasking
 from mim.methods import IJEPA, Plan
+from mim.methods.ijepa import GuardConfig
 from mim.patches import patchify, unpatchify
 from mim.randomness import RowGenerator
 
@@ -12,10 +13,10 @@ KWARGS = {"embed_dim": 16, "depth": 2, "num_heads": 2}
 DINOV3 = "vit_small_patch16_dinov3"
 
 
-def build(stop=None, model="vit_tiny_patch16_224", masking=None, **encoder):
+def build(stop=None, model="vit_tiny_patch16_224", masking=None, guard=None, **encoder):
     torch.manual_seed(0)
     arguments = {"img_size": 64, "patch_size": 8, "kwargs": KWARGS} | encoder
-    method = IJEPA(Encoder(model, **arguments), masking or MultiBlockMasking(), 8, 2, 2, stop=stop)
+    method = IJEPA(Encoder(model, **arguments), masking or MultiBlockMasking(), 8, 2, 2, stop=stop, guard=guard)
     method.plan = Plan(max_steps=10, batch_size=8)
     method.log = method.log_dict = lambda *_, **__: None
     method.setup("fit")
@@ -162,6 +163,36 @@ def test_the_projection_learns_through_the_queries_alone():
     predictor.queries(torch.arange(12).view(1, 4, 3), noise).square().sum().backward()
     assert predictor.project.weight.grad.any()
     assert predictor.project.bias.grad is None
+
+
+# Guard --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_guard_adds_its_weighted_statistic_and_changes_nothing_else(images):
+    logged, guarded = {}, build(guard=GuardConfig(weight=0.5, patches=2, directions=8))
+    guarded.log = lambda name, value: logged.update({name: value})
+    plain = step(build(), images)
+    assert torch.equal(step(guarded, images), plain + 0.5 * logged["train/guard"])
+    assert logged["train/guard"] > 0
+
+
+def test_a_guard_judges_other_directions_and_patches_at_every_step_and_the_same_in_every_process(monkeypatch):
+    method, context = build(guard=GuardConfig(patches=2, directions=8)), torch.randn(4, 9, 16)
+    first = method.crowding(context, method.guard)
+    monkeypatch.setattr(method, "first_row", lambda *_: 4)
+    assert torch.equal(method.crowding(context, method.guard), first)
+    monkeypatch.setattr(IJEPA, "global_step", 1)
+    assert not torch.equal(method.crowding(context, method.guard), first)
+
+
+def test_a_guard_spreads_features_that_have_collapsed():
+    method, context = build(guard=GuardConfig()), (torch.randn(32, 4, 16) * 0.01).requires_grad_()
+    optimizer = torch.optim.Adam([context], lr=0.05)
+    for _ in range(20):
+        optimizer.zero_grad()
+        method.crowding(context, method.guard).backward()
+        optimizer.step()
+    assert context.std(dim=0).mean() > 0.2
 
 
 # Pictures and health ------------------------------------------------------------------------------------------------

@@ -15,12 +15,14 @@ from mim.masking import (
     HardPatchMasking,
     MultiBlockMasking,
     RandomMasking,
+    RectangleMasking,
     SampledMasking,
 )
-from mim.methods import HPM, IBOT, IJEPA, MAE, AdaMAE, MomentumMAE, OptimConfig, Plan, SimMIM
+from mim.methods import CAPI, DTM, HPM, IBOT, IJEPA, MAE, AdaMAE, MomentumMAE, OptimConfig, Plan, SimMIM
 from mim.methods.adamae import SamplerConfig
+from mim.methods.capi import ClusterConfig
 from mim.methods.hpm import DifficultyConfig
-from mim.methods.ibot import HeadConfig, TeacherConfig
+from mim.methods.ibot import HeadConfig, KoLeoConfig, TeacherConfig
 from mim.methods.mae import CrossConfig
 from mim.pictures.strips import strip
 from mim.targets import FeatureTarget, PixelTarget
@@ -38,6 +40,14 @@ def encoder(model=DINOV3, **settings):
 def ibot(masking, model=DINOV3):
     head, teacher = HeadConfig(prototypes=16, hidden=16, bottleneck=8), TeacherConfig(warmup_epochs=1)
     return IBOT(encoder(model, dynamic_img_size=True, drop_path_rate=0.2), masking, head, teacher, 0.0, optim=OPTIM)
+
+
+def dinov2(model=DINOV3):
+    head = HeadConfig(prototypes=16, hidden=16, bottleneck=8, shared="nothing")
+    teacher = TeacherConfig(warmup_epochs=1, center="sinkhorn")
+    koleo = KoLeoConfig(weight=0.1)
+    masking = BlockMasking(unmasked_share=0.0)
+    return IBOT(encoder(model, dynamic_img_size=True), masking, head, teacher, 0.0, koleo=koleo, optim=OPTIM)
 
 
 ATTENTION = AttentionMasking(low=0.5, high=0.5, unmasked_share=0.0)
@@ -59,8 +69,13 @@ METHODS = {
         encoder(model), RandomMasking(), None, 16, 2, 2, OPTIM, CrossConfig(predicted=0.5, mixed=2)
     ),
     "ijepa": lambda model=DINOV3: IJEPA(encoder(model), MultiBlockMasking(), 16, 1, 2, stop=0.25, optim=OPTIM),
+    "capi": lambda model=DINOV3: CAPI(
+        encoder(model), RectangleMasking(), ClusterConfig(count=4, blr=0.1), 16, 1, 2, optim=OPTIM
+    ),
     "ibot": lambda model=DINOV3: ibot(BlockMasking(unmasked_share=0.0), model),
     "attmask": lambda model=DINOV3: ibot(ATTENTION, model),
+    "dtm": lambda model=DINOV3: DTM(encoder(model), BlockMasking(0.4, 0.4, unmasked_share=0.0), rounds=3, optim=OPTIM),
+    "dinov2": lambda model=DINOV3: dinov2(model),
 }
 
 

@@ -350,7 +350,7 @@ def test_text_and_lines_can_be_told_from_the_page(theme):
     for ground in ("paper", "well"):
         assert contrast(of["ink"], of[ground]) >= 7
         assert contrast(of["soft"], of[ground]) >= 4.5
-    for line in ("s1", "s2", "c1", "c2", "c3"):
+    for line in ("s1", "s2", "s3", "s4", "s5", "s6", "c1", "c2", "c3"):
         assert contrast(of[line], of["paper"]) >= 4.5  # links and states are text in these colours
 
 

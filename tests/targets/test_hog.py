@@ -98,3 +98,17 @@ def test_what_was_not_measured_moves_neither_targets_that_count_nor_the_loss():
     assert cells[1, :, 0].tolist() == [0, 1, 0, 1]  # its left half is beside the gap
     assert not cells[0].any()
     assert cells[15].all()
+
+
+def test_strokes_run_along_an_edge_and_change_in_hidden_patches_alone():
+    image = torch.zeros(1, 1, 32, 32)
+    image[..., 12:] = 1.0  # an upright edge in the second column of patches
+    hidden, target = torch.tensor([[1]]), HOGTarget()
+    shown = target.pictures(torch.zeros(1, 1, 36), image, (4, 4), hidden)
+    edges, imagined = shown["edges"], shown["imagined edges"]
+    assert edges.shape == (1, 64, 64)
+    along, across = edges[0, 18:30, 16:32].amax(1), edges[0, 16:32, 16:32].mean(0)
+    assert along.min() > 0.49  # bright in every row: half a pixel away from the middle
+    assert across.max() > 3 * across.min()
+    assert imagined[0, :16, 16:32].max() == 0
+    assert torch.equal(imagined[0, 16:], edges[0, 16:])

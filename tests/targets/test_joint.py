@@ -29,10 +29,11 @@ def test_the_loss_is_the_weighted_sum_of_the_losses_of_each(joint, nodata):
     assert joint.errors(prediction, target, weights).shape == (2, 2)
 
 
-def test_pictures_are_made_by_the_target_that_can_be_seen(joint):
+def test_pictures_are_those_of_all_targets(joint):
     images, prediction = torch.randn(2, 3, 32, 32), torch.randn(2, 2, 300)
     shown = joint.pictures(prediction, images, GRID, PLACES)
     alone = PixelTarget().pictures(prediction[..., 108:], images, GRID, PLACES)
+    assert list(shown) == ["hidden", "edges", "imagined edges", "reconstruction"]
     torch.testing.assert_close(shown["reconstruction"], alone["reconstruction"])
 
 
