@@ -366,7 +366,7 @@ class Method(L.LightningModule):
         temperature: float = 4.5,
         schedule: Schedule = "cosine",
     ) -> Tensor:
-        """Draws the ``hidden (B, N)`` patches of normalised ``images (B, C, H, W)``; settings as of :meth:`draw_images`."""
+        """Draws the ``hidden (B, N)`` patches of normalised ``images (B, C, H, W)``; see :meth:`draw_images`."""
         raise self._draws_nothing()
 
     def _draws_nothing(self) -> UserError:
