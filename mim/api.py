@@ -36,7 +36,8 @@ from mim.commands.pretrain import trained
 from mim.data.bad_files import BadFiles
 from mim.data.labelled import Frames
 from mim.data.loading import loader_processes
-from mim.data.objects import handed_over
+from mim.data.objects import handed_over, is_object
+from mim.data.places import PREFIX
 from mim.data.transform import Transform
 from mim.distributed.processes import INTERRUPTED, process_rank
 from mim.encoder import Encoder
@@ -45,6 +46,7 @@ from mim.evaluation.features import Pool
 from mim.options.class_paths import plugins
 from mim.options.evaluation import Scores
 from mim.options.pretraining import translate
+from mim.program import asked_from_python
 from mim.run.failures import as_machine_error
 from mim.run.folder import RunFolder, quieten
 from mim.run.surroundings import left_as_they_were
@@ -258,7 +260,8 @@ def pretrain(
         given: dict[str, Any] = {"config": options.pop("config", None), "data": None if data is None else name}
         given |= {"method": method, "resume": resume, **options, **(settings or {})}
         try:
-            status, folder = trained(translate(_arguments(given)))
+            with asked_from_python(_in_words("pretrain", given | {"plugin": plugin or None})):
+                status, folder = trained(translate(_arguments(given)))
         except UserError as error:
             raise in_short(error) from error
         if status == INTERRUPTED:
@@ -458,7 +461,9 @@ def _evaluation(
     options: Mapping[str, Option],
 ) -> Scores:
     with _command(plugin), handed_over(data) as name:
-        scores: Scores = call(run, command, _arguments({"weights": weights, "data": name, **options}))
+        given = {"weights": weights, "data": name, **options}
+        with asked_from_python(_in_words(command, given | {"plugin": plugin or None})):
+            scores: Scores = call(run, command, _arguments(given))
     return scores
 
 
@@ -481,6 +486,23 @@ def _command(plugin: str | Sequence[str] = ()) -> Iterator[None]:
 def _arguments(options: Mapping[str, Any]) -> list[str]:
     """Options as the command line has them; those that are None are left out."""
     return [f"--{name.rstrip('_')}={_text(value)}" for name, value in options.items() if value is not None]
+
+
+def _in_words(function: str, options: Mapping[str, Any]) -> str:
+    """A call of one of these functions, as it may be typed again but for a data set, which is named alone."""
+    dotted = {name: value for name, value in options.items() if "." in name and value is not None}
+    plain = {name: value for name, value in options.items() if "." not in name and value is not None}
+    words = [f"{name}={_literal(value)}" for name, value in plain.items()]
+    words += [f"settings={{{', '.join(f'{name!r}: {_literal(value)}' for name, value in dotted.items())}}}"] * bool(
+        dotted
+    )
+    return f"mim.{function}({', '.join(words)})"
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, str) and is_object(value):
+        return value.removeprefix(PREFIX)
+    return repr(os.fspath(value) if isinstance(value, os.PathLike) else value)
 
 
 def _text(value: object) -> str:

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from mim import __version__
 from mim.distributed.processes import INTERRUPTED, leave_group, leaving_on_signals, let_the_first_end, process_rank
 from mim.errors import MACHINE_ERRORS, StoppedError, UserError
-from mim.options.grammar import Option, read
+from mim.options.grammar import Option, UnknownOptionError, read
 from mim.options.help import page
 from mim.options.pretraining import GROUPS, PRETRAIN, translate
 from mim.options.signatures import Groups, flat, option_groups, options_of
-from mim.program import called
+from mim.program import called, typed
 from mim.terminal import Colour, paint
 
 if TYPE_CHECKING:  # even this parser takes a moment to import: help and typing mistakes come first
@@ -151,7 +151,8 @@ def main(command: str | None = None, args: Sequence[str] | None = None) -> int:
             return 0
         command = args.pop(0).replace("-", "_")
     with leaving_on_signals() if command in RESUMABLE else nullcontext():
-        status = _answered(command, args, debug)
+        with typed(command, args):
+            status = _answered(command, args, debug)
         if status != 0:
             let_the_first_end()
         return status
@@ -246,6 +247,13 @@ def _plugins(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _carried_out(command: str, args: list[str]) -> int:
+    try:
+        return _told(command, args)
+    except UnknownOptionError as error:
+        raise _of_another(error, command) from None
+
+
+def _told(command: str, args: list[str]) -> int:
     if command == "pretrain":
         from mim.run.names import check_pretraining
 
@@ -261,6 +269,22 @@ def _carried_out(command: str, args: list[str]) -> int:
         args = named + args[len(named) :]
     call(importlib.import_module(f"mim.commands.{command}").run, command, args)
     return 0
+
+
+def _of_another(error: UnknownOptionError, command: str) -> UserError:
+    """The same mistake; an option of other commands is told to be one of theirs."""
+    owners = [name for name in COMMANDS if name != command and error.option in _options_of(name)]
+    if not owners or error.near:
+        return error
+    nearest = difflib.get_close_matches(command, owners, 1, cutoff=0)[0]
+    why = f"it is an option of {', '.join(owners)}"
+    return UserError(error.error, why=why, hint=f"{called(nearest)} --help")
+
+
+def _options_of(command: str) -> Mapping[str, Option]:
+    if command == "pretrain":
+        return PRETRAIN
+    return flat(_groups(importlib.import_module(f"mim.commands.{command}").run))
 
 
 def in_short(error: UserError) -> UserError:

@@ -1,8 +1,53 @@
-"""How this program was started, so that what it tells people to type works for them."""
+"""How this program was started, so that what it tells people to type, and what it writes down, works for them."""
 
 import shlex
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+
+_ASKED = ContextVar("_ASKED", default="")
+"""A call of Python, which no command line tells."""
+_TYPED = ContextVar[tuple[str, Sequence[str]] | None]("_TYPED", default=None)
+"""Name and arguments of the command that is carried out."""
+
+
+@contextmanager
+def asked_from_python(call: str) -> Iterator[None]:
+    """Inside, what is written about where things come from tells this call."""
+    token = _ASKED.set(call)
+    try:
+        yield
+    finally:
+        _ASKED.reset(token)
+
+
+@contextmanager
+def typed(command: str, arguments: Sequence[str]) -> Iterator[None]:
+    """Inside, what is written about where things come from tells this command line."""
+    token = _TYPED.set((command, arguments))
+    try:
+        yield
+    finally:
+        _TYPED.reset(token)
+
+
+def origin(command: str, arguments: Sequence[str] | None = None) -> str | None:
+    """How to ask for this again: a call of Python or a command line; None if neither was given.
+
+    Args:
+        command: that is carried out.
+        arguments: of it if they say more than what was typed.
+    """
+    if call := _ASKED.get():
+        return call
+    if arguments is None:
+        known = _TYPED.get()
+        if known is None or known[0] != command:
+            return None
+        arguments = known[1]
+    return shlex.join(["python", "-m", "mim", command, *arguments])
 
 
 def called(command: str) -> str:

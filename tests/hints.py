@@ -83,6 +83,17 @@ def fault(command, words, given=()):
     return None
 
 
+@cache
+def _parser(command):
+    return function_parser(importlib.import_module(f"mim.commands.{command}").run, command)
+
+
+def _some_value(option):
+    """The first of its words, or a number."""
+    words = option.value.split("|")
+    return words[0] if len(words) > 1 else 1
+
+
 def _parse(command, args):
     if command == "pretrain":
         from mim.options.pretraining import translate
@@ -90,11 +101,13 @@ def _parse(command, args):
 
         parse(translate(args))
         return
-    run = importlib.import_module(f"mim.commands.{command}").run
-    required = {name: option.value for name, option in known_options(command).items() if option.default == "required"}
-    needed = [f"--{name}={form.partition('|')[0] if '|' in form else 1}" for name, form in required.items()]
+    needed = [
+        f"--{name}={_some_value(option)}"
+        for name, option in known_options(command).items()
+        if option.default == "required"
+    ]
     given = [f"--{name}={value}" for name, value in read(args, known_options(command))]
-    function_parser(run, command).parse_args(with_config_files([*needed, *given]))
+    _parser(command).parse_args(with_config_files([*needed, *given]))
 
 
 def check_hint(command, text, given=()):

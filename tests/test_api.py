@@ -63,6 +63,13 @@ def run(tmp_path_factory, photos):
     return mim.pretrain(photos, out=tmp_path_factory.mktemp("runs") / "run", max_bad=0.1, num_workers=0, **QUICK)
 
 
+def test_a_run_and_its_card_tell_the_call_of_python_and_not_the_program_around_it(run):
+    call = (run.path / "command.txt").read_text().strip()
+    assert call.startswith(f"mim.pretrain(config={str(TINY)!r}, data=test_api.Photos[48], out={str(run.path)!r}, ")
+    assert call.endswith(", eval_every=5, save_every=0.5)")
+    assert f"- Command: `{call}`" in (run.path / "export" / "backbone" / "README.md").read_text()
+
+
 def test_importing_the_package_imports_neither_torch_nor_any_module_of_ours():
     ours = "[name for name in sys.modules if name.startswith('mim.')]"
     code = f"import sys, mim; print(len(sys.modules), 'torch' in sys.modules, {ours})"
@@ -298,6 +305,8 @@ def test_a_linear_probe_gives_the_scores_that_it_writes(run, photos, tmp_path):
 def test_fine_tuning_gives_the_scores_that_it_writes(run, photos, tmp_path):
     scores = mim.finetune(run, photos, epochs=1, batch_size=16, out=tmp_path / "out", cache=tmp_path, **QUICKLY)
     check_scores(scores, run, tmp_path / "out", seeds=1)
+    card = (tmp_path / "out" / "export" / "README.md").read_text()
+    assert f"- Command: `mim.finetune(weights={str(run.path)!r}, data=test_api.Photos[48], epochs=1, " in card
 
 
 def test_segmentation_gives_the_scores_that_it_writes(run, tmp_path):

@@ -256,6 +256,23 @@ def test_a_typing_mistake_ends_in_a_suggestion_without_torch(command, args, expe
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("args", "why", "hint"),
+    [
+        (["benchmark", "--reduction", "tome"], "benchmark_reduction, pareto", "benchmark_reduction --help"),
+        (["benchmark_reduction", "--against=plain"], "it is an option of benchmark\n", "benchmark --help"),
+        (["pareto", "--json", "x.json"], "benchmark, benchmark_reduction\n", "benchmark_reduction --help"),
+        (["knn", "--epochs", "3"], "pretrain, linear_probe, finetune, compare\n", "finetune --help"),
+        (["pretrain", "--shares", "0.5"], "benchmark_reduction, pareto\n", "pareto --help"),
+    ],
+)
+def test_an_option_of_other_commands_is_told_to_be_theirs(args, why, hint, capsys):
+    assert main(*(args[0], args[1:])) == 2
+    text = capsys.readouterr().err
+    assert why in text
+    assert text.endswith(f"try:   python -m mim {hint}\n")
+
+
 def test_an_unknown_command_is_answered_with_the_nearest(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["/x/mim/__main__.py"])
     assert main(None, ["pretrian"]) == 2

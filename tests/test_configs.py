@@ -1,7 +1,9 @@
 """Every recipe that is shipped parses, and describes a model that can be built."""
 
 import importlib
+import json
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -21,22 +23,33 @@ def path(request):
     return request.param
 
 
+@cache
+def parsed(path):
+    return parse([f"--config={path}"])
+
+
+@cache
+def sides_patches_and_counts(settings):
+    """Of the encoder that these settings describe: many recipes share one."""
+    with torch.device("meta"):  # no memory for big models
+        encoder = Encoder(**json.loads(settings))
+    return list(zip(encoder.img_size, encoder.patch_size, encoder.grid, strict=True))
+
+
 def test_there_are_recipes():
     assert CONFIGS
 
 
 def test_a_recipe_names_one_of_our_methods(path):
-    module, _, name = parse([f"--config={path}"]).model.class_path.rpartition(".")
+    module, _, name = parsed(path).model.class_path.rpartition(".")
     assert issubclass(getattr(importlib.import_module(module), name), Method)
 
 
 def test_the_images_of_a_recipe_divide_into_patches(path, monkeypatch):
-    config = parse([f"--config={path}"])
+    settings = json.dumps(vars(parsed(path).model.init_args.encoder), default=vars, sort_keys=True)
     generator = torch.Generator()  # which timm's moving average makes on the device of its weights
     monkeypatch.setattr("torch.Generator", lambda device: generator)
-    with torch.device("meta"):  # no memory for big models
-        encoder = Encoder(**vars(config.model.init_args.encoder))
-    for side, patch, count in zip(encoder.img_size, encoder.patch_size, encoder.grid, strict=True):
+    for side, patch, count in sides_patches_and_counts(settings):
         assert side == patch * count
 
 

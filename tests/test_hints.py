@@ -13,6 +13,8 @@ from hints import UNKNOWN, check_hint, fault, suggestions
 from mim.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1] / "mim"
+SLOWEST_LAST = [*(command for command in COMMANDS if command != "pretrain"), "pretrain"]
+"""Where an option may belong; the schema of a run takes longest."""
 
 
 def text_of(node):
@@ -63,9 +65,13 @@ def test_there_are_hints():
 @pytest.mark.parametrize("text", HINTS)
 def test_what_a_hint_says_can_be_typed(text):
     for command, words in suggestions(text):
-        candidates = [command] if command else COMMANDS
-        faults = [fault(candidate, words) for candidate in candidates]
-        assert None in faults, f"{text!r}: {faults}"
+        faults = {}
+        for candidate in [command] if command else SLOWEST_LAST:
+            faults[candidate] = fault(candidate, words)
+            if faults[candidate] is None:
+                break
+        else:
+            pytest.fail(f"{text!r}: {faults}")
 
 
 @pytest.mark.parametrize("line", ["--epohcs 3", "python -m mim knn --kk 3", "--epochs 0", "python -m mim nothing"])

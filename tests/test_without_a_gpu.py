@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from fake_gpu import CUDA, META, HostWaitError, batch_on, machine, without_values
 from recipes import ROOT, SETTINGS
 from small_models import EVERY, build, fits
+from tiers import fast
 from torch import nn
 
 from mim import masking
@@ -32,8 +33,8 @@ from mim.reduction import TokenReducedViT
 from mim.run.config import instantiate, parse
 from mim.targets import HOGTarget
 
-FLOAT32 = ("_softmax", "log_softmax", "logsumexp", "sort", "topk", "argmax", "mse_loss", "_fused_adamw")
-"""Operations whose numbers bf16 would round to ties or nothing: softmax, rankings, losses, updates."""
+FLOAT32 = ("_softmax", "log_softmax", "logsumexp", "sort", "topk", "argmax", "mse_loss", "_fused_adamw", "vector_norm")
+"""Operations whose numbers bf16 would round to ties or nothing: softmax, rankings, losses, updates, lengths."""
 
 
 def prepared(name, *changes):
@@ -79,7 +80,8 @@ def stepped(name):
     return step(*prepared(name), CUDA, torch.bfloat16)
 
 
-every_recipe = pytest.mark.parametrize("name", SETTINGS)
+every_recipe = pytest.mark.parametrize("name", fast(SETTINGS, ("mae", "hpm", "ibot", "ijepa")))
+"""In the fast suite one of each kind: pixels, a teacher's scores, a teacher of several views, a predictor."""
 
 
 @every_recipe
@@ -99,7 +101,7 @@ def test_a_step_in_bf16_keeps_losses_rankings_and_what_is_logged_in_float32(name
     assert {p.dtype for p in done.method.parameters()} | buffers == {torch.float32}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "simmim" else pytest.mark.middle) for n in SETTINGS])
+@pytest.mark.parametrize("name", fast(SETTINGS, ["simmim"]))
 def test_the_backward_pass_of_a_step_waits_for_nothing_and_reaches_every_parameter(name):
     done = step(*prepared(name), META)
     parameters = {key: p for key, p in done.method.named_parameters() if p.requires_grad}
@@ -226,7 +228,7 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["linear", "knn", pytest.param("upernet", marks=pytest.mark.middle)])
+@pytest.mark.parametrize("kind", fast(HEADS, ("linear", "knn")))
 def test_segmentation_learns_without_waiting(kind):
     encoder = Encoder("test_vit", img_size=32, patch_size=8)
     taps = range(4) if kind == "upernet" else range(2)

@@ -3,6 +3,7 @@
 from mim.callbacks.checkpoints import Checkpoints, Signals
 from mim.callbacks.evaluation import Evaluation
 from mim.callbacks.nan_dump import NaNDump
+from mim.callbacks.profile import FIRST, Profile
 from mim.callbacks.run_log import RunLog
 
-__all__ = ["Checkpoints", "Evaluation", "NaNDump", "RunLog", "Signals"]
+__all__ = ["FIRST", "Checkpoints", "Evaluation", "NaNDump", "Profile", "RunLog", "Signals"]

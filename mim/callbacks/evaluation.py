@@ -205,6 +205,8 @@ class Evaluation(Callback):
     @torch.no_grad()
     def _draw_views(self) -> None:
         """A picture of what is made of some images before the encoder sees them."""
+        if not self.pictures:
+            return
         images, views = self.data.augmented(min(VIEWED, self.pictures))
         if not len(images):
             return

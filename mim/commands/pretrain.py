@@ -12,7 +12,7 @@ import torch
 from jsonargparse import Namespace
 from lightning import Trainer
 
-from mim.callbacks import Checkpoints, Evaluation, NaNDump, RunLog, Signals
+from mim.callbacks import FIRST, Checkpoints, Evaluation, NaNDump, Profile, RunLog, Signals
 from mim.data.levels import levels
 from mim.data.pixels import EIGHT_BIT
 from mim.data.pretrain import PretrainData
@@ -112,6 +112,15 @@ class Pretraining:
             seed=self.options.seed,
             asked=self.options.epochs,
         )
+        self._check_profile()
+
+    def _check_profile(self) -> None:
+        """Refuses a trace of more steps than there are."""
+        steps, there = self.options.profile, self.plan.max_steps - FIRST
+        if steps is not None and steps > there:
+            few = f"{self.plan.max_steps} steps, of which the first {FIRST} are not recorded"
+            hint = f"--profile {there}" if there > 0 else f"--epochs {(FIRST + steps) / self.plan.steps_per_epoch:.3g}"
+            raise UserError(f"--profile {steps}: the run is too short", why=few, hint=hint)
 
     @property
     def origin_option(self) -> str:
@@ -263,6 +272,8 @@ class Pretraining:
         checkpoints = Checkpoints(self.folder.checkpoints, max(1, round(saves)), signals, self.data.bad_files)
         dump = NaNDump(self.folder, self.data)
         trainer.callbacks += [signals, log, evaluation, dump, checkpoints]  # type: ignore[attr-defined]  # set by Lightning
+        if options.profile and self.rank == 0:
+            Profile(self.folder, options.profile).attach(trainer)
         if self.rank == 0:
             trainer.loggers = build_trackers(options.log, self.folder, flatten(self.config))
         return evaluation, checkpoints

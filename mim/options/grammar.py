@@ -14,6 +14,18 @@ from mim.errors import UserError, printable
 _NUMBERS = re.compile(r"\s*[-+.\deE]+\s*(,\s*[-+.\deE]+\s*)+")
 
 
+class UnknownOptionError(UserError):
+    """A command does not have the option.
+
+    Attributes:
+        option: its name.
+        near: whether it is all but one that the command has, and so a slip of a key.
+    """
+
+    option: str = ""
+    near: bool = False
+
+
 class Option(NamedTuple):
     """One option of a command.
 
@@ -112,7 +124,9 @@ def _unknown(name: str, value: str, known: Mapping[str, Option]) -> UserError:
     if near:
         given = value if value and not value.startswith("--") and known[near[0]].value else known[near[0]].value
         hint = f"--{near[0]} {printable(given)}".rstrip()
-    return UserError(f"there is no option --{printable(name)}", hint=hint)
+    error = UnknownOptionError(f"there is no option --{printable(name)}", hint=hint)
+    error.option, error.near = name, bool(difflib.get_close_matches(name, known, 1, cutoff=0.8))
+    return error
 
 
 def _suggestion(argument: str, known: Mapping[str, Option]) -> str:

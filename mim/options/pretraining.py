@@ -141,6 +141,7 @@ GROUPS: dict[str, dict[str, Option]] = {
         "eval_every": Option(
             "X", "epochs between probes and pictures", "10 over the run, 50 steps at least", "eval_every", Positive
         ),
+        "profile": Option("N", "write a trace of N steps for a browser", "none", "profile", Count, example="5"),
         "save_every": Option("X", "epochs between checkpoints", "20 over the run", "save_every", Positive),
         "log": Option(
             "NAMES", "who keeps curves: tensorboard, wandb, mlflow", "tensorboard", "log", list[Tracker], "always"

@@ -61,6 +61,7 @@ class RunOptions:
         compile: compile the transformer blocks with ``torch.compile``.
         threads: of the training process on a CPU; torch's choice unless given. Small models are faster with one thread
             and loader processes beside it. Sums depend on it in the last digit, so a resumed run must not change it.
+        profile: steps, after the first three, to write a trace of; none unless given.
     """
 
     epochs: Positive = 100.0
@@ -74,6 +75,7 @@ class RunOptions:
     probe_images: Count = 5000
     compile: bool = False
     threads: Threads | None = None
+    profile: Count | None = None
 
 
 def build_parser() -> ArgumentParser:

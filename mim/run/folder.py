@@ -6,7 +6,6 @@ import logging
 import os
 import platform
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from mim.data.bad_files import BadFileWarning
 from mim.errors import MachineError, UserError
 from mim.options.outputs import free_bytes
-from mim.program import called
+from mim.program import called, origin
 from mim.terminal import paint, watched
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
@@ -124,8 +123,8 @@ class RunFolder:
         os.replace(temporary, self.summary)
 
     def write_origin(self, arguments: list[str]) -> None:
-        """Writes down the command and the environment."""
-        (self.path / "command.txt").write_text(shlex.join(["python", "-m", "mim", "pretrain", *arguments]) + "\n")
+        """Writes down the command, or the call of Python, and the environment."""
+        (self.path / "command.txt").write_text(f"{origin('pretrain', arguments)}\n")
         facts = {"python": platform.python_version(), "system": platform.platform(), **versions()}
         (self.path / "env.txt").write_text("\n".join(f"{name} {value}" for name, value in facts.items()) + "\n")
 

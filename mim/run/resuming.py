@@ -8,7 +8,16 @@ from mim.errors import UserError
 from mim.run.config import absolute, changes, parse, parse_saved, save_config
 from mim.run.folder import RunFolder
 
-FREE_TO_CHANGE = ("trainer.", "data.num_workers", "data.max_bad", "log", "save_every", "eval_every", "pictures")
+FREE_TO_CHANGE = (
+    "trainer.",
+    "data.num_workers",
+    "data.max_bad",
+    "log",
+    "save_every",
+    "eval_every",
+    "pictures",
+    "profile",
+)
 """Settings that a resumed run may change without asking: they do not change what is computed."""
 
 

@@ -1,6 +1,5 @@
 """One fine-tuning after another, pretrained and from scratch, each resumable where it was stopped."""
 
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +16,7 @@ from mim.evaluation.finetune import Finetune, classifier
 from mim.interop import check_timm_folder
 from mim.options.classification import ClassificationOptions, FinetuneRecipe
 from mim.options.evaluation import Scores, TrainingOptions
+from mim.program import origin
 from mim.reduction import TokenReducedViT
 from mim.reduction.files import save_reduction, save_settings
 from mim.report.confusion import save_confusion
@@ -139,7 +139,7 @@ class Finetuning(Classification):
             images=len(self.train),
             epochs=module.recipe.epochs,
             steps=module.max_steps,
-            command=" ".join(["python", *sys.argv]),
+            command=origin("finetune"),
             notes=(f"Classes, in order: {', '.join(self.classes)}",),
         )
         model = module.evaluated.cpu().eval()

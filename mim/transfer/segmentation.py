@@ -1,7 +1,6 @@
 """Semantic segmentation: heads are trained on an encoder's features, or with it, and scored beside untrained ones."""
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import lcm, prod, sqrt
@@ -23,6 +22,7 @@ from mim.evaluation.windows import Inference
 from mim.options.evaluation import Scores, TrainingOptions
 from mim.options.segmentation import Scoring, SegmentationOptions, SegmentationRecipe
 from mim.pictures.overlays import save_overlay
+from mim.program import origin
 from mim.randomness import derive_seed, keyed_generator
 from mim.reduction import Labels, TokenReduction
 from mim.reduction.files import save_reduction
@@ -254,7 +254,7 @@ class Segmentation(Measurement):
             data_licence="unknown",
             images=len(self.data.train),
             steps=self.steps,
-            command=" ".join(["python", *sys.argv]),
+            command=origin("segment"),
             notes=(self.protocol(), f"Classes, in order: {', '.join(self.data.names)}"),
         )
         model = model.cpu()

@@ -57,6 +57,8 @@ def test_scores_stand_beside_training_from_scratch_and_timm_loads_the_classifier
         assert picture.width > 100
     model = timm.create_model("local-dir:result/export", pretrained=True).eval()
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
+    card = Path("result/export/README.md").read_text()
+    assert f"- Command: `python -m mim finetune --weights {weights} --data {photos} " in card
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from recipes import ROOT, SETTINGS
+from tiers import fast
 
 from mim.methods import Plan
 from mim.options.pretraining import translate
@@ -27,7 +28,7 @@ def objects(request, monkeypatch):
 every_recipe = pytest.mark.parametrize("objects", SETTINGS, indirect=True)
 
 
-@every_recipe
+@pytest.mark.parametrize("objects", fast(SETTINGS, ("mae", "hpm", "ibot", "ijepa", "simmim")), indirect=True)
 def test_twenty_steps_on_one_batch_lower_the_loss(objects):
     method, batch = objects.model, objects.data.batch(0)[:2]
     optimizer = torch.optim.AdamW((p for p in method.parameters() if p.requires_grad), lr=3e-3)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from recipes import ROOT, SETTINGS
+from tiers import fast
 
 from mim.callbacks import NaNDump
 from mim.cli import translate
@@ -19,7 +20,7 @@ from mim.run.folder import RunFolder
 STEPS, BAD = 5, 2
 
 
-@pytest.fixture(params=SETTINGS)
+@pytest.fixture(params=fast(SETTINGS, ("mae", "hpm", "attmask", "ijepa")))
 def parts(request, monkeypatch):
     """Builds method and data of every recipe at the size of a test."""
     monkeypatch.chdir(ROOT)

@@ -54,6 +54,7 @@ def test_an_import_opens_no_socket_starts_no_process_and_writes_no_file():
     spied(IMPORT, watch_all=True)
 
 
+@pytest.mark.middle
 def test_a_run_opens_no_connection(tmp_path):
     spied(RUN, "--config", "tests/tiny.yaml", "--epochs", "0.05", "--out", tmp_path / "run", watch_all=False)
 
