@@ -161,3 +161,9 @@ def test_shared_code_does_not_know_method_names(path):
 
 def test_there_is_no_drawer_for_odds_and_ends():
     assert not [path for path in MODULES if path.stem in {"utils", "helpers", "common", "misc"}]
+
+
+def test_no_two_files_of_tests_have_one_name():
+    """Without packages among the tests a second one of a name stops the whole suite."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
