@@ -198,19 +198,26 @@ def noise(data: PretrainData, method: Method) -> tuple[list[Tensor], Tensor, Ten
     return views, labels, keys
 
 
+WORKERS = (1, 2, 4)
+"""Loader processes whose rates stand side by side."""
+
+
 def loader_rates(config: Namespace, contender: Contender, steps: int) -> dict[str, Any]:
-    """Images per second that the loader delivers to a device that does nothing else, and to one that trains on them."""
+    """Images per second that the loader delivers to a device that does nothing else, and to one that trains on them.
+
+    ``by_workers`` has the first for other counts of processes, and what decoding alone would let a core deliver stands
+    beside the processor times of one image.
+    """
     data: PretrainData = instantiate(config).data
     device, encoder = contender.method.device, contender.method.encoder
     data.open(encoder.img_size, encoder.in_chans, config.seed)
     data.check()
-    warm_up = 1 + 2 * data.num_workers  # what workers prepare ahead says nothing about their speed
 
-    def batches() -> Iterator[Batch]:
+    def batches(workers: int, warm_up: int) -> Iterator[Batch]:
         loader = WatchedLoader(
             Crops(data.source, data.views, config.seed),
             batch_sampler=data.sampler(range(warm_up + steps)),
-            num_workers=data.num_workers,
+            num_workers=workers,
             collate_fn=collate,
             pin_memory=device.type == "cuda",
         )
@@ -219,16 +226,18 @@ def loader_rates(config: Namespace, contender: Contender, steps: int) -> dict[st
             moved = [view.to(device, non_blocking=True) for view in views], labels.to(device), generator
             yield data.on_after_batch_transfer(moved, 0)
 
-    def rate(consume: Callable[[Batch], object]) -> float:
-        start = 0.0
-        for number, batch in enumerate(batches(), start=1):
+    def rate(consume: Callable[[Batch], object], workers: int = data.num_workers) -> float:
+        start, warm_up = 0.0, 1 + 2 * workers  # what workers prepare ahead says nothing about their speed
+        for number, batch in enumerate(batches(workers, warm_up), start=1):
             consume(batch)
             if number == warm_up:
                 start = time.perf_counter()
         return data.batch_size * steps / (time.perf_counter() - start)
 
     rates = {"workers": data.num_workers, "alone": rate(lambda batch: None), "together": rate(contender.step)}
-    return rates | {"milliseconds": stage_times(data, config.seed, device)}
+    times = stage_times(data, config.seed, device)
+    by_workers = {workers: rate(lambda batch: None, workers) for workers in WORKERS}
+    return rates | {"by_workers": by_workers, "milliseconds": times, "decode_bound": 1000 / times["decode"]}
 
 
 def stage_times(data: PretrainData, seed: int, device: torch.device, count: int = 64) -> dict[str, float]:

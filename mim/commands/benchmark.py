@@ -209,4 +209,7 @@ def _print(results: Mapping[str, Any]) -> None:
             f"  loader   {loader['alone']:.1f} img/s alone with {loader['workers']} workers, step {alone:.1f} img/s "
             f"alone, together {loader['together']:.1f} img/s\n           CPU ms an image: "
             + ", ".join(f"{stage} {taken:.2f}" for stage, taken in loader["milliseconds"].items())
+            + "\n           img/s by workers: "
+            + ", ".join(f"{workers} {rate:.0f}" for workers, rate in loader["by_workers"].items())
+            + f"; a core that only decodes: {loader['decode_bound']:.0f}"
         )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from mim.benchmark import training
 from mim.benchmark.plain import PLAIN_LOSSES
 from mim.benchmark.training import Contender, MatrixPeak, Timing, compare, ratios
 from mim.cli import main
@@ -196,6 +197,7 @@ def test_the_peak_keeps_the_best_rate_it_has_seen():
 
 def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(MatrixPeak, "measure", lambda self: setattr(self, "rate", 1e9))
+    monkeypatch.setattr(training, "WORKERS", (0,))
     file = tmp_path / "speed" / "mae.json"
     options = {"batch_size": 2, "rounds": 2, "data": "shapes", "num_workers": 0}
     benchmark.run(TINY, against="plain", device="cpu", json=file, **options)
@@ -206,6 +208,8 @@ def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     assert f"together {results['loader']['together']:.1f} img/s" in printed
     assert list(results["loader"]["milliseconds"]) == ["decode", "crop", "collate", "transfer and normalise"]
     assert f"decode {results['loader']['milliseconds']['decode']:.2f}, crop" in printed
+    assert results["loader"]["decode_bound"] == 1000 / results["loader"]["milliseconds"]["decode"]
+    assert f"workers: 0 {results['loader']['by_workers']['0']:.0f}; a core that only decodes: " in printed
 
 
 def test_two_recipes_can_be_compared(monkeypatch, capsys, tmp_path):
