@@ -57,6 +57,9 @@ class Encoder(nn.Module):
         lora: rank of the additions to the linear layers of attention, which alone learn then (LoRA): for good weights.
     """
 
+    behind_patches = ("attn_pool", "fc_norm")
+    """Parts of timm's model that are not on the way to the patches."""
+
     def __init__(
         self,
         model: str,
@@ -112,8 +115,8 @@ class Encoder(nn.Module):
             reduction.check(self.vit)
         self.reduction = reduction
         # Pooling comes after the tokens: it stays in the exported model, but pretraining has no gradient for it.
-        for pooling in (self.vit.attn_pool, self.vit.fc_norm):
-            if pooling is not None:
+        for name in self.behind_patches:
+            if (pooling := getattr(self.vit, name)) is not None:
                 pooling.requires_grad_(False)
         if positions == "sincos" and not (rotary and self.vit.pos_embed is None):
             prefix = 0 if self.vit.no_embed_class else self.num_prefix
@@ -184,6 +187,11 @@ class Encoder(nn.Module):
     def pool(self) -> Literal["cls", "mean"]:
         """What timm's model pools by; where it pools in another way than these two, the mean of the patch tokens."""
         return "cls" if self.vit.global_pool in ("token", "") and self.has_class_token else "mean"
+
+    def normed(self, tokens: Tensor) -> Tensor:
+        """The final norm of tokens that :meth:`after_blocks` gives, ``(B, P + K, D)``."""
+        normed: Tensor = self.vit.norm(tokens)
+        return normed
 
     def mean_of(self, tokens: Tokens) -> Tensor:
         """Mean over patches, ``(B, D)``, of what :meth:`forward_tokens` gives.

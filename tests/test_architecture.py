@@ -26,7 +26,10 @@ LEVELS = [
         {"mim.evaluation", "mim.pictures", "mim.targets"},
         "evaluation: scores from tensors; pictures: strips, tokens, overlays; targets: what a patch is to become",
     ),
-    ({"mim.encoder"}, "the only adapter over timm's models"),
+    (
+        {"mim.encoder", "mim.conv_encoder"},
+        "encoder: the only adapter over timm's ViTs; conv_encoder: over its conv nets",
+    ),
     (
         {"mim.data", "mim.reduction"},
         "data: sources, readers, order, crops, views; reduction: fewer tokens inside the encoder",
@@ -38,9 +41,9 @@ LEVELS = [
     ),
     (
         {"mim", "mim.distributed", "mim.errors", "mim.hub", "mim.lora", "mim.patches", "mim.program", "mim.randomness"}
-        | {"mim.schedules", "mim.terminal", "mim.vit"},
+        | {"mim.schedules", "mim.terminal", "mim.vit", "mim.conv_nets"},
         "processes and devices, three-line errors, the model hub, LoRA, how the program was started, patches of an "
-        "image, keyed randomness, schedules, what a person at a terminal sees, timm's ViTs",
+        "image, keyed randomness, schedules, what a person at a terminal sees, timm's ViTs and conv nets",
     ),
 ]
 MODULES = sorted((ROOT / "mim").rglob("*.py"))

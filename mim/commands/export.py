@@ -116,7 +116,8 @@ def _from_run(folder: Path, data_licence: str, student: bool) -> _Parts:
     )
     kwargs = dict(config.model.init_args.encoder.kwargs or {})
     vit = method.encoder.vit if student else method.backbone
-    return vit, {**data.pixels.exported(mean, std), "model_args": kwargs, "pool": config.pool}, card
+    size = method.evaluated.img_size
+    return vit, {**data.pixels.exported(mean, std), "model_args": kwargs, "pool": config.pool, "img_size": size}, card
 
 
 def _from_weights(weights: str, model: str | None, data_licence: str, trust: bool) -> _Parts:
@@ -128,8 +129,8 @@ def _from_weights(weights: str, model: str | None, data_licence: str, trust: boo
     card = ModelCard(method="unknown", data="unknown", data_licence=data_licence, notes=(f"converted from {weights}",))
     facts: dict[str, Any] = loaded.pixels.exported(loaded.mean, loaded.std)
     if (classifier := _classifier(weights)) is not None:
-        return classifier, facts, card
-    return loaded.encoder.vit, {**facts, "pool": loaded.pool}, card
+        return classifier, {**facts, "img_size": loaded.encoder.img_size}, card
+    return loaded.encoder.vit, {**facts, "pool": loaded.pool, "img_size": loaded.encoder.img_size}, card
 
 
 def _classifier(weights: str) -> "ViT | None":

@@ -98,7 +98,7 @@ class Pretraining:
         if config["continue"]:
             self._check_continued(encoder)
         settings = config.model.init_args.encoder
-        if settings.lora and not (self.origin or settings.pretrained or resumed):
+        if settings.get("lora") and not (self.origin or settings.pretrained or resumed):
             raise no_weights_for_lora(settings.lora)
         if self.options.pool == "cls" and not encoder.has_class_token:
             raise UserError("--pool cls: this model has no class token", hint="--pool mean")
@@ -384,6 +384,7 @@ class Pretraining:
             card=card,
             model_args=kwargs,
             pool=self.options.pool,
+            img_size=self.method.evaluated.img_size,
             **self.data.pixels.exported(self.data.mean, self.data.std),
         )
 

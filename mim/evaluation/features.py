@@ -122,7 +122,7 @@ class Features:
     def _pooled(self, encoder: Encoder, outputs: list[Tokens]) -> Tensor:
         if self.pool == "tokens":
             return encoder.dense(outputs[-1]).flatten(2).transpose(1, 2).float()
-        layers = [tokens.with_x(encoder.vit.norm(tokens.x).float()) for tokens in outputs]
+        layers = [tokens.with_x(encoder.normed(tokens.x).float()) for tokens in outputs]
         last = encoder.mean_of(layers[-1])
         if self.pool == "mean":
             return torch.cat([*(tokens.patch_mean() for tokens in layers[:-1]), last.float()], dim=1)

@@ -40,13 +40,13 @@ def classifier(encoder: Encoder, classes: int, recipe: FinetuneRecipe, seed: int
     vit, pool = encoder.vit, recipe.pool or encoder.pool
     if pool == "cls" and not encoder.has_class_token:
         raise UserError("--pool cls: this model has no class token", hint="--pool mean")
-    if pool == "mean" and isinstance(vit.fc_norm, nn.Identity):
+    if pool == "mean" and isinstance(getattr(vit, "fc_norm", None), nn.Identity):
         vit.fc_norm, vit.norm = type(vit.norm)(encoder.dim, eps=cast(nn.LayerNorm, vit.norm).eps), nn.Identity()
     vit.reset_classifier(classes, "avg" if pool == "mean" else "token")
-    head = cast(nn.Linear, vit.head)
+    head = cast(nn.Linear, vit.get_classifier())
     nn.init.trunc_normal_(head.weight, std=2e-5, generator=keyed_generator(seed, "classifier"))
     nn.init.zeros_(head.bias)
-    set_drop_path(vit.blocks, recipe.drop_path)
+    set_drop_path(vit, recipe.drop_path)
     return vit.requires_grad_(True)
 
 

@@ -95,10 +95,10 @@ class SemanticSegmentation(SupervisedTraining):
         self.encoder, self.head, self.taps = encoder.requires_grad_(finetune), head, list(taps)
         self.head_weights: tuple[float, ...] = cast(Any, head).weights
         self.optim, self.inference, self.finetune, self.seed = optim, inference, finetune, seed
-        for pooling in (encoder.vit.attn_pool, encoder.vit.fc_norm):  # not on the way to the patches
-            if pooling is not None:
-                pooling.requires_grad_(False)
-        set_drop_path(encoder.vit.blocks, drop_path)
+        for name in encoder.behind_patches:
+            if (part := getattr(encoder.vit, name, None)) is not None:
+                part.requires_grad_(False)
+        set_drop_path(encoder.vit, drop_path)
         # Values were checked where masks are read; looking again would wait for the device.
         self.confusion = MulticlassConfusionMatrix(classes, ignore_index=IGNORE, validate_args=False)
         self.scores: SegmentationScores | None = None
@@ -177,7 +177,7 @@ class SemanticSegmentation(SupervisedTraining):
         groups = _decay_groups(self.head, self.optim.weight_decay)
         if self.finetune:
             vit, rate = self.encoder.vit, self.optim.layer_decay
-            layers = param_groups_layer_decay(vit, self.optim.weight_decay, vit.no_weight_decay(), layer_decay=rate)
+            layers = param_groups_layer_decay(vit, self.optim.weight_decay, _undecayed(vit), layer_decay=rate)
             # Without a head of its own timm gives the last block 1; here the head has 1, the last block one step less.
             groups += [{**group, "lr_scale": group["lr_scale"] * rate} for group in layers]
             if self.encoder.reduction is not None:
@@ -188,6 +188,11 @@ class SemanticSegmentation(SupervisedTraining):
     def learning_rate(self, step: int) -> float:
         """Of the head: linear warm-up, then polynomial decay."""
         return warmup_poly(step, self.optim.warmup_steps, self.optim.steps, self.optim.lr)
+
+
+def _undecayed(net: nn.Module) -> set[str]:
+    """Parameters that timm's model names as not to be decayed; conv nets name none."""
+    return cast(Any, net).no_weight_decay() if hasattr(net, "no_weight_decay") else set()
 
 
 def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """What every training with labels shares: a learning rate by the step, and stochastic depth."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
@@ -34,8 +34,13 @@ class SupervisedTraining(L.LightningModule):
         self.after_optimizer_step()
 
 
-def set_drop_path(blocks: nn.Module, last: float) -> None:
-    """Stochastic depth for both branches of each block, from 0 in the first to ``last`` in the last one."""
-    layers = list(cast(Any, blocks))
-    for block, rate in zip(layers, torch.linspace(0, last, len(layers)).tolist(), strict=True):
-        block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+def set_drop_path(net: nn.Module, last: float) -> None:
+    """Stochastic depth for all branches of each block, from 0 in the first to ``last`` in the last one."""
+    layers = [(block, names) for block in net.modules() if (names := [n for n in _DROP_PATHS if hasattr(block, n)])]
+    for (block, names), rate in zip(layers, torch.linspace(0, last, len(layers)).tolist(), strict=True):
+        for name in names:
+            setattr(block, name, DropPath(rate))
+
+
+_DROP_PATHS = ("drop_path", "drop_path1", "drop_path2")
+"""What blocks of ViTs, two branches each, and of conv nets call it."""

@@ -1,6 +1,7 @@
 """Weights of other programs, in and out: safe reading, layouts, fitting, the timm folder."""
 
 from mim.interop.built import Built, built, built_otherwise, refuse_otherwise
+from mim.interop.conv_nets import conv_net_in
 from mim.interop.fit import adapt, arguments_of, differences, likely_model
 from mim.interop.hf_folder import hf_folder
 from mim.interop.layouts import named_tensors, to_timm
@@ -18,6 +19,7 @@ __all__ = [
     "built",
     "built_otherwise",
     "check_timm_folder",
+    "conv_net_in",
     "deepspeed_weights",
     "differences",
     "export_backbone",

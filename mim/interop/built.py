@@ -42,6 +42,8 @@ class Built(NamedTuple):
 
 def built(vit: ViT) -> Built:
     """How a timm model is built; one on the meta device will do."""
+    if not hasattr(vit, "blocks"):
+        return Built()  # a conv net's shapes tell all
     block: Any = vit.blocks[0]
     return Built(block.attn.num_heads, _activation(block.mlp.act) if type(block.mlp) is Mlp else None)
 

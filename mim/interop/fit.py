@@ -24,6 +24,7 @@ _SIZES = {
 _PREFIX = ("cls_token", "reg_token", "dist_token")
 _ESSENTIAL = ("patch_embed.", "pos_embed", *_PREFIX, "norm_pre.", "blocks.")
 """Where a tensor that stays random, or is left out, gives another network: all but what follows the last block."""
+_CLASSIFIERS = ("fc.", "head.fc.")
 
 Grid = tuple[int, int]
 
@@ -74,8 +75,11 @@ def differences(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> lis
         tensors: of the file, adapted.
         own: of the model.
     """
-    names = [name for name in {**own, **tensors} if name.startswith(_ESSENTIAL)]
-    names.sort(key=lambda name: next(i for i, start in enumerate(_ESSENTIAL) if name.startswith(start)))
+    if any(name.startswith("blocks.") for name in own):
+        names = [name for name in {**own, **tensors} if name.startswith(_ESSENTIAL)]
+        names.sort(key=lambda name: next(i for i, start in enumerate(_ESSENTIAL) if name.startswith(start)))
+    else:  # of a conv net all but the classifier
+        names = [name for name in {**own, **tensors} if not name.startswith(_CLASSIFIERS)]
     shapes = ((name, _shape(tensors.get(name)), _shape(own.get(name))) for name in names)
     return [Difference(*row) for row in shapes if row[1] != row[2]]
 
@@ -106,6 +110,8 @@ def arguments_of(tensors: Mapping[str, Tensor], vit: ViT) -> dict[str, Any]:
     weight = tensors.get("patch_embed.proj.weight")
     if weight is not None and weight.ndim == 4:
         found["in_chans"] = weight.shape[1]
+    if not hasattr(vit, "patch_embed"):  # a conv net
+        return {}
     own: dict[str, Any] = {"in_chans": vit.patch_embed.proj.in_channels}
     if isinstance(vit, Eva):  # whose prefix is the architecture's
         return {name: value for name, value in found.items() if value != own[name]}

@@ -36,7 +36,8 @@ def misfit(
     own, guess = vit.state_dict(), likely_rotary(found) or likely_model(found)
     lacking = [name for name in own if name not in adapted or adapted[name].shape != own[name].shape]
     matched, beyond = len(own) - len(lacking), len(adapted.keys() - own.keys())
-    many = sum(name.startswith("blocks.") for name in lacking) > _ANOTHER_MODEL * len(own)
+    blocks = "blocks." if hasattr(vit, "blocks") else ""
+    many = sum(name.startswith(blocks) for name in lacking) > _ANOTHER_MODEL * len(own)
     other_blocks = any(one.name.startswith("blocks.") for one in unlike)
     if many:
         qkv = [one for one in unlike if one.name == "blocks.0.attn.qkv.weight"]
@@ -65,6 +66,8 @@ def _remedy(vit: ViT, found: dict[str, Tensor]) -> str | None:
 
 def _sizes(vit: ViT, found: dict[str, Tensor]) -> str | None:
     """Image sizes that give as many patches as the file has positions, if they are the trouble."""
+    if not hasattr(vit, "pos_embed"):
+        return None
     positions, own = found.get("pos_embed"), vit.pos_embed
     if positions is None or own is None or positions.ndim != 3 or positions.shape[1:] == own.shape[1:]:
         return None

@@ -18,6 +18,7 @@ from safetensors.torch import save
 from timm.models.eva import Eva
 from torch import nn
 
+from mim.conv_nets import ConvNet
 from mim.errors import UserError
 from mim.interop.layouts import named_tensors
 from mim.interop.reading import CHECKSUMS, sha256
@@ -62,7 +63,7 @@ class ModelCard:
 
 
 def export_backbone(
-    vit: ViT,
+    vit: ViT | ConvNet,
     folder: Path,
     *,
     mean: Sequence[float],
@@ -72,6 +73,7 @@ def export_backbone(
     pool: Literal["cls", "mean"] | None = None,
     class_names: Sequence[str] | None = None,
     pixels: dict[str, Any] | None = None,
+    img_size: Sequence[int] | None = None,
 ) -> float:
     """Write a timm folder, load it back through timm alone, compare, and only then put it in place.
 
@@ -86,6 +88,7 @@ def export_backbone(
             ``vit`` does unless given, and always if it has attention pooling, whose weights are then kept.
         class_names: of a classifier, in the order of its outputs.
         pixels: scale of the numbers in the images if it is not 0 to 255, as ``mim.data.pixels`` writes it.
+        img_size: height and width of the images, for models that are built for none, such as conv nets.
 
     Returns:
         The largest difference between the features of ``vit``, tokens and pooled, and the reloaded model's, which is 0.
@@ -98,14 +101,14 @@ def export_backbone(
     # A float copy on the CPU: no side effect on the run, and the same arithmetic on both sides of the comparison.
     trained = deepcopy(vit).cpu().float().eval()
     merge(trained)
-    if pool is not None and trained.attn_pool is None:
+    if pool is not None and isinstance(trained, ViT) and trained.attn_pool is None:
         trained.global_pool = _POOLING[pool]
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tensors = {name: tensor.contiguous() for name, tensor in named_tensors(trained.state_dict()).items()}
     (partial / _WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))  # a full disk is then an OSError
-    config = _timm_config(trained, model_args or {}, mean, std) | ({"pixels": pixels} if pixels else {})
+    config = _timm_config(trained, model_args or {}, mean, std, img_size) | ({"pixels": pixels} if pixels else {})
     if class_names and len(class_names) == config["num_classes"]:
         config["label_names"] = list(class_names)
     (partial / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -121,11 +124,55 @@ def export_backbone(
     return difference
 
 
-def _timm_config(vit: ViT, model_args: dict[str, Any], mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+def _timm_config(
+    vit: ViT | ConvNet,
+    model_args: dict[str, Any],
+    mean: Sequence[float],
+    std: Sequence[float],
+    img_size: Sequence[int] | None,
+) -> dict[str, Any]:
     """The ``config.json`` that timm reads.
 
     Not timm's own writer: it keeps tag and licence of the architecture's published weights, and it changed within 1.0.
     """
+    shape = _vit_shape(vit) if isinstance(vit, ViT) else {}
+    channels, size = _input_of(vit)
+    # Newer timm remembers what a model was built with, which includes what a folder it came from asked for.
+    given = {**cast(dict[str, Any], getattr(vit, "_model_args", {})), **model_args}
+    # transformers passes the number of classes itself, and would twice if it stood among the arguments.
+    given = {key: value for key, value in given.items() if not key.endswith(("drop_rate", "path_rate", "num_classes"))}
+    source = cast(dict[str, Any], vit.pretrained_cfg)
+    kept = ("interpolation", "crop_pct", "crop_mode", "fixed_input_size", "classifier")
+    pooling, first_conv = "avg", source.get("first_conv")
+    if isinstance(vit, ViT):
+        pooling, first_conv = vit.global_pool, "patch_embed.proj"
+    return {
+        "architecture": source["architecture"],
+        "num_classes": vit.num_classes,
+        "num_features": vit.num_features,
+        "global_pool": pooling,
+        "model_args": {**given, **shape, "in_chans": channels},
+        "pretrained_cfg": {
+            **{key: source[key] for key in kept if source.get(key) is not None},
+            "input_size": [channels, *(size or img_size or source["input_size"][1:])],
+            "mean": list(mean),
+            "std": list(std),
+            "num_classes": vit.num_classes,
+            # Naming it makes older timm "adapt" every stem that is not RGB, even to its own channels: weights are lost.
+            "first_conv": first_conv if channels == 3 else None,
+        },
+    }
+
+
+def _input_of(net: ViT | ConvNet) -> tuple[int, list[int] | None]:
+    """Channels, and the size of images if the model is built for one."""
+    if isinstance(net, ViT):
+        return net.patch_embed.proj.in_channels, list(net.patch_embed.img_size)
+    return next(layer for layer in net.modules() if isinstance(layer, nn.Conv2d)).in_channels, None
+
+
+def _vit_shape(vit: ViT) -> dict[str, Any]:
+    """Arguments of timm that build the same ViT."""
     patch_height, patch_width = vit.patch_embed.patch_size
     rotary = isinstance(vit, Eva)
     registers = 0 if vit.reg_token is None else vit.reg_token.shape[1]
@@ -145,28 +192,7 @@ def _timm_config(vit: ViT, model_args: dict[str, Any], mean: Sequence[float], st
     }
     if rotary:
         shape["use_post_transformer_norm"] = not isinstance(vit.norm, nn.Identity)
-    # Newer timm remembers what a model was built with, which includes what a folder it came from asked for.
-    given = {**cast(dict[str, Any], getattr(vit, "_model_args", {})), **model_args}
-    # transformers passes the number of classes itself, and would twice if it stood among the arguments.
-    given = {key: value for key, value in given.items() if not key.endswith(("drop_rate", "path_rate", "num_classes"))}
-    source = cast(dict[str, Any], vit.pretrained_cfg)
-    kept = ("interpolation", "crop_pct", "crop_mode", "fixed_input_size", "classifier")
-    return {
-        "architecture": source["architecture"],
-        "num_classes": vit.num_classes,
-        "num_features": vit.num_features,
-        "global_pool": vit.global_pool,
-        "model_args": {**given, **shape},
-        "pretrained_cfg": {
-            **{key: source[key] for key in kept if source.get(key) is not None},
-            "input_size": [shape["in_chans"], *shape["img_size"]],
-            "mean": list(mean),
-            "std": list(std),
-            "num_classes": vit.num_classes,
-            # Naming it makes older timm "adapt" every stem that is not RGB, even to its own channels: weights are lost.
-            "first_conv": "patch_embed.proj" if shape["in_chans"] == 3 else None,
-        },
-    }
+    return shape
 
 
 def _card_text(config: dict[str, Any], folder: Path, card: ModelCard) -> str:
@@ -234,11 +260,11 @@ def _values(config: dict[str, Any]) -> str | None:
 
 
 @torch.no_grad()
-def _reload_difference(trained: ViT, folder: Path) -> float:
+def _reload_difference(trained: ViT | ConvNet, folder: Path) -> float:
     """Largest absolute difference of tokens and pooled features on a random input, timm's copy against ``trained``."""
     with torch.random.fork_rng(devices=[]):  # timm initialises before it loads
-        reloaded = cast(ViT, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
-    size = (reloaded.patch_embed.proj.in_channels, *cast(tuple[int, int], reloaded.patch_embed.img_size))
+        reloaded: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    size = reloaded.pretrained_cfg["input_size"]
     images = torch.rand(2, *size, generator=keyed_generator("export"))  # (2, C, H, W)
     tokens, again = (model.forward_features(images) for model in (trained, reloaded))
     pooled, pooled_again = trained.forward_head(tokens), reloaded.forward_head(again)

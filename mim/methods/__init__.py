@@ -12,6 +12,7 @@ from mim.methods.maskgit import MaskGIT
 from mim.methods.momentum_mae import MomentumMAE
 from mim.methods.mp3 import MP3
 from mim.methods.simmim import SimMIM
+from mim.methods.spark import SparK
 
 __all__ = [
     "CAPI",
@@ -30,4 +31,5 @@ __all__ = [
     "OptimConfig",
     "Plan",
     "SimMIM",
+    "SparK",
 ]

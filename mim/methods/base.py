@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -13,6 +13,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_grou
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mim.conv_encoder import ConvEncoder
 from mim.distributed.sharding import shard, total
 from mim.encoder import Encoder
 from mim.errors import UserError
@@ -163,16 +164,16 @@ class Method(L.LightningModule):
 
     masking: Masking | None
 
-    def __init__(self, encoder: Encoder, masking: Masking | None, optim: OptimConfig) -> None:
+    def __init__(self, encoder: Encoder | ConvEncoder, masking: Masking | None, optim: OptimConfig) -> None:
         super().__init__()
         self.kind = type(self).__name__  # sharding gives the object a class of its own
-        self.encoder = encoder
+        self.encoder = cast(Encoder, encoder)  # what is used of it here and in shared code is the same in both families
         self.masking = masking
         if masking is not None:
             masking.fit(encoder.grid)
         self.optim = optim
         self.plan = Plan()
-        self.start = Teacher(encoder) if optim.anchor.holds else None  # which never moves
+        self.start = Teacher(self.encoder) if optim.anchor.holds else None  # which never moves
         self._held: list[nn.Parameter] = []  # parameters of the encoder that stand still at this step
         # First step with a non-finite gradient, -1 if none; on the device, so that setting it needs no synchronisation.
         self.register_buffer("nonfinite_step", torch.tensor(-1), persistent=False)

@@ -1,6 +1,7 @@
 """Weights in and out: the timm folder that a run ends with, and the files a run may start from."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -11,6 +12,8 @@ from timm.models import is_model, is_model_pretrained
 from timm.models.eva import Eva
 from torch import Tensor
 
+from mim.conv_encoder import ConvEncoder, is_conv_net
+from mim.conv_nets import ConvNet
 from mim.data.pixels import EIGHT_BIT, Pixels
 from mim.data.pretrain import PretrainData
 from mim.encoder import Encoder
@@ -25,6 +28,7 @@ from mim.interop import (
     built,
     built_otherwise,
     check_timm_folder,
+    conv_net_in,
     deepspeed_weights,
     differences,
     export_backbone,
@@ -165,7 +169,7 @@ def untrained_encoder(
         config = parse_saved(run / "config.yaml")
         if img_size is not None:
             config.model.init_args.encoder.img_size = img_size
-        if dynamic_img_size:
+        if dynamic_img_size and "dynamic_img_size" in config.model.init_args.encoder:  # conv nets take any size
             config.model.init_args.encoder.dynamic_img_size = True
         method: Method = instantiate(config).model
         return method.evaluated.eval()
@@ -222,14 +226,23 @@ def _build(
     if not folder.exists():
         if model is None:
             check_published(weights, "--weights")
-        return Encoder(model or weights, img_size, dynamic_img_size=dynamic)
+        return _encoder(model or weights, img_size, dynamic)
     if (home := _timm_home(folder)) is not None:
         if model is None:
             check_timm_folder(home, "--weights")
-        return Encoder(model or f"local-dir:{home}", img_size, dynamic_img_size=dynamic)
+        return _encoder(model or f"local-dir:{home}", img_size, dynamic)
+    if model is not None and is_conv_net(model):
+        return _encoder(model, img_size, dynamic)
     name, arguments = foreign_model(weights, model, img_size, trust=trust)
     size, channels = arguments.pop("img_size", None), arguments.pop("in_chans", None)
     return Encoder(name, size, in_chans=channels, dynamic_img_size=dynamic, kwargs=arguments)
+
+
+def _encoder(model: str, img_size: int | tuple[int, int] | None, dynamic: bool | None) -> Encoder:
+    """The adapter of the family that a model is of."""
+    if is_conv_net(model):
+        return cast(Encoder, ConvEncoder(model, img_size))
+    return Encoder(model, img_size, dynamic_img_size=dynamic)
 
 
 def _timm_home(folder: Path) -> Path | None:
@@ -240,7 +253,7 @@ def _timm_home(folder: Path) -> Path | None:
     return home if (home / "config.json").is_file() else None
 
 
-def init_backbone(vit: ViT, weights: str, *, trust: bool = False, option: str = "--init") -> str:
+def init_backbone(vit: ViT | ConvNet, weights: str, *, trust: bool = False, option: str = "--init") -> str:
     """Copy weights of any known layout into ``vit`` and say in one line what matched.
 
     Args:
@@ -252,7 +265,7 @@ def init_backbone(vit: ViT, weights: str, *, trust: bool = False, option: str = 
     Raises:
         UserError: if nothing is found, or a tensor would stay random, or be left out, that every feature depends on.
     """
-    layout, tensors, grid = _find_weights(weights, trust, option)
+    layout, tensors, grid = _find_weights(weights, trust, option, None if isinstance(vit, ViT) else vit.state_dict())
     refuse_otherwise(_built_of(weights), vit, weights, option)
     found, own = _rotary(vit, weights, tensors, option) if isinstance(vit, Eva) else tensors, vit.state_dict()
     tensors, notes = adapt(found, vit, grid)
@@ -301,8 +314,13 @@ def _rotary(vit: Eva, weights: str, tensors: dict[str, Tensor], option: str) -> 
     return named
 
 
-def _find_weights(weights: str, trust: bool, option: str) -> tuple[str, dict[str, Tensor], tuple[int, int] | None]:
-    """Layout, tensors under timm's names and, where it is recorded, the grid of their positions."""
+def _find_weights(
+    weights: str, trust: bool, option: str, conv_net: Collection[str] | None = None
+) -> tuple[str, dict[str, Tensor], tuple[int, int] | None]:
+    """Layout, tensors under timm's names and, where it is recorded, the grid of their positions.
+
+    ``conv_net`` has the names of a conv net's tensors, if it is one that is looked for.
+    """
     path, grid = Path(weights.removeprefix("local-dir:")), None
     if path.is_dir():
         path, grid = _weights_in(path, option)
@@ -312,6 +330,8 @@ def _find_weights(weights: str, trust: bool, option: str) -> tuple[str, dict[str
     path = path.resolve()  # last.ckpt is a link to a checkpoint, beside which its hash lies
     if path.match("step-*.ckpt") and sidecar(path).is_file() and (reason := verify(path)):
         raise UserError(f"{option} {path} is damaged", why=reason, hint="the checkpoint before it")
+    if conv_net is not None:
+        return *conv_net_in(load_weights(path, trust=trust, option=option), conv_net), None
     return *read_vit(path, trust=trust, option=option), grid
 
 
@@ -365,7 +385,7 @@ def _grid_of_run(folder: Path) -> tuple[int, int] | None:
     if not (folder / "config.yaml").is_file():
         return None
     encoder = parse_saved(folder / "config.yaml").model.init_args.encoder
-    if encoder.img_size is None or encoder.patch_size is None:
+    if encoder.img_size is None or encoder.get("patch_size") is None:
         return None  # the model's own, which are squares
     height, width = (int(side) // encoder.patch_size for side in torch.as_tensor(encoder.img_size).expand(2))
     return height, width

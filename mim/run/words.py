@@ -87,7 +87,8 @@ def introduction(
 def shape(encoder: Encoder) -> str:
     """What is built under a model's name, which settings may have changed: width, depth, image and patch size."""
     size, patch = ("x".join(map(str, sides)) for sides in (encoder.img_size, encoder.patch_size))
-    return f"{encoder.dim} wide, {len(encoder.vit.blocks)} blocks, {size} px / {patch}"
+    blocks = f"{encoder.depth} blocks, " * hasattr(encoder.vit, "blocks")
+    return f"{encoder.dim} wide, {blocks}{size} px / {patch}"
 
 
 def architecture(method: Method) -> dict[str, Any]:

@@ -145,7 +145,8 @@ class Finetuning(Classification):
         model = module.evaluated.cpu().eval()
         vit: ViT = model.vit if isinstance(model, TokenReducedViT) else model
         scale = self.loaded.pixels.exported(self.loaded.mean, self.loaded.std)
-        export_backbone(vit, self.export, card=card, class_names=self.classes, **scale)
+        size = self.loaded.encoder.img_size
+        export_backbone(vit, self.export, card=card, class_names=self.classes, img_size=size, **scale)
         if isinstance(model, TokenReducedViT):
             save_reduction(model.reduction, self.export)
             static = model.static(self._some_images())

@@ -259,7 +259,8 @@ class Segmentation(Measurement):
         )
         model = model.cpu()
         scale = loaded.pixels.exported(loaded.mean, loaded.std)
-        export_backbone(model.encoder.vit, folder, card=card, pool=loaded.pool, **scale)
+        size = loaded.encoder.img_size
+        export_backbone(model.encoder.vit, folder, card=card, pool=loaded.pool, img_size=size, **scale)
         facts: dict[str, Any] = {
             "format": "pt",
             "head": self.recipe.head,

@@ -19,6 +19,7 @@ HAND_MADE = {
     "attmask": ["--config", "tests/tiny-ibot.yaml"],
     "hpm": ["--config", "tests/tiny_hpm.yaml"],
     "mp3": ["--config", "tests/tiny_mp3.yaml"],
+    "spark": ["--config", "tests/tiny_spark.yaml"],
 }
 ENCODER = "--model.init_args.encoder."
 SMALL = {
