@@ -40,6 +40,7 @@ COMMANDS = {
     "check_data": "look at a data set before training on it",
     "make_shapes": "write the generated shapes as folders of images and masks",
     "tokens": "fit a tokenizer to images, or keep images as its tokens",
+    "sample": "draw images with a run that predicts tokens, or fill in parts of given ones",
     "benchmark": "measure speed and memory of a training step and of the loader",
     "benchmark_reduction": "measure what token reductions save at inference",
     "pareto": "draw accuracy over speed of token reductions that need no training",
@@ -89,6 +90,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "tokens": (
         ("fit --data photos --out photos.safetensors", "a codebook"),
         ("encode --data photos --tokenizer photos.safetensors", "a folder for --data"),
+    ),
+    "sample": (
+        ("--run runs/001-maskgit-photos", "out of nothing"),
+        ("--run runs/001-maskgit-photos --hide middle", "what may stand there"),
     ),
     "benchmark": (
         ("--config mae/vit_base_patch16_224 --against plain", "a step"),

@@ -214,7 +214,8 @@ class Encoder(nn.Module):
             images: ``(B, C, H, W)``.
             mask: ``(B, N)`` bool, True = hidden. On its own it drops hidden patches after positions are added, as if
                 they had never been there; all rows must hide equally many.
-            mask_token: ``(1, 1, D)``; stands in for hidden patches before positions are added, nothing is dropped.
+            mask_token: ``(1, 1, D)``, or ``(B, 1, D)``; stands in for hidden patches before positions are added;
+                nothing is dropped.
             visible_count: patches that ``mask`` leaves visible; if it is not given, a GPU is waited for to count them.
 
         Returns:
@@ -322,7 +323,8 @@ class Encoder(nn.Module):
             patches = self.vit.patch_embed(images)  # (B, N, D), or (B, h, w, D) with dynamic_img_size
             if mask is not None and mask_token is not None:
                 hidden = mask.view(patches.shape[:-1])[..., None]
-                patches = torch.where(hidden, mask_token.to(patches.dtype), patches)
+                token = mask_token if patches.ndim == 3 else mask_token[:, None]
+                patches = torch.where(hidden, token.to(patches.dtype), patches)
             x = self._add_positions(images, patches)
         whole = grid if visible is None else None
         return Tokens.start(self.vit.norm_pre(x), self.num_prefix, whole, self._rotary(grid), visible)

@@ -5,6 +5,7 @@ from mim.masking.attention_keep import AttentionKeepMasking
 from mim.masking.base import Masking
 from mim.masking.block import BlockMasking
 from mim.masking.boxes import BoxMasking
+from mim.masking.cosine import CosineMasking
 from mim.masking.grid import GridMasking
 from mim.masking.hard_patch import HardPatchMasking
 from mim.masking.multi_block import MultiBlockMasking
@@ -17,6 +18,7 @@ __all__ = [
     "AttentionMasking",
     "BlockMasking",
     "BoxMasking",
+    "CosineMasking",
     "GridMasking",
     "HardPatchMasking",
     "Masking",

@@ -8,6 +8,7 @@ from mim.methods.hpm import HPM
 from mim.methods.ibot import IBOT
 from mim.methods.ijepa import IJEPA
 from mim.methods.mae import MAE
+from mim.methods.maskgit import MaskGIT
 from mim.methods.momentum_mae import MomentumMAE
 from mim.methods.mp3 import MP3
 from mim.methods.simmim import SimMIM
@@ -23,6 +24,7 @@ __all__ = [
     "MP3",
     "AdaMAE",
     "Batch",
+    "MaskGIT",
     "Method",
     "MomentumMAE",
     "NonFiniteError",

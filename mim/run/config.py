@@ -250,6 +250,8 @@ def with_absolute_paths(config: Namespace) -> Namespace:
     for part in (arguments.encoder, target.get("init_args") if target else None):
         if part and str(part.get("model") or "").startswith(_FOLDER):
             part.model = _FOLDER + absolute(part.model.removeprefix(_FOLDER))
+        if part and Path(str(part.get("tokenizer") or "")).is_file():
+            part.tokenizer = absolute(part.tokenizer)
     return kept
 
 
