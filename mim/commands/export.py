@@ -50,7 +50,7 @@ def run(
         raise UserError(f"--push uploads a timm folder, not --to {to}", hint="--push USER/NAME without --to")
     if out:
         (check_folder if to == "timm" else check_file)("--out", Path(out))
-    from mim.interop.graph import write_graph
+    from mim.interop.graph import of_any_size, write_graph
     from mim.run.weights import export_backbone
 
     target = Path(out) if out else Path(cast(Path, run), "export", f"backbone{_SUFFIX[to]}")
@@ -64,6 +64,9 @@ def run(
         checked = f"checked: timm gives the same features, max difference {difference:g}"
     else:
         checked = f"checked: max difference {write_graph(vit, target, to, names):.1g}"
+        if vit.dynamic_img_size and not of_any_size(vit, to):
+            height, width = vit.patch_embed.img_size
+            checked += f"; for images of {height} x {width} px only, --to torch-export takes any size"
     print(f"wrote {target}   ({checked})")
     if push:
         print(f"pushed to {_pushed(target, push)}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -35,14 +36,15 @@ class _Whole(nn.Module):
 def write_graph(vit: ViT, target: Path, to: Literal["onnx", "torch-export"], class_names: Sequence[str] = ()) -> float:
     """Write a graph for any batch size, run it, and return its largest difference from the model.
 
-    A model that takes images of any size is written so, too: both sides any multiple of the patch size.
+    A model that takes images of any size is written so, too, where :func:`of_any_size` says so: both sides any multiple
+    of the patch size.
     """
     missing = [name for name in ("onnx", "onnxscript") if to == "onnx" and importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"--to onnx needs {' and '.join(missing)}", hint="pip install 'mim-suite[onnx]'")
     model = _Whole(vit).cpu().eval()
-    trials = [torch.rand(size, generator=keyed_generator("export")) for size in _sizes(vit)]
-    graph = torch.export.export(model, (trials[-1],), dynamic_shapes=(_dynamic(vit),))
+    trials = [torch.rand(size, generator=keyed_generator("export")) for size in _sizes(vit, of_any_size(vit, to))]
+    graph = torch.export.export(model, (trials[-1],), dynamic_shapes=(_dynamic(vit, of_any_size(vit, to)),))
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".partial-{target.name}")  # with its ending, which torch.export asks for
     names = json.dumps(list(class_names)) if class_names else None
@@ -55,18 +57,23 @@ def write_graph(vit: ViT, target: Path, to: Literal["onnx", "torch-export"], cla
     return difference
 
 
-def _sizes(vit: ViT) -> list[tuple[int, int, int, int]]:
+def of_any_size(vit: ViT, to: Literal["onnx", "torch-export"]) -> bool:
+    """Whether a graph takes images of any size; torch writes fixed counts of patches into ONNX of rotary positions."""
+    return bool(vit.dynamic_img_size) and not (to == "onnx" and isinstance(vit, Eva))
+
+
+def _sizes(vit: ViT, any_size: bool) -> list[tuple[int, int, int, int]]:
     """Inputs that a graph is tried on: the model's own size and, if it takes any, another."""
     channels, (height, width) = vit.patch_embed.proj.in_channels, cast(tuple[int, int], vit.patch_embed.img_size)
     down, right = cast(tuple[int, int], vit.patch_embed.patch_size)
     own, other = (2, channels, height, width), (3, channels, height + down, width + 2 * right)
-    return [own, other] if vit.dynamic_img_size else [own]
+    return [own, other] if any_size else [own]
 
 
-def _dynamic(vit: ViT) -> dict[int, Any]:
+def _dynamic(vit: ViT, any_size: bool) -> dict[int, Any]:
     """What of the input may change, as ``torch.export`` wants to know it."""
     dimensions: dict[int, Any] = {0: Dim("batch")}
-    if vit.dynamic_img_size:
+    if any_size:
         down, right = cast(tuple[int, int], vit.patch_embed.patch_size)
         dimensions |= {2: down * Dim("rows", min=1, max=_MOST), 3: right * Dim("columns", min=1, max=_MOST)}
     return dimensions
