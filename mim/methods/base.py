@@ -371,7 +371,11 @@ class Method(L.LightningModule):
         raise self._draws_nothing()
 
     def _draws_nothing(self) -> UserError:
-        return UserError(f"{self.name} draws no images", why="it predicts no ids", hint="a run of --method maskgit")
+        return UserError(
+            f"{self.name} draws no images",
+            why="it predicts no ids",
+            hint="a run of a method that predicts ids of a tokenizer: docs/tokens.md",
+        )
 
     def no_weight_decay(self) -> set[str]:
         """Name patterns, beyond biases and 1-D parameters, that are not decayed (read by timm's optimizer factory).

@@ -65,7 +65,7 @@ def test_its_scores_stand_beside_those_of_an_untrained_one(name, rotary, photos)
     assert main(command, ["--weights", "weights", "--data", str(data), "--out", "result", *options]) == 0
     metrics = json.loads((rotary / "result" / "metrics.json").read_text())["metrics"]
     assert any(key.endswith("untrained") for key in metrics)
-    scores = [values for values in metrics.values() if isinstance(values, list)]  # beside chosen rates and single classes
+    scores = [values for values in metrics.values() if isinstance(values, list)]  # beside rates and classes
     assert all(isfinite(value) for values in scores for value in torch.tensor(values).flatten().tolist())
 
 
