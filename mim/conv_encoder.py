@@ -133,7 +133,7 @@ class ConvEncoder(nn.Module):
             return self._maps(torch.where(shown.bool(), images, images.new_zeros(())))
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        maps: list[Tensor] = self.vit.forward_intermediates(images, intermediates_only=True)
+        maps = cast(list[Tensor], self.vit.forward_intermediates(images, intermediates_only=True))
         return maps[-len(self.strides) :]
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -154,15 +154,14 @@ class ConvEncoder(nn.Module):
 
     def mean_of(self, tokens: Tokens) -> Tensor:
         """Mean over places as timm's model pools them, ``(B, D)``; a ConvNeXt norms it."""
-        assert tokens.grid is not None
-        places = getattr(self.vit, "norm_pre", nn.Identity())(tokens.x.transpose(1, 2).unflatten(2, tokens.grid))
+        places = getattr(self.vit, "norm_pre", nn.Identity())(self.dense(tokens))
         pooled: Tensor = self.vit.forward_head(places, pre_logits=True)
         return pooled
 
     def dense(self, tokens: Tokens) -> Tensor:
         """Tokens as a map ``(B, D, h, w)``, as timm's ``features_only`` gives it."""
         assert tokens.grid is not None
-        return tokens.x.transpose(1, 2).unflatten(2, tokens.grid)
+        return tokens.x.transpose(1, 2).reshape(len(tokens.x), -1, *tokens.grid)
 
     def feature_map(self, images: Tensor) -> Tensor:
         """The last stage's map, ``(B, D, h, w)``."""

@@ -202,12 +202,12 @@ def _graphed(method: Method, tokens: torch.Tensor) -> tuple[float, float]:
             method.encoder.vit.blocks(tokens)
 
     aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    aside.wait_stream(torch.cuda.current_stream())  # type: ignore[no-untyped-call]
+    aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         for _ in range(3):
             forward()
-    torch.cuda.current_stream().wait_stream(aside)  # type: ignore[no-untyped-call]
-    graph = torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         forward()
     times = []

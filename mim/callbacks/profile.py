@@ -62,7 +62,7 @@ class Ranges(Profiler):
         """Closes the newest range if it has this name; an iterator that ends, or a step that fails, leaves none."""
         if not self._open or self._open[-1][0] != name:
             return
-        self._open.pop()[1].__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._open.pop()[1].__exit__(None, None, None)
         if torch.cuda.is_available():
             torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
 
@@ -100,13 +100,14 @@ class Profile(Callback):
     def attach(self, trainer: Trainer) -> None:
         """Takes the place of the loop's profiler, which does nothing; before training."""
         trainer.callbacks.append(self)  # type: ignore[attr-defined]  # set by Lightning
-        trainer.profiler = Ranges()
+        trainer.profiler = Ranges()  # type: ignore[attr-defined]  # as above
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Waits for its steps."""
         assert isinstance(pl_module, Method)
-        assert isinstance(trainer.profiler, Ranges)
-        pl_module.after_optimizer_step = trainer.profiler.around(pl_module.after_optimizer_step)  # type: ignore[method-assign]
+        ranges = trainer.profiler  # type: ignore[attr-defined]
+        assert isinstance(ranges, Ranges)
+        pl_module.after_optimizer_step = ranges.around(pl_module.after_optimizer_step)  # type: ignore[method-assign, assignment]
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
         plan = schedule(wait=FIRST - 1, warmup=1, active=self.steps, repeat=1)
         self._profiler = profile(activities=activities, schedule=plan, on_trace_ready=self._write)

@@ -171,8 +171,8 @@ def _encode_part(tokenizer: "Tokenizer", data: "PretrainData", source: "Source",
         found.append((tokenizer.encode(_unscaled(images, data, device)).cpu().numpy(), labels.numpy()))
     if not found:
         raise UserError(f"--data {data.path}: none of {len(source):,} images can be read")
-    ids, labels = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    size = write_shard(folder, ids, labels.tolist() if source.labels else None, source.classes, tokenizer)
+    ids, classes = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    size = write_shard(folder, ids, classes.tolist() if source.labels else None, source.classes, tokenizer)
     return len(ids), size
 
 

@@ -61,7 +61,8 @@ class Augmented(Frames):
         low, high = (torch.tensor(end)[:, None, None] for end in self.pixels.ends(len(noise)))
         numbers = self.pixels.stored(noise, low, high)
         bounds = {"uint8": (0, 255), "per_file": (0, 255), "uint16": (0, 65535), "int16": (-32768, 32767)}
-        return numbers.clamp(*bounds[self.pixels.type]) if self.pixels.type in bounds else numbers
+        least, most = bounds.get(self.pixels.type, (None, None))
+        return numbers if least is None else torch.clamp(numbers, least, most)
 
 
 def _posterize_bits(level: float, hparams: object) -> tuple[int]:

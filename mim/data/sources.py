@@ -279,7 +279,8 @@ class TokenSource(FileSource):
         if channels != 3:
             raise UserError(f"--data {folder}: tokens are of RGB images, the model takes {channels} channels")
         self._shard = read_shard(folder)
-        names = self._shard.labels and [self._shard.classes[label] for label in self._shard.labels]
+        labels = self._shard.labels
+        names = None if labels is None else [self._shard.classes[label] for label in labels]
         paths = (f"{folder}#{index}" for index in range(len(self._shard.ids)))
         super().__init__(name or folder.resolve().name, paths, names, channels)
         if not len(self):

@@ -42,8 +42,8 @@ class TokenShard(NamedTuple):
 
     def picture(self, index: int) -> Tensor:
         """The image ``(3, H, W)`` uint8 that its ids stand for."""
-        (image,) = self.tokenizer.decode(self.tokens(index)[None])
-        return image.mul(255).round().byte()
+        image: Tensor = self.tokenizer.decode(self.tokens(index)[None])[0].mul(255).round().byte()
+        return image
 
 
 def read_shard(folder: Path) -> TokenShard:

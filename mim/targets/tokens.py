@@ -117,7 +117,7 @@ class TokenTarget(Target):
 
     def error(self, prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """Cross-entropy of logits ``(B, M, s * V)`` with ids ``(B, M, s)``, mean over a patch: ``(B, M)``."""
-        logits = prediction.float().unflatten(-1, (-1, self.tokenizer.codes))  # (B, M, s, V)
+        logits = prediction.float().reshape(*target.shape, self.tokenizer.codes)  # (B, M, s, V)
         error = F.cross_entropy(
             logits.flatten(0, -2), target.flatten(), reduction="none", label_smoothing=self.smoothing
         )
@@ -126,7 +126,7 @@ class TokenTarget(Target):
 
     def to_pixels(self, prediction: Tensor, images: Tensor, grid: tuple[int, int], indices: Tensor) -> Tensor:
         """Pixels ``(B, M, p*p*3)`` of the likeliest codes, each by itself."""
-        ids = prediction.unflatten(-1, (-1, self.tokenizer.codes)).argmax(-1)  # (B, M, s)
+        ids = prediction.reshape(*prediction.shape[:2], -1, self.tokenizer.codes).argmax(-1)  # (B, M, s)
         height, width = (side // self.tokenizer.stride for side in patch_size_of(images, grid))
         drawn = self.mosaic(ids.reshape(-1, height, width))
         return patchify(drawn, patch_size_of(images, grid)).view(*ids.shape[:2], -1).to(images.dtype)

@@ -40,7 +40,7 @@ class Codebook(nn.Module):
     def nearest(self, vectors: Tensor) -> Tensor:
         """Ids ``(...)`` int64 of the codes that are nearest to ``vectors (..., E)``; of equally near ones the first."""
         flat, lengths = vectors.reshape(-1, vectors.shape[-1]).float(), self.codes.square().sum(1)
-        ids = [(lengths - 2 * part @ self.codes.T).argmin(1) for part in flat.split(_ROWS)]
+        ids = [(lengths - 2 * part @ self.codes.T).argmin(1) for part in torch.split(flat, _ROWS)]
         return torch.cat(ids).view(vectors.shape[:-1])
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ _KINDS: dict[str, type[Tokenizer]] = {kind.kind: kind for kind in (PatchTokenize
 
 def build_tokenizer(kind: str, codes: int, stride: int) -> Tokenizer:
     """A tokenizer with everything to learn; ``kind`` is patches or convolutional."""
-    return _KINDS[kind](codes=codes, stride=stride)  # type: ignore[call-arg]  # which both have
+    return _KINDS[kind](codes=codes, stride=stride)
 
 
 def save_tokenizer(tokenizer: Tokenizer, file: Path) -> None:

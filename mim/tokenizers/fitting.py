@@ -43,4 +43,4 @@ def reconstruction(tokenizer: Tokenizer, images: Tensor) -> tuple[float, int]:
     """Peak signal-to-noise ratio in dB of images ``(B, 3, H, W)`` that were encoded and decoded, and codes in use."""
     ids = tokenizer.encode(images)
     error = (tokenizer.decode(ids) - images).square().mean()
-    return float(-10 * error.clamp(min=1e-10).log10()), len(ids.unique())
+    return float(-10 * error.clamp(min=1e-10).log10()), len(torch.unique(ids))

@@ -30,8 +30,8 @@ class PatchTokenizer(Tokenizer):
 
     def embed(self, images: Tensor) -> Tensor:
         """The patches; see :meth:`Tokenizer.embed`."""
-        grid = patch_grid(images, self.stride)
-        return patchify(images, self.stride).unflatten(1, grid)
+        rows, columns = patch_grid(images, self.stride)
+        return patchify(images, self.stride).reshape(len(images), rows, columns, -1)
 
     def draw(self, vectors: Tensor) -> Tensor:
         """See :meth:`Tokenizer.draw`."""
