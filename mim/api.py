@@ -101,6 +101,7 @@ class PretrainOptions(TypedDict, total=False):
     img_size: int | Sequence[int]
     patch_size: int
     in_chans: int
+    lora: int
     registers: int
     label_column: str | int
     continue_: Weights
@@ -129,6 +130,7 @@ class PretrainOptions(TypedDict, total=False):
     probe_images: int
     log: str | Sequence[str]
     log_every: int
+    profile: int
     overwrite: bool
     allow_change: str | Sequence[str]
     trust: bool

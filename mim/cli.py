@@ -360,8 +360,7 @@ def function_parser(run: Callable[..., Any], command: str) -> "ArgumentParser":
 def help_page(command: str, *, whole: bool = False) -> str:
     """The help of a command: one screen, or all that is known of each option."""
     if command == "pretrain":
-        groups = GROUPS
-        footer = "Dotted names reach every other setting: --model.init_args.decoder_depth 4 (--help_all lists them)."
+        groups, footer = GROUPS, ""
     else:
         groups = _groups(importlib.import_module(f"mim.commands.{command}").run)
         *others, last = [

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mim.cli import COMMANDS, function_parser
+from mim.conv_encoder import ConvEncoder, is_conv_net
 from mim.encoder import Encoder
 from mim.methods import Method
 from mim.options.recipes import CONFIGS as ROOT
@@ -32,7 +33,8 @@ def parsed(path):
 def sides_patches_and_counts(settings):
     """Of the encoder that these settings describe: many recipes share one."""
     with torch.device("meta"):  # no memory for big models
-        encoder = Encoder(**json.loads(settings))
+        described = json.loads(settings)
+        encoder = (ConvEncoder if is_conv_net(described["model"]) else Encoder)(**described)
     return list(zip(encoder.img_size, encoder.patch_size, encoder.grid, strict=True))
 
 

@@ -24,16 +24,17 @@ def page(
         title: what the command does, in a line.
         examples: command lines, each with a remark.
         groups: the options by heading.
-        footer: what is said at the end.
+        footer: what is said at the end, if anything.
         whole: all that is known of each option, over several lines; what does not fit into one line is left out else.
     """
     wide = max(len(line) for line, _ in examples) + 3
-    lines = [title, "", *(f"  {line:<{wide}}{remark}".rstrip() for line, remark in examples)]
+    lines = [title, *(f"  {line:<{wide}}{remark}".rstrip() for line, remark in examples)]
     for heading, options in groups.items():
         lines += ["", f"{heading}:"]
         for name, option in options.items():
             lines += _entry(name, option, whole)
-    return "\n".join([*lines, "", *textwrap.wrap(footer, WIDTH, break_long_words=False, break_on_hyphens=False)])
+    end = textwrap.wrap(footer, WIDTH, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([*lines, *(["", *end] if end else [])])
 
 
 def _entry(name: str, option: Option, whole: bool) -> list[str]:

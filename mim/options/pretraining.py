@@ -56,8 +56,8 @@ GROUPS: dict[str, dict[str, Option]] = {
         ),
         "lora": Option(
             "RANK",
-            "with --continue: only additions of so low a rank learn, to attention",
-            "off: all of it learns",
+            "with --continue: rank of additions to attention, which alone learn",
+            "off",
             f"{_ENCODER}.lora",
             Count,
             example="8",
@@ -168,7 +168,9 @@ GROUPS: dict[str, dict[str, Option]] = {
             "FILE", "settings in YAML, or a recipe's name; several merge left to right, options win", target="config"
         ),
         "print_config": Option("", "print all settings as YAML and stop", target="print_config"),
-        "help_all": Option("", "every option of the full schema; also --model.help MAE", target="help_all"),
+        "help_all": Option(
+            "", "every other setting, as --model.init_args.decoder_depth 4; --model.help MAE", target="help_all"
+        ),
         "debug": Option("", "show the traceback of an error"),
     },
 }

@@ -269,7 +269,7 @@ def init_backbone(vit: ViT | ConvNet, weights: str, *, trust: bool = False, opti
     like = cast(ViT, vit)  # of a conv net these look at names and shapes alone
     refuse_otherwise(_built_of(weights), like, weights, option)
     found, own = _rotary(vit, weights, tensors, option) if isinstance(vit, Eva) else tensors, vit.state_dict()
-    tensors, notes = adapt(found, like, grid)
+    tensors, notes = adapt(found, vit, grid) if isinstance(vit, ViT) else (found, [])
     matched = {name: tensors[name] for name in own if _same_kind(tensors.get(name), own[name])}
     if unlike := differences(tensors, own):
         raise misfit(like, weights, found, tensors, unlike, option)

@@ -125,8 +125,8 @@ def test_pictures_show_true_pixels_where_visible_and_predictions_where_hidden(im
     assert torch.equal(method.visualize(images)["hidden"], pictures["hidden"])
 
 
-def test_features_may_be_predicted_and_are_no_picture(images):
-    assert list(build(target=HOGTarget()).visualize(images)) == ["hidden"]
+def test_edges_may_be_predicted_and_are_drawn(images):
+    assert list(build(target=HOGTarget()).visualize(images)) == ["hidden", "edges", "imagined edges"]
 
 
 @pytest.mark.parametrize("masking", [BlockMasking(), AttentionMasking()])

@@ -82,7 +82,9 @@ def test_the_kind_of_an_option_of_a_part_is_that_of_its_signature(name):
         assert kinds_of(PRETRAIN[name].kind) - {"list"} <= kinds_of(PARTS[part][setting])
 
 
-RATIOS = [name for name in mim.masking.__all__ if name not in ("Masking", "MultiBlockMasking")]
+WITHOUT_RATIO = ["MultiBlockMasking", "CosineMasking"]
+"""Areas of blocks, and every ratio by turns."""
+RATIOS = [name for name in mim.masking.__all__ if name not in ("Masking", *WITHOUT_RATIO)]
 
 
 @pytest.mark.parametrize("policy", RATIOS)
@@ -95,9 +97,10 @@ def test_the_mask_ratio_reaches_every_policy(policy):
     assert [chosen[name] for name in settings] == [0.6] * len(settings)
 
 
-def test_blocks_of_given_areas_have_no_ratio_and_say_so():
-    with pytest.raises(UserError, match=r"--mask_ratio 0.6: MultiBlockMasking has no such setting"):
-        parse([TINY, "--model.init_args.masking=MultiBlockMasking", "--mask_ratio=0.6"])
+@pytest.mark.parametrize("policy", WITHOUT_RATIO)
+def test_a_policy_of_no_single_ratio_says_so(policy):
+    with pytest.raises(UserError, match=rf"--mask_ratio 0.6: {policy} has no such setting"):
+        parse([TINY, f"--model.init_args.masking={policy}", "--mask_ratio=0.6"])
 
 
 def test_a_policy_without_a_ratio_is_refused_by_name(monkeypatch):

@@ -90,9 +90,9 @@ def test_weights_need_a_place():
         export(weights="test_vit")
 
 
-def test_a_model_that_is_no_vit_is_refused(tmp_path):
+def test_a_model_of_another_family_is_refused(tmp_path):
     with pytest.raises(UserError, match="is neither a plain nor a rotary ViT"):
-        export(weights="resnet10t", out=tmp_path / "out")
+        export(weights="mobilenetv3_small_050", out=tmp_path / "out")
 
 
 def test_an_unknown_model_is_refused(tmp_path):
