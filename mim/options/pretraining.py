@@ -56,7 +56,7 @@ GROUPS: dict[str, dict[str, Option]] = {
         ),
         "lora": Option(
             "RANK",
-            "with --continue: rank of additions to attention, which alone learn",
+            "rank of additions to attention, which alone learn (LoRA); needs --continue",
             "off",
             f"{_ENCODER}.lora",
             Count,
