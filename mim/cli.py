@@ -49,7 +49,7 @@ COMMANDS = {
 }
 
 EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
-    "pretrain": (("", "built-in photos, two minutes on two cores"), ("--data photos", "your own images")),
+    "pretrain": (("", "built-in photos, 2 to 3 minutes on two cores"), ("--data photos", "your own images")),
     "knn": (
         ("--weights runs/001-mae-photos --data labelled", "a run"),
         ("--weights vit_small_patch16_224", "a timm name"),

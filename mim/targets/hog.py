@@ -99,6 +99,7 @@ def _strokes(values: Tensor, grid: tuple[int, int]) -> Tensor:
     """Histograms ``(B, N, 36 * C)``, mean over channels, as strokes along the edges: ``(B, 16h, 16w)``, 0 is dark."""
     rows, columns = grid
     cells = values.clamp(min=0).reshape(*values.shape[:-1], 2, 2, -1, _BINS).mean(dim=-2)  # (B, N, 2, 2, 9)
+    cells = cells - cells.amin(dim=-1, keepdim=True)  # what all directions have alike is no edge
     cells = cells.view(-1, rows, columns, 2, 2, _BINS).transpose(2, 3)  # (B, h, 2, w, 2, 9)
     drawn = torch.einsum("bhywxd,dij->bhyiwxj", cells, _templates(values.device))
     return drawn.reshape(len(values), 2 * rows * _STROKE, 2 * columns * _STROKE)
