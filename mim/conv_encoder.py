@@ -87,6 +87,8 @@ class ConvEncoder(nn.Module):
         stride = self.strides[-1]
         if height % stride or width % stride:
             near = [max(1, round(side / stride)) * stride for side in (height, width)]
+            if img_size is None:  # timm's default for a net that takes any size, as 176 px of resnet10t
+                return near[0], near[1]
             asked = near[0] if near[0] == near[1] else f"[{near[0]},{near[1]}]"
             raise UserError(
                 f"--img_size {height}x{width} does not divide by {stride}, the side of a place of {model}",

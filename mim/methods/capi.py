@@ -167,12 +167,12 @@ class CAPI(Method):
     @torch.no_grad()
     def teach(self, images: Tensor) -> Tensor:
         """The teacher's patches of whole images, scaled to length 1: ``(B, N, D)``."""
-        return F.normalize(self.evaluated(images)[:, self.encoder.num_prefix :], dim=-1)
+        return F.normalize(self.evaluated(images)[:, self.encoder.num_prefix :].float(), dim=-1)
 
     def predict(self, images: Tensor, mask: Tensor, places: Tensor) -> Tensor:
         """Logits of clusters at ``places (B, M)``, by what ``mask (B, N)`` leaves visible: ``(B, M, K)`` float32."""
         context = self.encoder(images, mask, visible_count=self.visible_count)  # (B, P + K, D)
-        points = F.normalize(self.predictor([context], places), dim=-1)
+        points = F.normalize(self.predictor([context], places).float(), dim=-1)
         return F.linear(points, self.prototypes()).float()
 
     def mean_loss(self, logits: Tensor, assigned: Tensor, counted: Tensor | None) -> Tensor:
