@@ -206,6 +206,7 @@ def _recipe(names: Mapping[str, str], configs: Sequence[str]) -> list[str]:
     method = names.get("method", "mae")
     _check_method(method)
     _check_continued(names)
+    _check_scale(names)
     files = [recipe_file(config) for config in configs]
     resumed = names.get("resume", "auto") != "auto"
     if resumed:  # its own settings are complete, and whatever is given goes on top of them
@@ -232,6 +233,18 @@ def no_weights_for_lora(rank: object) -> UserError:
         f"--lora {rank}: the weights that it adds to stand still, and these would be random",
         hint=f"--continue vit_small_patch16_dinov3.lvd1689m --lora {rank}",
     )
+
+
+def _check_scale(names: Mapping[str, str]) -> None:
+    """Refuses what the scale of earlier versions has never looked at."""
+    if names.get("value_range") == "per_file" and (
+        unread := [name for name in ("clip", "bands", "nodata") if name in names]
+    ):
+        raise UserError(
+            f"--{unread[0]} and --value_range per_file exclude each other",
+            why="that scale of earlier versions reads every file as 8 bit by itself",
+            hint="--value_range auto",
+        )
 
 
 def _check_continued(names: Mapping[str, str]) -> None:

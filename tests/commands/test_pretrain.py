@@ -336,3 +336,10 @@ def test_data_that_lost_an_image_do_not_go_on_in_another_order(tmp_path, monkeyp
     assert main("pretrain", ["--resume", "run"]) == 2
     assert "the data hold 15 images, the run began with 16" in capsys.readouterr().err
     assert main("pretrain", ["--resume", "run", "--allow_change", "data.path"]) == 0
+
+
+@pytest.mark.parametrize("option", ["--clip", "--bands=1", "--nodata=0"])
+def test_what_the_scale_per_file_does_not_read_is_refused(option, capsys):
+    assert main("pretrain", ["--data=shapes", "--value_range=per_file", option]) == 2
+    name = option.partition("=")[0]
+    assert capsys.readouterr().err.startswith(f"error: {name} and --value_range per_file exclude each other")
