@@ -70,7 +70,9 @@ ROWS = {
     "I-JEPA with StoP": Row("ijepa/demo", {f"{MODEL}.stop": 0.25}, untrained="no class token"),
     "MAE, CrossMAE's decoder": Row(PIXELS, {f"{MODEL}.cross": '{"predicted": 0.33, "mixed": 4}'}),
     "MAE, squares of 2 x 2": Row(PIXELS, masks("GridMasking", ratio=0.75, cell=2)),
-    "MAE, blocks": Row(PIXELS, masks("BlockMasking", low=0.75, high=0.75, unmasked_share=0.0)),
+    "SimMIM, blocks": Row(
+        "simmim/demo", masks("BlockMasking", low=0.6, high=0.6, unmasked_share=0.0), untrained="learned positions"
+    ),
     "MAE, a rectangle visible": Row(PIXELS, masks("RectangleMasking", ratio=0.75, inverse=True, rolled=True)),
     "MAE, AttMask's hint": Row(HINT),
     "MAE, A-CLIP's kept squares": Row(HINT, masks("AttentionKeepMasking", ratio=0.75, cell=2)),
