@@ -70,12 +70,12 @@ ROWS = {
     "I-JEPA with StoP": Row("ijepa/demo", {f"{MODEL}.stop": 0.25}, untrained="no class token"),
     "MAE, CrossMAE's decoder": Row(PIXELS, {f"{MODEL}.cross": '{"predicted": 0.33, "mixed": 4}'}),
     "MAE, squares of 2 x 2": Row(PIXELS, masks("GridMasking", ratio=0.75, cell=2)),
-    "SimMIM, blocks": Row(
-        "simmim/demo", masks("BlockMasking", low=0.6, high=0.6, unmasked_share=0.0), untrained="learned positions"
-    ),
     "MAE, a rectangle visible": Row(PIXELS, masks("RectangleMasking", ratio=0.75, inverse=True, rolled=True)),
     "MAE, AttMask's hint": Row(HINT),
     "MAE, A-CLIP's kept squares": Row(HINT, masks("AttentionKeepMasking", ratio=0.75, cell=2)),
+    "iBOT, random masks": Row(
+        "ibot/demo", masks("VaryingRandomMasking", low=0.1, high=0.5), views=CROPS, untrained="learned positions"
+    ),
     "DropPos": Row("mp3/demo", {f"{MODEL}.positions.smoothing": 1.0}, untrained="no positions"),
 }
 UNTRAINED = {row.untrained: name for name, row in reversed(ROWS.items())}
