@@ -96,7 +96,7 @@ def brevity(run: Run) -> Html:
     return tag(
         "p",
         f"A short run: {images * epochs:,.0f} images seen, where papers train with about a billion. It can show that "
-        "features become better than untrained ones, and that nothing collapses. It cannot show which method is better, "
+        "features become better than untrained ones, and that nothing collapses. It cannot show which method is best, "
         "and what it imagines of hidden patches stays blurred.",
         class_="lead",
     )
