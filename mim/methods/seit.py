@@ -90,7 +90,7 @@ class SeiT(Method):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy of hidden ids, mean over the tokens of a patch, then over hidden patches."""
         images, valid = single_view(batch)
-        ids = self.target.by_patch(self.target.ids(images), self.encoder.grid)  # (B, N, s)
+        ids = self.target.by_patch(self.known_ids(self.target.ids(images)), self.encoder.grid)  # (B, N, s)
         mask, dropped, hidden = self.draw(self.row_generator(len(images), batch_idx, "cpu"))
         prediction = self.predict(ids, mask, dropped, hidden)
         weights = self.target.weights(valid, images, self.encoder.grid, hidden)
