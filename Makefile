@@ -5,10 +5,15 @@ BIN := $(VENV)/bin
 # The tests of a file share what one of them has trained. Files with many tests are not the long ones.
 IN_PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-middle test-slow test-versions audit lock lint types docs install clean
+.PHONY: demo table test test-middle test-slow test-versions audit lock lint types docs install clean
 
 demo: install
 	$(BIN)/python tools/pretrain.py
+
+# Every method on CIFAR-10, about four hours of one core for a seed of all, ten for the whole table; goes on where it was stopped.
+CIFAR10 ?= cifar10
+table: install
+	OMP_NUM_THREADS=1 $(BIN)/python docs/cifar10_table.py $(CIFAR10) runs/cifar10-table
 
 test: install lint types
 	$(BIN)/python -m pytest $(IN_PARALLEL)

@@ -207,6 +207,7 @@ class Encoder(nn.Module):
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
         visible_count: int | None = None,
+        dropped: Tensor | None = None,
     ) -> Tensor:
         """Encode images; patch tokens stay in raster order.
 
@@ -216,14 +217,16 @@ class Encoder(nn.Module):
                 they had never been there; all rows must hide equally many.
             mask_token: ``(1, 1, D)``, or ``(B, 1, D)``; stands in for hidden patches before positions are added;
                 nothing is dropped.
-            visible_count: patches that ``mask`` leaves visible; if it is not given, a GPU is waited for to count them.
+            visible_count: patches that are not dropped; if it is not given, a GPU is waited for to count them.
+            dropped: ``(B, N)`` bool, beside a mask token: patches that are left out as hidden ones are without one; all
+                rows must drop equally many.
 
         Returns:
             ``(B, P + K, D)`` after the final norm; ``K`` counts the visible patches, or all if none is dropped. With a
             reduction, ``K`` is what it leaves, in its own order.
         """
         self._check(images, mask)
-        tokens = self._run_blocks(self._start(images, mask, mask_token, visible_count))
+        tokens = self._run_blocks(self._start(images, mask, mask_token, visible_count, dropped))
         normed: Tensor = self.vit.norm(tokens.x)
         return normed
 
@@ -313,12 +316,17 @@ class Encoder(nn.Module):
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
         visible_count: int | None = None,
+        dropped: Tensor | None = None,
     ) -> Tokens:
         """Tokens with positions, ``(B, P + K, D)``, as they enter the first block."""
         grid, visible = patch_grid(images, self.patch_size), None
-        if mask is not None and mask_token is None:
-            visible = visible_indices(mask, visible_count)
-            x = self._join(images, self._project_visible(images, visible), visible)  # reads no other pixels
+        left_out = mask if mask_token is None else dropped
+        if left_out is not None:
+            visible = visible_indices(left_out, visible_count)
+            patches = self._project_visible(images, visible)  # reads no other pixels
+            if mask is not None and mask_token is not None:
+                patches = torch.where(mask.gather(1, visible)[..., None], mask_token.to(patches.dtype), patches)
+            x = self._join(images, patches, visible)
         else:
             patches = self.vit.patch_embed(images)  # (B, N, D), or (B, h, w, D) with dynamic_img_size
             if mask is not None and mask_token is not None:

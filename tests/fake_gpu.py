@@ -142,9 +142,15 @@ def without_values(module: nn.Module, device: torch.device) -> nn.Module:
 
 def batch_on(data: PretrainData, size: tuple[int, int], device: torch.device, images: int = 2) -> Batch:
     """A batch that went from the loader to the device and through the views there."""
-    data.views.configure(size, *data.statistics(3), EIGHT_BIT)
-    noise = torch.randint(256, (images, 3, *size), dtype=torch.uint8)
-    crops, labels, keys, *_ = collate([(data.views.crop(image), -1, key, []) for key, image in enumerate(noise)])
+    crops, labels, keys = loaded(data, size, images)
     moved = [view.pin_memory().to(device, non_blocking=True) for view in crops]
     views = without_values(data.views, device)(moved, RowGenerator(keys))
     return views, labels.pin_memory().to(device, non_blocking=True)
+
+
+def loaded(data: PretrainData, size: tuple[int, int], images: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Crops of noise, labels and keys, as the loader gives them."""
+    data.views.configure(size, *data.statistics(3), EIGHT_BIT)
+    noise = torch.randint(256, (images, 3, *size), dtype=torch.uint8)
+    crops, labels, keys, *_ = collate([(data.views.crop(image), -1, key, []) for key, image in enumerate(noise)])
+    return crops, labels, keys

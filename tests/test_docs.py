@@ -16,6 +16,10 @@ def test_links_lead_to_files_that_are_there(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+def test_no_page_holds_both_sides_of_a_merge():
+    assert [page.name for page in PAGES if re.search(r"^(<<<<<<< |>>>>>>> )", page.read_text(), re.MULTILINE)] == []
+
+
 @pytest.mark.middle
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("sphinx", reason="pip install 'mim-suite[docs]'")

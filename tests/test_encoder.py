@@ -111,6 +111,17 @@ def test_mask_token_replaces_hidden_patches_before_positions(encoder):
     assert torch.equal(encoder(images, mask, token), expected)
 
 
+def test_mask_tokens_stand_where_hidden_patches_are_not_dropped(encoder):
+    images, mask, token = images_for(encoder), mask_for(encoder, visible=3), torch.randn(1, 1, encoder.dim)
+    vit, prefix, dropped = encoder.vit, encoder.num_prefix, mask & (mask.cumsum(1) > 2)  # all but two of them
+    patches = vit.patch_embed(images)
+    replaced = torch.where(mask.view(*patches.shape[:-1], 1), token, patches)
+    tokens = vit._pos_embed(replaced)
+    kept = torch.cat([tokens[:, :prefix], gather_tokens(tokens[:, prefix:], visible_indices(dropped))], dim=1)
+    expected = vit.norm(vit.blocks(vit.norm_pre(kept)))
+    torch.testing.assert_close(encoder(images, mask, token, dropped=dropped), expected, rtol=1e-5, atol=2e-5)
+
+
 def test_every_trainable_parameter_gets_a_gradient(encoder):
     encoder.train()
     encoder(images_for(encoder), mask_for(encoder, visible=3)).square().sum().backward()

@@ -131,6 +131,15 @@ def test_mask_tokens_stand_where_hidden_patches_were(encoder_of, name):
     assert torch.equal(encoder(images, mask, token), vit.norm(x))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_dropping_beside_a_mask_token_is_hiding_without_one_or_replacing_alone(encoder_of, name):
+    encoder = encoder_of(name)
+    images, mask, token = images_for(encoder), mask_for(visible=9), torch.randn(1, 1, encoder.dim)
+    for dropped, without in ((mask, encoder(images, mask)), (torch.zeros_like(mask), encoder(images, mask, token))):
+        own = encoder(images, mask, token, dropped=dropped)
+        torch.testing.assert_close(own, without, rtol=1e-5, atol=1e-4)  # patches of a matrix, not of a convolution
+
+
 @pytest.mark.parametrize("name", CLASS_TOKEN)
 def test_class_attention_is_that_of_timms_unfused_path(name):
     encoder = build(name)

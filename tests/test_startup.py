@@ -109,7 +109,7 @@ def test_a_name_that_timm_does_not_know_is_refused(name):
         ("blr", ["1.5e-4"], ["0", "-1", "x"]),
         ("nodata", ["-9999", "0.5"], ["x", "nan"]),
         ("devices", ["1", "auto", "-1", "[0,1]"], ["0", "x"]),
-        ("precision", ["32-true", "bf16-mixed", "16", "32"], ["half", "8"]),
+        ("precision", ["32-true", "bf16-mixed", "16", "32"], ["half", "8", "bf16-true"]),
         ("accumulate", ["4"], ["0", "x"]),
         ("num_workers", ["0", "auto"], ["-1", "x"]),
         ("pool", ["cls", "mean"], ["max"]),

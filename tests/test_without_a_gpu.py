@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fake_gpu import CUDA, META, HostWaitError, batch_on, machine, without_values
+from prepared_methods import prepared
 from recipes import ROOT, SETTINGS
 from small_models import EVERY, build, fits
 from tiers import fast
@@ -25,27 +26,13 @@ from mim.evaluation.segmentation import SegmentationOptim, SemanticSegmentation
 from mim.evaluation.segmentation_heads import KNNHead, LinearHead, UPerHead
 from mim.evaluation.windows import Inference
 from mim.masking import BoxMasking
-from mim.methods import Plan
 from mim.options.classification import FinetuneRecipe
-from mim.options.pretraining import translate
 from mim.randomness import RowGenerator
 from mim.reduction import TokenReducedViT
-from mim.run.config import instantiate, parse
 from mim.targets import HOGTarget
 
 FLOAT32 = ("_softmax", "log_softmax", "logsumexp", "sort", "topk", "argmax", "mse_loss", "_fused_adamw", "vector_norm")
 """Operations whose numbers bf16 would round to ties or nothing: softmax, rankings, losses, updates, lengths."""
-
-
-def prepared(name, *changes):
-    """Method and data of a tiny run on the CPU, in the middle of ten steps; ``logged`` holds what it logs."""
-    torch.manual_seed(0)
-    objects = instantiate(parse(translate([*SETTINGS[name], *changes])))
-    method, logged = objects.model, {}
-    method.plan, method.logged = Plan(max_steps=10, batch_size=16), logged
-    method.log, method.log_dict = logged.__setitem__, logged.update
-    method.setup("fit")
-    return method, objects.data
 
 
 def step(method, data, device, precision=torch.float32, nodata=False):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    what: Literal["fit", "encode"],
+    what: Literal["fit", "encode", "convert"],
     data: str = "builtin",
     out: Path | None = None,
     tokenizer: str = "builtin",
@@ -37,13 +37,14 @@ def run(
     num_workers: Processes | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
-    """Fit a tokenizer to 8-bit RGB images, or write images as its tokens.
+    """Fit a tokenizer to 8-bit RGB images, write images as its tokens, or take over the weights of a VQGAN.
 
     Args:
-        what: fit writes a tokenizer, encode a folder of tokens that any --data takes.
+        what: fit writes a tokenizer, encode a folder of tokens that any --data takes, convert a tokenizer out of
+            public weights.
         data: images, as for pretraining; encode keeps labels, and what the data sets apart.
         out: file of the tokenizer, or folder of the tokens; tokenizer.safetensors or tokens unless given.
-        tokenizer: file that fit has written, or builtin, for encode.
+        tokenizer: file that fit has written, weights of a VQGAN, or builtin, for encode and convert.
         kind: patches are k-means on pixels, convolutional an autoencoder, for fit.
         codes: size of the codebook, for fit; up to 256 a token is one byte.
         stride: pixels per token and side, for fit.
@@ -55,10 +56,14 @@ def run(
         num_workers: loader processes; one per core unless given.
         device: where to compute; auto takes a GPU if there is one.
     """
-    out = out or Path("tokenizer.safetensors" if what == "fit" else "tokens")
-    if what == "fit":
+    out = out or Path("tokens" if what == "encode" else "tokenizer.safetensors")
+    if what != "encode":
         check_file("--out", out)
+    if what == "fit":
         _check_stride(kind, stride, img_size)
+    elif what == "convert":
+        _convert(tokenizer, out)
+        return
     else:
         _check_empty(out)
     import torch
@@ -66,13 +71,12 @@ def run(
     from mim.data.loading import loader_processes
     from mim.data.pretrain import PretrainData
     from mim.run.folder import quieten
-    from mim.tokenizers import load_tokenizer
     from mim.tokenizers.files import build_tokenizer
     from mim.transfer.features import chosen_device
 
     quieten(process_rank())
     torch.manual_seed(seed)
-    made = build_tokenizer(kind, codes, stride) if what == "fit" else load_tokenizer(tokenizer)
+    made = build_tokenizer(kind, codes, stride) if what == "fit" else _opened(tokenizer)
     if img_size % made.stride:
         near = max(1, round(img_size / made.stride)) * made.stride
         raise UserError(
@@ -104,6 +108,27 @@ def _check_stride(kind: str, stride: int, img_size: int) -> None:
         raise UserError(f"--stride {stride} is no power of 2", why=why, hint=f"--stride {near}   or   --kind patches")
     if stride > img_size:
         raise UserError(f"--stride {stride} is more than --img_size {img_size}", hint=f"--img_size {stride}")
+
+
+def _opened(name: str) -> "Tokenizer":
+    """The tokenizer of a file, ours or a VQGAN's weights."""
+    from mim.interop.reading import load_weights
+    from mim.tokenizers import VQGANTokenizer, load_tokenizer
+    from mim.tokenizers.files import is_tokenizer
+
+    if is_tokenizer(name) or not Path(name).is_file():
+        return load_tokenizer(name)
+    return VQGANTokenizer.from_weights(load_weights(Path(name), option="--tokenizer"), f"--tokenizer {name}")
+
+
+def _convert(name: str, out: Path) -> None:
+    """Writes what ``name`` holds in the form that methods take."""
+    from mim.tokenizers import save_tokenizer
+
+    made = _opened(name)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(made, out)
+    print(f"  tokenizer {out}: {made.codes:,} codes, {made.stride} px per token and side")
 
 
 def _check_empty(out: Path) -> None:

@@ -83,6 +83,8 @@ def write_shard(
     Returns:
         Bytes of an image's tokens.
     """
+    if ids.size and ids.min() < 0:
+        raise ValueError("tokens that are not finite have no id to be written")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FACTS).unlink(missing_ok=True)
     kept = ids.astype(np.uint8 if tokenizer.codes <= 256 else np.uint16 if tokenizer.codes <= 65536 else np.uint32)

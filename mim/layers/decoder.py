@@ -1,6 +1,6 @@
 """The light decoder of masked autoencoders (arXiv:2111.06377): fill in mask tokens, run a few blocks, predict."""
 
-from typing import cast
+from typing import TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,27 @@ from torch import Tensor, nn
 
 from mim.layers.positions import sincos_positions
 from mim.patches import gather_tokens, visible_indices
+
+WIDEST, HEAD = 512, 32  # MAE's decoder, and the width of each of its heads
+
+
+class DecoderShape(TypedDict):
+    """Width, blocks and attention heads of a decoder."""
+
+    width: int
+    depth: int
+    heads: int
+
+
+def decoder_shape(dim: int, width: int | None, depth: int, heads: int | None) -> DecoderShape:
+    """A decoder in proportion to an encoder of width ``dim`` where ``width`` or ``heads`` are left open.
+
+    Two thirds of the encoder's width, in whole heads of 32, and 512 at most: 512 for ViT-B, L and H as in MAE, 256 for
+    ViT-S, 128 for ViT-Ti, whose decoder would otherwise have five times the parameters of the encoder.
+    """
+    width = width or min(WIDEST, max(HEAD, HEAD * round(dim * 2 / 3 / HEAD)))
+    heads = heads or next(number for number in range(max(1, width // HEAD), 0, -1) if width % number == 0)
+    return {"width": width, "depth": depth, "heads": heads}
 
 
 class FillMasked(nn.Module):

@@ -11,6 +11,7 @@ from mim.masking.hard_patch import HardPatchMasking
 from mim.masking.multi_block import MultiBlockMasking
 from mim.masking.rectangle import RectangleMasking
 from mim.masking.sampled import SampledMasking
+from mim.masking.truncated_normal import TruncatedNormalMasking
 from mim.masking.uniform import RandomMasking, VaryingRandomMasking
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "RandomMasking",
     "RectangleMasking",
     "SampledMasking",
+    "TruncatedNormalMasking",
     "VaryingRandomMasking",
 ]

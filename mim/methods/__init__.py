@@ -11,6 +11,7 @@ from mim.methods.mae import MAE
 from mim.methods.maskgit import MaskGIT
 from mim.methods.momentum_mae import MomentumMAE
 from mim.methods.mp3 import MP3
+from mim.methods.seit import SeiT
 from mim.methods.simmim import SimMIM
 from mim.methods.spark import SparK
 
@@ -30,6 +31,7 @@ __all__ = [
     "NonFiniteError",
     "OptimConfig",
     "Plan",
+    "SeiT",
     "SimMIM",
     "SparK",
 ]

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mim.encoder import Encoder
-from mim.layers.decoder import Decoder
+from mim.layers.decoder import Decoder, decoder_shape
 from mim.layers.initialisation import initialise
 from mim.masking import SampledMasking
 from mim.methods.base import Batch, Method, OptimConfig, single_view
@@ -53,9 +53,9 @@ class AdaMAE(Method):
         masking: how many patches are hidden; the sampler says which.
         target: what is predicted for hidden patches; pixels standardised within their patch if not given.
         sampler: how visible patches are learnt.
-        decoder_width: width of the decoder.
+        decoder_width: width of the decoder; two thirds of the encoder's (512 at most) if null.
         decoder_depth: blocks of the decoder; MAE's 8 by default, 4 of width 384 in the paper.
-        decoder_heads: attention heads of the decoder.
+        decoder_heads: attention heads of the decoder; one per 32 of its width if null.
         optim: learning rate, weight decay and warm-up.
     """
 
@@ -67,9 +67,9 @@ class AdaMAE(Method):
         masking: SampledMasking,
         target: Target | None = None,
         sampler: SamplerConfig = SamplerConfig(),
-        decoder_width: Count = 512,
+        decoder_width: Count | None = 512,
         decoder_depth: Count = 8,
-        decoder_heads: Count = 16,
+        decoder_heads: Count | None = 16,
         optim: OptimConfig = OptimConfig(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(encoder, masking, optim)
@@ -82,9 +82,7 @@ class AdaMAE(Method):
             encoder.grid,
             encoder.num_prefix,
             out_dim=self.target.dim(encoder),
-            width=decoder_width,
-            depth=decoder_depth,
-            heads=decoder_heads,
+            **decoder_shape(encoder.dim, decoder_width, decoder_depth, decoder_heads),
         )
         for part in (self.sampler, self.decoder):
             initialise(part)

@@ -409,6 +409,11 @@ class Method(L.LightningModule):
         """For what steers a step but is not part of its loss: the step is skipped unless all ``values`` are finite."""
         self.skip_step.logical_or_(~values.isfinite().all())
 
+    def known_ids(self, ids: Tensor) -> Tensor:
+        """``ids`` of a tokenizer with 0 for unknown ones, -1, for which the step is skipped: integers tell no NaN."""
+        self.skip_step.logical_or_((ids < 0).any())
+        return ids.clamp(min=0)
+
     @property
     def step_was_skipped(self) -> Tensor:
         """Scalar bool on the device: whether the optimizer has refused a step, and so every step after it.

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mim.encoder import Encoder
-from mim.layers.decoder import FillMasked, Trunk
+from mim.layers.decoder import FillMasked, Trunk, decoder_shape
 from mim.layers.initialisation import initialise
 from mim.layers.teacher import Teacher
 from mim.masking import HardPatchMasking
@@ -59,9 +59,9 @@ class HPM(Method):
         target: what is reconstructed, and so what is hard: ``PixelTarget``, as in the released recipes, or
             ``FeatureTarget``.
         difficulty: how difficulty is learnt.
-        decoder_width: width of the two decoders; 512 in the paper.
+        decoder_width: width of the two decoders; 512 in the paper, two thirds of the encoder's (512 at most) if null.
         decoder_depth: blocks of each decoder; 8 in the paper.
-        decoder_heads: attention heads of the decoders; 16 in the paper.
+        decoder_heads: attention heads of the decoders; 16 in the paper, one per 32 of their width if null.
         optim: learning rate, weight decay and warm-up.
     """
 
@@ -73,9 +73,9 @@ class HPM(Method):
         masking: HardPatchMasking,
         target: Target,
         difficulty: DifficultyConfig = DifficultyConfig(),
-        decoder_width: Count = 512,
+        decoder_width: Count | None = 512,
         decoder_depth: Count = 8,
-        decoder_heads: Count = 16,
+        decoder_heads: Count | None = 16,
         optim: OptimConfig = OptimConfig(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(encoder, masking, optim)
@@ -83,8 +83,8 @@ class HPM(Method):
         self.target = target
         self.patches = math.prod(encoder.grid)
         self.visible_count = masking.visible_count(self.patches)
-        shape = {"width": decoder_width, "depth": decoder_depth, "heads": decoder_heads}
-        self.fill = FillMasked(encoder.dim, encoder.grid, encoder.num_prefix, decoder_width)
+        shape = decoder_shape(encoder.dim, decoder_width, decoder_depth, decoder_heads)
+        self.fill = FillMasked(encoder.dim, encoder.grid, encoder.num_prefix, shape["width"])
         self.reconstruction = Trunk(encoder.num_prefix, target.dim(encoder), **shape)
         self.difficulty = Trunk(encoder.num_prefix, difficulty.units, **shape)
         for part in (self.fill, self.reconstruction, self.difficulty):

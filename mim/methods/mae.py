@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mim.encoder import Encoder
 from mim.layers.cross_attention import CrossDecoder
-from mim.layers.decoder import Decoder
+from mim.layers.decoder import Decoder, decoder_shape
 from mim.layers.initialisation import initialise
 from mim.masking import Masking
 from mim.methods.base import Batch, Method, OptimConfig, single_view
@@ -50,9 +50,9 @@ class MAE(Method):
             image, without guidance.
         target: what is predicted for hidden patches; pixels standardised within their patch, as in the released models,
             if not given.
-        decoder_width: width of the decoder; 512 in the paper.
+        decoder_width: width of the decoder; 512 in the paper, two thirds of the encoder's (512 at most) if null.
         decoder_depth: blocks of the decoder; 8 in the paper.
-        decoder_heads: attention heads of the decoder; 16 in the paper.
+        decoder_heads: attention heads of the decoder; 16 in the paper, one per 32 of its width if null.
         optim: learning rate, weight decay and warm-up.
         cross: CrossMAE's decoder in place of the usual one (arXiv:2401.14391); not used if not given.
     """
@@ -65,9 +65,9 @@ class MAE(Method):
         encoder: Encoder,
         masking: Masking,
         target: Target | None = None,
-        decoder_width: Count = 512,
+        decoder_width: Count | None = 512,
         decoder_depth: Count = 8,
-        decoder_heads: Count = 16,
+        decoder_heads: Count | None = 16,
         optim: OptimConfig = OptimConfig(),  # noqa: B008 - frozen
         cross: CrossConfig | None = None,
     ) -> None:
@@ -76,7 +76,7 @@ class MAE(Method):
         self.target = target or PixelTarget(standardise=True)
         self.cross = cross
         self.patches = math.prod(encoder.grid)
-        sizes = {"width": decoder_width, "depth": decoder_depth, "heads": decoder_heads}
+        sizes = decoder_shape(encoder.dim, decoder_width, decoder_depth, decoder_heads)
         out_dim = self.target.dim(encoder)
         self.decoder: nn.Module
         if cross is None:

@@ -80,7 +80,7 @@ class MaskGIT(Method):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy of hidden ids, mean over those of an image, then over images."""
         images, valid = single_view(batch)
-        ids = self.target.ids(images).flatten(1)  # (B, N)
+        ids = self.known_ids(self.target.ids(images)).flatten(1)  # (B, N)
         mask = self.draw_mask(self.row_generator(len(images), batch_idx))  # (B, N)
         image, place, weight = hidden_places(mask, mask.shape[1])
         if valid is not None:

@@ -22,21 +22,8 @@ from mim.program import called
 BUILT_IN = ("builtin", "shapes")
 _ENCODER = "model.init_args.encoder"
 
-Precision = Literal[
-    "32-true",
-    "bf16-mixed",
-    "16-mixed",
-    "bf16-true",
-    "16-true",
-    "64-true",
-    "transformer-engine",
-    "transformer-engine-float16",
-    "32",
-    "bf16",
-    "16",
-    "64",
-]
-"""What Lightning's trainer computes in."""
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "32", "bf16", "16"]
+"""Of what Lightning's trainer computes in, where weights and images stay float32; the last three are short names."""
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 """Who keeps curves beside ``metrics.csv``."""
 

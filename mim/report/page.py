@@ -80,6 +80,24 @@ def headline(run: Run) -> Html:
         tag("h1", run.title),
         tag("p", " · ".join(facts), class_="lead"),
         tag("dl", *headline_numbers(run), class_="numbers"),
+        brevity(run),
+    )
+
+
+SHORT_RUN = 10_000_000  # images seen: a hundredth of what papers train with
+
+
+def brevity(run: Run) -> Html:
+    """What so short a run can show, and what not; nothing beside a long one or one that goes on from weights."""
+    images, epochs = to_float(run.summary.get("images")), to_float(run.summary.get("epochs"))
+    if images is None or epochs is None or images * epochs >= SHORT_RUN or run.origin != "untrained":
+        return Html("")
+    return tag(
+        "p",
+        f"A short run: {images * epochs:,.0f} images seen, where papers train with about a billion. It can show that "
+        "features become better than untrained ones, and that nothing collapses. It cannot show which method is best, "
+        "and what it imagines of hidden patches stays blurred.",
+        class_="lead",
     )
 
 

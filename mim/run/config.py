@@ -23,8 +23,8 @@ from mim.methods import Method  # and with it every method, by class_path
 from mim.options.class_paths import PluginError, known_class_paths, plugins_in_use
 from mim.options.config_file import MAX_BYTES, keeping_old_scale, with_config_files
 from mim.options.old_names import current_arguments
-from mim.options.pretraining import Tracker
-from mim.options.ranges import MANY, Count, Positive, ProperShare, Seed, Threads, Whole
+from mim.options.pretraining import Precision, Tracker
+from mim.options.ranges import MANY, Count, Positive, ProperShare, Seed, Threads, Whole, fits, words
 from mim.options.refusals import refusal
 
 _HELP = "--help_all explains every option"
@@ -197,11 +197,18 @@ def _refuse_lists(model: Namespace) -> None:
 
 def run_options(config: Namespace) -> RunOptions:
     """The run's own options out of a parsed config; Lightning's, which it does not look at itself, are looked at."""
-    parts, norm = (config.trainer.get(name) for name in ("accumulate_grad_batches", "gradient_clip_val"))
+    names = ("accumulate_grad_batches", "gradient_clip_val", "precision")
+    parts, norm, precision = (config.trainer.get(name) for name in names)
     if parts is not None and not 0 < parts < MANY:
         raise UserError(f"--accumulate {parts}: one micro-batch per step at least", hint="--accumulate 1")
     if norm is not None and not norm >= 0:
         raise UserError(f"--trainer.gradient_clip_val {norm} is below 0", hint="--trainer.gradient_clip_val 1.0")
+    if precision is not None and not fits(Precision, str(precision)):
+        raise UserError(
+            f"--precision {precision}: weights and images stay float32 here",
+            why=f"it is {words(Precision)}",
+            hint="--precision bf16-mixed   computes in half precision",
+        )
     return RunOptions(**{option.name: config[option.name] for option in fields(RunOptions)})
 
 

@@ -85,7 +85,7 @@ class TokenTarget(Target):
 
     @torch.no_grad()
     def ids(self, images: Tensor) -> Tensor:
-        """Ids ``(B, h', w')`` of normalised images ``(B, 3, H, W)``."""
+        """Ids ``(B, h', w')`` of normalised images ``(B, 3, H, W)``; -1 for a token that is not finite."""
         return self.tokenizer.encode((images.float() * self.std + self.mean).clamp(0, 1))
 
     def pictured(self, ids: Tensor) -> Tensor:
@@ -116,12 +116,15 @@ class TokenTarget(Target):
         return ids.gather(1, indices[..., None].expand(-1, -1, ids.shape[2]))
 
     def error(self, prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Cross-entropy of logits ``(B, M, s * V)`` with ids ``(B, M, s)``, mean over a patch: ``(B, M)``."""
+        """Cross-entropy of logits ``(B, M, s * V)`` with ids ``(B, M, s)``, mean over a patch: ``(B, M)``.
+
+        NaN where an id is -1: a step that does not know its target must not be taken.
+        """
         logits = prediction.float().reshape(*target.shape, self.tokenizer.codes)  # (B, M, s, V)
         error = F.cross_entropy(
-            logits.flatten(0, -2), target.flatten(), reduction="none", label_smoothing=self.smoothing
+            logits.flatten(0, -2), target.flatten().clamp(min=0), reduction="none", label_smoothing=self.smoothing
         )
-        error = error.view(target.shape).mean(dim=-1)
+        error = error.view(target.shape).masked_fill(target < 0, torch.nan).mean(dim=-1)
         return error if weights is None else error * weights.amax(dim=-1)
 
     def to_pixels(self, prediction: Tensor, images: Tensor, grid: tuple[int, int], indices: Tensor) -> Tensor:

@@ -5,5 +5,14 @@ from mim.tokenizers.codebook import Codebook
 from mim.tokenizers.convolutional import ConvTokenizer
 from mim.tokenizers.files import load_tokenizer, save_tokenizer
 from mim.tokenizers.patches import PatchTokenizer
+from mim.tokenizers.vqgan import VQGANTokenizer
 
-__all__ = ["Codebook", "ConvTokenizer", "PatchTokenizer", "Tokenizer", "load_tokenizer", "save_tokenizer"]
+__all__ = [
+    "Codebook",
+    "ConvTokenizer",
+    "PatchTokenizer",
+    "Tokenizer",
+    "VQGANTokenizer",
+    "load_tokenizer",
+    "save_tokenizer",
+]

@@ -38,9 +38,13 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def nearest(self, vectors: Tensor) -> Tensor:
-        """Ids ``(...)`` int64 of the codes that are nearest to ``vectors (..., E)``; of equally near ones the first."""
+        """Ids ``(...)`` int64 of the codes that are nearest to ``vectors (..., E)``; of equally near ones the first.
+
+        -1 where no distance can be told, because a vector or a code is not finite.
+        """
         flat, lengths = vectors.reshape(-1, vectors.shape[-1]).float(), self.codes.square().sum(1)
-        ids = [(lengths - 2 * part @ self.codes.T).argmin(1) for part in torch.split(flat, _ROWS)]
+        nearest = [(lengths - 2 * part @ self.codes.T).min(1) for part in torch.split(flat, _ROWS)]
+        ids = [torch.where(found.values.isfinite(), found.indices, -1) for found in nearest]
         return torch.cat(ids).view(vectors.shape[:-1])
 
     @torch.no_grad()

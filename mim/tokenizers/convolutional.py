@@ -6,7 +6,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mim.patches import patchify
 from mim.tokenizers.base import Tokenizer
 from mim.tokenizers.codebook import Codebook
 
@@ -59,12 +58,6 @@ class ConvTokenizer(Tokenizer):
         codes = self.codebook(ids)
         through = vectors + (codes - vectors).detach()
         return 4 * F.mse_loss(self.draw(through), images) + _COMMITMENT * F.mse_loss(vectors, codes)
-
-    def tiles(self) -> Tensor:
-        """The middle of an image in which all tokens are this one."""
-        images = self.draw(self.codebook.codes[:, None, None].expand(-1, 5, 5, -1)).clamp(0, 1)
-        side = self.stride
-        return patchify(images[:, :, 2 * side : 3 * side, 2 * side : 3 * side].contiguous(), side).flatten(1)
 
 
 class Residual(nn.Module):

@@ -1,7 +1,9 @@
 import pytest
+import torch
 
 from mim.cli import main
 from mim.data.sources import open_source
+from mim.tokenizers import VQGANTokenizer, load_tokenizer
 
 SMALL = ["--data", "shapes", "--img_size", "32", "--num_workers", "0"]
 
@@ -32,3 +34,18 @@ def test_what_cannot_be_is_refused_with_something_to_try(args, said, tmp_path, c
     monkeypatch.chdir(tmp_path)
     assert main("tokens", args) == 2
     assert said in capsys.readouterr().err
+
+
+def test_weights_of_a_vqgan_become_a_tokenizer_and_encode(tmp_path, capsys):
+    weights, file, folder = tmp_path / "vqgan.ckpt", tmp_path / "t.safetensors", tmp_path / "tokens"
+    state = VQGANTokenizer(8, 4, 32, (1, 1), 1, (False, True), 4).state_dict()
+    state["quantize.embedding.weight"] = torch.randn_like(state.pop("codebook.codes"))
+    torch.save({"state_dict": state, "epoch": 3}, weights)
+    assert main("tokens", ["convert", "--tokenizer", str(weights), "--out", str(file)]) == 0
+    assert "8 codes, 2 px" in capsys.readouterr().out
+    assert main("tokens", ["encode", *SMALL, "--img_size", "8", "--tokenizer", str(weights), "--out", str(folder)]) == 0
+    own, other = (load_tokenizer(str(path)).state_dict() for path in (file, folder / "train/tokenizer.safetensors"))
+    assert all(torch.equal(own[key], other[key]) for key in own)
+    torch.save({"state_dict": {"fc.weight": torch.zeros(2)}}, weights)
+    assert main("tokens", ["convert", "--tokenizer", str(weights), "--out", str(file)]) == 2
+    assert "quantize.embedding.weight is missing" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mim.layers.decoder import Decoder, FillMasked
+from mim.layers.decoder import Decoder, FillMasked, decoder_shape
 from mim.patches import gather_tokens, visible_indices
 
 
@@ -49,3 +49,20 @@ def test_the_decoder_looks_at_the_class_token(mask):
     other = latent.clone()
     other[:, 0] += 1
     assert not torch.allclose(decoder(latent, mask), decoder(other, mask))
+
+
+@pytest.mark.parametrize(
+    ("dim", "width", "heads"),
+    [(1280, 512, 16), (1024, 512, 16), (768, 512, 16), (384, 256, 8), (192, 128, 4), (16, 32, 1)],
+)
+def test_a_decoder_left_open_is_the_papers_from_vit_base_on_and_in_proportion_below(dim, width, heads):
+    assert decoder_shape(dim, None, 8, None) == {"width": width, "depth": 8, "heads": heads}
+
+
+@pytest.mark.parametrize(("width", "heads"), [(512, 16), (100, 2), (30, 1), (112, 2)])
+def test_heads_left_open_divide_any_width(width, heads):
+    assert decoder_shape(384, width, 2, None) == {"width": width, "depth": 2, "heads": heads}
+
+
+def test_a_decoder_that_is_named_is_as_it_is_named():
+    assert decoder_shape(192, 512, 8, 16) == {"width": 512, "depth": 8, "heads": 16}

@@ -120,6 +120,12 @@ def test_cross_entropy_of_several_tokens_is_their_mean():
     torch.testing.assert_close(target.error(logits, ids), slow)
 
 
+def test_an_unknown_id_makes_the_error_of_its_patch_nan():
+    logits, ids = torch.randn(1, 3, 4 * 256), torch.randint(256, (1, 3, 4))
+    ids[0, 1, 2] = -1
+    assert TokenTarget().error(logits, ids).isnan().tolist() == [[False, True, False]]
+
+
 def test_ids_by_patch_come_back_by_place():
     ids = torch.arange(2 * 4 * 6).view(2, 4, 6)
     patches = TokenTarget.by_patch(ids, (2, 2))

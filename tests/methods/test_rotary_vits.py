@@ -19,7 +19,21 @@ from mim.masking import (
     RectangleMasking,
     SampledMasking,
 )
-from mim.methods import CAPI, DTM, HPM, IBOT, IJEPA, MAE, AdaMAE, MomentumMAE, OptimConfig, Plan, SimMIM
+from mim.methods import (
+    CAPI,
+    DTM,
+    HPM,
+    IBOT,
+    IJEPA,
+    MAE,
+    AdaMAE,
+    MaskGIT,
+    MomentumMAE,
+    OptimConfig,
+    Plan,
+    SeiT,
+    SimMIM,
+)
 from mim.methods.adamae import SamplerConfig
 from mim.methods.capi import ClusterConfig
 from mim.methods.hpm import DifficultyConfig
@@ -77,6 +91,8 @@ METHODS = {
     "attmask": lambda model=DINOV3: ibot(ATTENTION, model),
     "dtm": lambda model=DINOV3: DTM(encoder(model), BlockMasking(0.4, 0.4, unmasked_share=0.0), rounds=3, optim=OPTIM),
     "dinov2": lambda model=DINOV3: dinov2(model),
+    "maskgit": lambda model=DINOV3: MaskGIT(Encoder(model, 32, 4, kwargs=SMALL), optim=OPTIM),
+    "seit": lambda model=DINOV3: SeiT(encoder(model), decoder_width=16, decoder_depth=1, decoder_heads=2, optim=OPTIM),
 }
 
 

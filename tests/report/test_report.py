@@ -364,3 +364,11 @@ def test_what_is_seen_has_words_for_those_who_do_not_see_it(run):
     assert all('aria-label="' in box for box in re.findall("<input[^>]*>", page))
     assert re.findall(r"<h(\d)", page)[0] == "1"
     assert re.findall(r"<th(?! scope)[ >]", page) == []
+
+
+@pytest.mark.parametrize(("images", "told"), [(2_000, True), (20_000_000, False)])
+def test_a_short_run_says_what_it_can_show_and_a_long_one_does_not(run, images, told):
+    summary = json.loads((run / "summary.json").read_text()) | {"images": images, "epochs": 2.0}
+    (run / "summary.json").write_text(json.dumps(summary))
+    page = write_report(run).read_text()
+    assert ("A short run: 4,000 images seen" in page, "A short run" in page) == (told, told)

@@ -27,6 +27,25 @@ def test_the_nearest_code_is_that_of_a_slow_loop():
     assert book.nearest(vectors).tolist() == slow
 
 
+@kinds
+def test_what_is_not_finite_has_no_id(kind):
+    tokenizer, images = built(kind), torch.rand(2, 3, 16, 16)
+    images[0, 0, 0, 0] = torch.nan
+    ids = tokenizer.encode(images)
+    assert ids[0, 0, 0] == -1
+    assert (ids[1] >= 0).all()
+    tokenizer.codebook.codes[3] = torch.inf
+    assert (tokenizer.encode(images) == -1).all()
+
+
+def test_a_file_that_holds_nan_is_refused(tmp_path):
+    tokenizer = built()
+    tokenizer.codebook.codes[0, 0] = torch.nan
+    save_tokenizer(tokenizer, tmp_path / "t.safetensors")
+    with pytest.raises(UserError, match="is no tokenizer"):
+        load_tokenizer(str(tmp_path / "t.safetensors"))
+
+
 def test_codes_move_to_the_means_of_their_vectors_and_unused_ones_start_again():
     book = Codebook(3, 1)
     book.codes.copy_(torch.tensor([[0.0], [10.0], [500.0]]))
@@ -114,3 +133,16 @@ def test_a_file_that_is_none_is_refused_by_name(content, tmp_path):
 def test_a_stride_that_convolutions_of_stride_2_do_not_reach_is_refused():
     with pytest.raises(ValueError, match="no power of 2"):
         ConvTokenizer(stride=6)
+
+
+@kinds
+def test_a_frozen_tokenizer_draws_its_codes_once_and_anew_for_other_weights(kind, monkeypatch):
+    tokenizer, other, ids = built(kind).freeze(), built(kind), torch.arange(12).view(1, 3, 4)
+    torch.nn.init.normal_(other.codebook.codes)
+    before = tokenizer.mosaic(ids)
+    tiles, drawn = kind.tiles, []
+    monkeypatch.setattr(kind, "tiles", lambda self: drawn.append(0) or tiles(self))
+    assert torch.equal(tokenizer.mosaic(ids), before)
+    assert drawn == []
+    tokenizer.load_state_dict(other.state_dict())
+    assert torch.equal(tokenizer.mosaic(ids), other.mosaic(ids))
