@@ -7,7 +7,19 @@ the first of them.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mim.api import Features, Loaded, Run, features, finetune, knn, linear_probe, load, pretrain, segment
+    from mim.api import (
+        Features,
+        Loaded,
+        Run,
+        features,
+        finetune,
+        knn,
+        linear_probe,
+        load,
+        load_memory,
+        pretrain,
+        segment,
+    )
     from mim.errors import UserError
 
 __version__ = "0.1.0"
@@ -22,6 +34,7 @@ __all__ = [
     "knn",
     "linear_probe",
     "load",
+    "load_memory",
     "pretrain",
     "segment",
 ]

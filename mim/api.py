@@ -43,6 +43,8 @@ from mim.distributed.processes import INTERRUPTED, process_rank
 from mim.encoder import Encoder
 from mim.errors import MACHINE_ERRORS, InterruptedRunError, StoppedError, UserError
 from mim.evaluation.features import Pool
+from mim.memory import MemoryViT
+from mim.memory import load_memory as open_memory
 from mim.options.class_paths import plugins
 from mim.options.evaluation import Scores
 from mim.options.pretraining import translate
@@ -308,6 +310,23 @@ def load(
         frames = Frames(crop_pct)
         frames.configure(encoder.img_size, loaded.mean, loaded.std, loaded.pixels)
     return Loaded(encoder, Transform(frames, encoder.in_chans), loaded.note, loaded.pool)
+
+
+def load_memory(weights: Weights) -> MemoryViT:
+    """A frozen encoder with the tasks that ``finetune(..., memory=5)`` has taught it, in evaluation mode.
+
+    ``model.by_task(images)`` gives logits ``(B, classes)`` by task, ``original`` for the classifier that the encoder
+    came with, and ``model.tasks[name].class_names`` what they stand for. Images are prepared as by
+    ``load(weights).transform``.
+
+    Args:
+        weights: the ``export`` of such a fine-tuning.
+
+    Raises:
+        UserError: if there is no memory.
+    """
+    with _command():
+        return open_memory(os.fspath(weights), "weights")
 
 
 def features(

@@ -27,8 +27,9 @@ LEVELS = [
         "evaluation: scores from tensors; pictures: strips, tokens, overlays; targets: what a patch is to become",
     ),
     (
-        {"mim.encoder", "mim.conv_encoder"},
-        "encoder: the only adapter over timm's ViTs; conv_encoder: over its conv nets",
+        {"mim.encoder", "mim.conv_encoder", "mim.memory"},
+        "encoder: the only adapter over timm's ViTs; conv_encoder: over its conv nets; memory: further tasks for a ViT "
+        "that stands still",
     ),
     (
         {"mim.data", "mim.reduction"},

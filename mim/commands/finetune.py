@@ -1,5 +1,7 @@
 """Train a whole encoder with labels: ``python tools/finetune.py --weights runs/001-mae-photos --data photos``."""
 
+from pathlib import Path
+
 from mim.errors import UserError
 from mim.options.classification import ClassificationOptions, FinetuneRecipe
 from mim.options.evaluation import Scores, TrainingOptions
@@ -24,15 +26,27 @@ def run(
         from_scratch: also train untrained encoders by the same recipe, which doubles the time.
         eval_every: epochs between looks at the scored images; 10 times over the training unless given.
     """
-    _check(recipe, training)
+    _check(options, recipe, training)
+    if recipe.memory is not None:
+        _check_memory(options, recipe)
     # torch is imported when there is something to train: --help must not wait for it.
-    from mim.transfer.finetuning import Finetuning
+    if recipe.memory is not None:
+        from mim.transfer.memory import MemoryFinetuning as Finetuning
+    else:
+        from mim.transfer.finetuning import Finetuning
 
     return Finetuning(options, recipe, training, eval_every or recipe.epochs / 10).measure(seeds, from_scratch)
 
 
-def _check(recipe: FinetuneRecipe, training: TrainingOptions) -> None:
+def _check(options: ClassificationOptions, recipe: FinetuneRecipe, training: TrainingOptions) -> None:
     """Refuses what could not work before anything heavy is imported."""
+    if (
+        options.out
+        and Path(options.weights.removeprefix("local-dir:")).resolve() == Path(options.out, "export").resolve()
+    ):
+        raise UserError(
+            f"--weights {options.weights} would be replaced by what is learned from them", hint=f"--out {options.out}-2"
+        )
     check_rising("--anneal", recipe.anneal)
     check_rising("--scale", recipe.scale)
     if training.devices == "auto":
@@ -44,4 +58,20 @@ def _check(recipe: FinetuneRecipe, training: TrainingOptions) -> None:
             f"--batch_size {recipe.batch_size} does not give {parts} equal parts of an even number of images",
             why="mixup mixes the images of a part in pairs",
             hint=f"--batch_size {near}",
+        )
+
+
+def _check_memory(options: ClassificationOptions, recipe: FinetuneRecipe) -> None:
+    """Refuses settings of an encoder that learns, or changes, beside one that stands still."""
+    memory = f"--memory {recipe.memory}"
+    if recipe.pool == "mean":
+        raise UserError(f"--pool mean: with {memory} the answer is read from a class token", hint="--pool cls")
+    if options.reduction is not None:
+        raise UserError(
+            f"--reduction {options.reduction}: with {memory} all tokens are looked at", hint="one of the two"
+        )
+    if unused := recipe.without_use:
+        raise UserError(
+            f"--{unused[0]}: with {memory} the encoder stands still, so it has no effect",
+            hint=f"the same command without --{unused[0]}",
         )

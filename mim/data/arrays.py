@@ -17,7 +17,8 @@ from mim.data.files import MAX_ARRAY_BYTES, ChannelsError, check_size
 
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 NPY_MAGIC = b"\x93NUMPY"
-JPEG2000_MAGIC = (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
+_CODESTREAM = b"\xff\x4f\xff\x51"
+JPEG2000_MAGIC = (b"\0\0\0\x0cjP  ", _CODESTREAM)
 PNG_MAGIC = b"\x89PNG"
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # as Pillow turns colours grey
 
@@ -102,14 +103,26 @@ class NpyParts:
         return _channels_last(mapped, self.channels)
 
 
+def read_jpeg2000(data: bytes) -> Stored:
+    """All components of a JPEG 2000 file; Pillow reads up to four."""
+    import imagecodecs
+
+    height, width, bits = _jpeg2000_size(data)
+    check_size(width, height)
+    check_array((height, width, len(bits)), np.dtype(np.uint16 if max(bits) > 8 else np.uint8))
+    values = imagecodecs.jpeg2k_decode(data)
+    values = values[..., None] if values.ndim == 2 else values
+    return Stored(values, colours=values.shape[2] >= 3, alpha=_jpeg2000_alpha(data))
+
+
 def read_wide_picture(data: bytes, image: Image.Image) -> Stored | None:
     """The numbers of a picture of more than 8 bit that Pillow would cut or stretch; None if it is none."""
     import imagecodecs
 
     if image.format == "PNG" and data[24] == 16:
         values = imagecodecs.png_decode(data)
-    elif image.format == "JPEG2000" and _jpeg2000_bits(data) > 8:
-        values = imagecodecs.jpeg2k_decode(data)
+    elif image.format == "JPEG2000" and max(_jpeg2000_size(data)[2]) > 8:
+        return read_jpeg2000(data)
     elif image.format == "PPM" and image.mode != "F" and (top := _pnm_top(image)) > 255:
         values = _pnm_values(data, image, top)
     elif image.mode in ("F", "I") or image.mode.startswith("I;"):
@@ -255,14 +268,25 @@ def _channel_axis(shape: tuple[int, ...], channels: int | None) -> int:
     return smaller
 
 
-def _jpeg2000_bits(data: bytes) -> int:
-    """Bits per sample, from the SIZ segment, which every codestream begins with."""
-    start = data.find(b"\xff\x4f\xff\x51")
+def _jpeg2000_size(data: bytes) -> tuple[int, int, list[int]]:
+    """Height, width and bits of each component, from the SIZ segment, which every codestream begins with."""
+    start = data.find(_CODESTREAM)
     if start < 0 or len(data) < start + 44:
         raise ValueError("a JPEG 2000 file without a codestream")
-    count = min(16, int.from_bytes(data[start + 40 : start + 42], "big"))
+    right, bottom, left, top = np.frombuffer(data, ">u4", 4, start + 8).tolist()
+    count = int.from_bytes(data[start + 40 : start + 42], "big")
     depths = data[start + 42 : start + 42 + 3 * count : 3]
-    return max((depth & 0x7F) + 1 for depth in depths) if depths else 8
+    return bottom - top, right - left, [(depth & 0x7F) + 1 for depth in depths] or [8]
+
+
+def _jpeg2000_alpha(data: bytes) -> bool:
+    """Whether the file says that a component is opacity: in the box of channel definitions before the codestream."""
+    start = data.find(b"cdef", 0, max(0, data.find(_CODESTREAM)))
+    if start < 0:
+        return False
+    count = int.from_bytes(data[start + 4 : start + 6], "big")
+    kinds = [data[place + 2 : place + 4] for place in range(start + 6, start + 6 + 6 * count, 6)]
+    return any(kind in (b"\0\1", b"\0\2") for kind in kinds)
 
 
 def _pnm_top(image: Image.Image) -> int:

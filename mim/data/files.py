@@ -1,6 +1,7 @@
 """Image files before they are decoded: which are opened, what is refused of them, and how they are named."""
 
 import stat
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +12,11 @@ from mim.errors import printable
 SUFFIXES = (
     *("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "bmp", "tif", "tiff", "gif", "avif", "npy"),
     *("ppm", "pgm", "pbm", "pnm", "pfm", "jp2", "j2k", "j2c", "jpx", "jpf"),
+    *(("dcm", "dicom", "ima") if find_spec("pydicom") else ()),
 )
 """File name endings of images, lower case; folders and tar shards are searched for these."""
+MEDICAL = "pip install 'mim-suite[medical]'"
+"""What makes DICOM be read."""
 MAX_FILE_BYTES = 1 << 28
 """256 MiB: larger files are refused unread."""
 MAX_PIXELS = 89_478_485

@@ -16,15 +16,18 @@ from PIL import Image
 from torch import Tensor
 
 from mim.data.arrays import (
+    JPEG2000_MAGIC,
     NPY_MAGIC,
     TIFF_MAGIC,
     Stored,
     as_stored,
+    read_jpeg2000,
     read_npy,
     read_wide_picture,
     turned,
     with_channels,
 )
+from mim.data.dicom import is_dicom, read_dicom
 from mim.data.eight_bit import read_eight_bit
 from mim.data.files import (
     MAX_FILE_BYTES,
@@ -146,8 +149,7 @@ def read_header(source: Path | bytes, channels: int = 3, name: str = "", pixels:
         if _is_array(data, channels, pixels):
             stored = _read_array(data, None if pixels.bands else channels)
             height, width, count = stored.values.shape
-            kind = "NPY" if data.startswith(NPY_MAGIC) else "TIFF"
-            return Header(kind, f"{stored.values.dtype}x{count}", width, height, stored.pages)
+            return Header(_array_kind(data), f"{stored.values.dtype}x{count}", width, height, stored.pages)
         with open_picture(data) as image:
             return Header(image.format or "?", image.mode, *image.size, _pages(image))
     except Exception as error:  # as in read_image
@@ -236,14 +238,27 @@ def read_stored(data: bytes, channels: int, pixels: Pixels) -> Stored:
 
 
 def _is_array(data: bytes, channels: int, pixels: Pixels) -> bool:
-    """Whether Pillow is passed over: ``.npy``, and TIFF of many channels or more than 8 bit."""
+    """Whether Pillow is passed over: ``.npy``, DICOM, many channels, and TIFF of more than 8 bit."""
+    many = bool(pixels.bands) or channels not in (1, 3)
     if data.startswith(TIFF_MAGIC):
-        return bool(pixels.bands) or channels not in (1, 3) or not is_plain(data)
-    return data.startswith(NPY_MAGIC)
+        return many or not is_plain(data)
+    if data.startswith(JPEG2000_MAGIC):
+        return many
+    return data.startswith(NPY_MAGIC) or is_dicom(data)
 
 
 def _read_array(data: bytes, channels: int | None) -> Stored:
+    if is_dicom(data):
+        return read_dicom(data)
+    if data.startswith(JPEG2000_MAGIC):
+        return read_jpeg2000(data)
     return read_npy(data, channels) if data.startswith(NPY_MAGIC) else read_tiff(data, channels)
+
+
+def _array_kind(data: bytes) -> str:
+    if is_dicom(data):
+        return "DICOM"
+    return "NPY" if data.startswith(NPY_MAGIC) else "TIFF" if data.startswith(TIFF_MAGIC) else "JPEG2000"
 
 
 def _read_picture(data: bytes, channels: int, pixels: Pixels) -> Stored:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from mim.data.files import SUFFIXES, ImageError
+from mim.data.files import MEDICAL, SUFFIXES, ImageError
 from mim.data.folders import images_in, scan
 from mim.data.remote import check_first_shard, is_url
 from mim.data.shards import LocalShards
@@ -107,7 +107,7 @@ def no_images(
     if ".tar" in ignored:
         hint = f"--data '{data}/NAME-{{0000..0099}}.tar'"
     elif kind := next(filter(None, map(_measurements, (str(data).rstrip("/"), *ignored))), None):  # Zarr is a folder
-        why, hint = f"found {found}; {kind} is not read", AS_TIFF
+        why, hint = f"found {found}; {kind} is not read", MEDICAL if kind == "DICOM" else AS_TIFF
     return UserError(
         f"--data {data}: 0 images in {places} {place}{'s' * (places != 1)}",
         why=str(damaged[0]) if damaged else why,
@@ -121,7 +121,7 @@ def not_a_source(data: str, path: Path, otherwise: str | None) -> UserError:
         why = "a folder, a .txt, .csv or .tsv list, or .tar files are expected"
         packed = path.suffix.lower() in (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
         instead = "unpack it into a folder" if packed else f"--data {path.parent}"
-        if kind := _measurements(path.name):
+        if (kind := _measurements(path.name)) not in (None, "DICOM"):
             why, instead = f"{kind} is not read", AS_TIFF
         return UserError(f"--data {data} is a file of another type", why=why, hint=instead)
     folder = next(parent for parent in path.absolute().parents if os.access(parent, os.R_OK))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mim.data.arrays import NPY_MAGIC, TIFF_MAGIC, Box, NpyParts, Stored, with_channels
 from mim.data.bad_files import refuse_channels
+from mim.data.dicom import is_dicom
 from mim.data.files import (
     MAX_ASPECT,
     Header,
@@ -304,12 +305,14 @@ _Parts = TiffParts | NpyParts | PictureParts
 def _open(path: Path, channels: int, pixels: Pixels) -> _Parts:
     """A file as something that boxes can be read of; its pixels are not read yet."""
     with path.open("rb") as file:
-        magic = file.read(8)
+        magic = file.read(132)
     expected = None if pixels.bands else channels
     if magic.startswith(NPY_MAGIC):
         return NpyParts(path, expected)
     if magic.startswith(TIFF_MAGIC):
         return TiffParts(path, expected)
+    if is_dicom(magic):
+        raise ValueError("a DICOM file, which is not cut into windows; write it as TIFF in tiles")
     return PictureParts(path, channels, pixels)
 
 

@@ -19,6 +19,7 @@ from mim.encoder import Encoder
 from mim.errors import UserError
 from mim.evaluation.balance import balanced_of
 from mim.evaluation.supervised import SupervisedTraining, set_drop_path
+from mim.memory import MemoryViT
 from mim.options.classification import FinetuneRecipe
 from mim.randomness import derive_seed, keyed_generator, keyed_libraries
 from mim.reduction import TokenReducedViT, TokenReduction, Tokens, distillation_loss
@@ -54,7 +55,7 @@ class Finetune(SupervisedTraining):
     """Trains a ViT with labels.
 
     Args:
-        vit: with its classifier.
+        vit: with its classifier, or one that stands still with the memory of the task that is learned.
         recipe: how.
         classes: number of classes.
         images: how many there are to learn from.
@@ -65,7 +66,7 @@ class Finetune(SupervisedTraining):
 
     def __init__(
         self,
-        vit: ViT,
+        vit: ViT | MemoryViT,
         recipe: FinetuneRecipe,
         classes: int,
         images: int,
@@ -74,7 +75,7 @@ class Finetune(SupervisedTraining):
         teacher: ViT | None = None,
     ) -> None:
         super().__init__()
-        self.model = vit if reduction is None else TokenReducedViT(vit, reduction)
+        self.model = vit if reduction is None or isinstance(vit, MemoryViT) else TokenReducedViT(vit, reduction)
         self.model.train()  # what was loaded to be measured comes in evaluation mode, which Lightning leaves as it is
         self.teacher = teacher.requires_grad_(False) if teacher is not None else None
         self.recipe, self.seed = recipe, seed
@@ -93,11 +94,11 @@ class Finetune(SupervisedTraining):
 
     @property
     def vit(self) -> ViT:
-        """What is trained, without its reduction."""
-        return cast(ViT, self.model.vit if isinstance(self.model, TokenReducedViT) else self.model)
+        """Timm's model, without a reduction or memory."""
+        return cast(ViT, self.model.vit if isinstance(self.model, TokenReducedViT | MemoryViT) else self.model)
 
     @property
-    def evaluated(self) -> ViT | TokenReducedViT:
+    def evaluated(self) -> ViT | TokenReducedViT | MemoryViT:
         """What is scored and exported: the average of the weights where there is one."""
         return cast(ViT, self.ema.module) if self.ema is not None else self.model
 
@@ -171,8 +172,16 @@ class Finetune(SupervisedTraining):
     def configure_optimizers(self) -> Optimizer:
         """AdamW in timm's groups by layer; biases, norms, class token and positions are not decayed.
 
-        Weights of a reduction learn as fast as the classifier.
+        Weights of a reduction learn as fast as the classifier. With memory there are no layers that learn: all of it
+        learns at one rate, and only the classifier's matrix is decayed.
         """
+        if isinstance(self.model, MemoryViT):
+            groups = param_groups_weight_decay(
+                self.model.tasks,
+                self.recipe.weight_decay,
+                [name for name, _ in self.model.tasks.named_parameters() if "head" not in name],
+            )
+            return torch.optim.AdamW(groups, lr=self.learning_rate(0))
         optimizer: Optimizer = create_optimizer_v2(
             self.vit,
             "adamw",

@@ -6,7 +6,15 @@ from mim.interop.fit import adapt, arguments_of, differences, likely_model
 from mim.interop.hf_folder import hf_folder
 from mim.interop.layouts import named_tensors, to_timm
 from mim.interop.misfit import misfit
-from mim.interop.reading import check_timm_folder, load_weights, read_vit, refuse_compressed, scale_of, weights_in
+from mim.interop.reading import (
+    add_checksums,
+    check_timm_folder,
+    load_weights,
+    read_vit,
+    refuse_compressed,
+    scale_of,
+    weights_in,
+)
 from mim.interop.rotary import likely_rotary, to_rotary
 from mim.interop.sharded import deepspeed_weights
 from mim.interop.timm_folder import ModelCard, export_backbone
@@ -15,6 +23,7 @@ __all__ = [
     "Built",
     "ModelCard",
     "adapt",
+    "add_checksums",
     "arguments_of",
     "built",
     "built_otherwise",

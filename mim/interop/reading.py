@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from pickle import UnpicklingError
 from zipfile import BadZipFile, ZipFile, is_zipfile
@@ -121,6 +122,12 @@ def sha256(path: Path) -> str:
     """Hexadecimal digest of a file, as ``sha256sum`` prints it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def add_checksums(folder: Path, names: Iterable[str]) -> None:
+    """Adds files to those of an export whose sums are compared when they are read."""
+    with (folder / CHECKSUMS).open("a", encoding="utf-8") as file:
+        file.writelines(f"{sha256(folder / name)}  {name}\n" for name in names)
 
 
 def weights_in(folder: Path) -> Path:

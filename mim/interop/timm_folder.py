@@ -27,7 +27,7 @@ from mim.randomness import keyed_generator
 from mim.vit import ViT
 
 _WEIGHTS, _CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
-_OWN = (_WEIGHTS, _CONFIG, _CARD, CHECKSUMS, "head.safetensors", "reduction.*", "static-*.yaml")
+_OWN = (_WEIGHTS, _CONFIG, _CARD, CHECKSUMS, "head.safetensors", "reduction.*", "static-*.yaml", "memory.*")
 """What an export consists of, with what fine-tuning puts beside it: replaced together."""
 _POOLING = {"cls": "token", "mean": "avg"}  # timm's names
 _POOLED = {"token": "class token", "avg": "mean of the patch tokens", "map": "attention pooling", "": "every token"}

@@ -101,6 +101,10 @@ class FinetuneRecipe:
             EViT's keep rate does; full from the first step unless given.
         teacher: folder of a classifier that was fine-tuned without reduction; with one, answers and tokens are to agree
             with its own, as in DynamicViT.
+        memory: memory cells in each block of an encoder that stands still, 5 in most of the paper's results
+            (arXiv:2203.15243); they, a class token and a classifier learn then, all by blr, and tasks that were
+            learned before stay as they are.
+        memory_norm: pass memory through the norm of its block, as tokens are; otherwise it comes behind it.
     """
 
     epochs: Positive = 100.0
@@ -121,3 +125,11 @@ class FinetuneRecipe:
     scale: tuple[SomeShare, SomeShare] = (0.08, 1.0)
     anneal: tuple[Share, Share] = (0.0, 0.0)
     teacher: str | None = None
+    memory: Whole | None = None
+    memory_norm: bool = True
+
+    @property
+    def without_use(self) -> list[str]:
+        """Settings that differ from the default although memory leaves nothing for them to do."""
+        encoders = ("layer_decay", "drop_path", "anneal", "teacher")
+        return [name for name in encoders if getattr(self, name) != getattr(FinetuneRecipe, name)]

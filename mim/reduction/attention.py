@@ -74,7 +74,7 @@ class Attending:
         self.inputs = inputs
         # timm's own forward with this object as its ``self``: hooks would have to be cleaned up, and do not compile.
         attended = type(self.block.attn).forward(self, self.block.norm1(x), **inputs)
-        return x + _branch(self.block, attended, 1)
+        return x + branch(self.block, attended, 1)
 
     def class_attention(self) -> Tensor:
         """Attention of the first prefix token to the patch tokens, ``(B, K)``, mean over heads.
@@ -86,6 +86,13 @@ class Attending:
     def head_attention(self) -> Tensor:
         """As :meth:`class_attention`, head by head: ``(B, heads, K)``."""
         return self._attention(self.queries[:, :, :1])[:, :, 0]
+
+    def whole_attention(self) -> Tensor:
+        """Attention of every token to every token, ``(B, heads, P + K, P + K)`` float32; rows sum to 1."""
+        prefix, queries = self.num_prefix, self.queries
+        if (rope := self.inputs.get("rope")) is not None:
+            queries = torch.cat([queries[:, :, :prefix], self._turn(queries[:, :, prefix:], rope)], dim=2)
+        return self._softmax(queries)
 
     def received_attention(self, rows: int | None = None, alive: Tensor | None = None) -> Tensor:
         """Attention that each patch token receives, ``(B, K)``: mean over heads and the patches that are asked.
@@ -113,16 +120,21 @@ class Attending:
 
     def _attention(self, queries: Tensor, patches: Tensor | None = None) -> Tensor:
         """Softmax rows ``(B, heads, Q, K)`` of chosen queries; ``patches (Q,)`` names them unless they are prefix."""
+        if (rope := self.inputs.get("rope")) is not None and patches is not None:
+            queries = self._turn(queries, rope[..., patches, :])
+        return self._softmax(queries)[..., self.num_prefix :]
+
+    def _softmax(self, queries: Tensor) -> Tensor:
+        """Rows ``(B, heads, Q, P + K)`` of queries that have been turned to their places."""
         keys = self.keys
         if (rope := self.inputs.get("rope")) is not None:
             keys = torch.cat([keys[:, :, : self.num_prefix], self._turn(keys[:, :, self.num_prefix :], rope)], dim=2)
-            queries = queries if patches is None else self._turn(queries, rope[..., patches, :])
         if (groups := queries.shape[1] // keys.shape[1]) > 1:
             keys = keys.repeat_interleave(groups, dim=1)
         logits = product(queries * self.scale, keys.transpose(-2, -1))
         if (bias := self.inputs.get("attn_mask")) is not None:
             logits = logits + bias.float()
-        return logits.softmax(dim=-1)[..., self.num_prefix :]
+        return logits.softmax(dim=-1)
 
     def _turn(self, vectors: Tensor, rope: Tensor) -> Tensor:
         turned: Tensor = apply_rot_embed_cat(vectors, rope, half=getattr(self, "rotate_half", False))
@@ -131,10 +143,10 @@ class Attending:
 
 def mlp_half(block: nn.Module, x: Tensor) -> Tensor:
     """The second half of a block, ``(B, P + K, D)`` to the same shape."""
-    return x + _branch(block, block.mlp(block.norm2(x)), 2)  # type: ignore[operator]
+    return x + branch(block, block.mlp(block.norm2(x)), 2)  # type: ignore[operator]
 
 
-def _branch(block: nn.Module, x: Tensor, number: int) -> Tensor:
+def branch(block: nn.Module, x: Tensor, number: int) -> Tensor:
     """Layer scale and stochastic depth of one half, under the names that timm's two kinds of block have for them."""
     if isinstance(block, EvaBlock):
         gamma = getattr(block, f"gamma_{number}")

@@ -10,7 +10,7 @@ import torch
 from jsonargparse import Namespace
 from timm.models import is_model, is_model_pretrained
 from timm.models.eva import Eva
-from torch import Tensor
+from torch import Tensor, nn
 
 from mim.conv_encoder import ConvEncoder, is_conv_net
 from mim.conv_nets import ConvNet
@@ -44,6 +44,7 @@ from mim.interop import (
     weights_in,
 )
 from mim.lora import merge
+from mim.memory import holds_memory
 from mim.methods import Method
 from mim.options.timm_names import no_such_weights
 from mim.program import called
@@ -62,6 +63,7 @@ __all__ = [
     "load_encoder",
     "load_method",
     "load_weights",
+    "restore_classifier",
     "untrained_encoder",
 ]
 
@@ -133,6 +135,8 @@ def load_encoder(
     if len(mean) != encoder.in_chans:  # those of the architecture, which say nothing about these weights
         mean, std = PretrainData(weights).statistics(encoder.in_chans)
         note += f", normalised by {mean[0]:g} and {std[0]:g}, as it does not say by what"
+    if holds_memory(folder):
+        note += "; the memory of tasks that lies beside it is not part of the encoder"
     return LoadedEncoder(encoder.eval(), mean, std, note, pool, pixels_of(folder))
 
 
@@ -173,6 +177,30 @@ def untrained_encoder(
             config.model.init_args.encoder.dynamic_img_size = True
         method: Method = instantiate(config).model
         return method.evaluated.eval()
+
+
+def restore_classifier(weights: str | Path, net: ViT | ConvNet) -> list[str] | None:
+    """Gives a model the classifier of the timm folder that its other weights came from.
+
+    Args:
+        weights: a timm folder; of anything else there is no classifier to be had.
+        net: with as many features.
+
+    Returns:
+        The names of its classes, numbers if the folder names none; None if there is no classifier.
+    """
+    home = Path(str(weights).removeprefix("local-dir:"))
+    if not (home / "config.json").is_file() or hf_folder(home):
+        return None
+    config = json.loads((home / "config.json").read_text(encoding="utf-8"))
+    if not (classes := int(config.get("num_classes") or 0)):
+        return None
+    net.reset_classifier(classes)
+    head = cast(nn.Linear, net.get_classifier())
+    (name,) = (name for name, part in net.named_modules() if part is head)
+    tensors = load_weights(weights_in(home), option="--weights")
+    head.load_state_dict({part: tensors[f"{name}.{part}"] for part in head.state_dict()})
+    return list(config.get("label_names") or map(str, range(classes)))
 
 
 def pixels_of(folder: Path) -> Pixels:

@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
-from torch import Tensor
+from torch import Tensor, nn
 
 from mim.data.augment import Augmented
 from mim.data.bad_files import BadFiles
 from mim.data.finetune import FinetuneData
 from mim.data.labelled import Framed, framed_batches
+from mim.encoder import Encoder
 from mim.errors import UserError
 from mim.evaluation.finetune import Finetune, classifier
 from mim.interop import check_timm_folder
+from mim.memory import MemoryViT
 from mim.options.classification import ClassificationOptions, FinetuneRecipe
 from mim.options.evaluation import Scores, TrainingOptions
 from mim.program import origin
@@ -39,13 +41,16 @@ class Finetuning(Classification):
         eval_every: epochs between looks at the scored images.
     """
 
+    name, title = "finetune", "Fine-tuning"
+    not_of_the_result = (*_NOT_OF_THE_RESULT, "memory", "memory_norm")
+
     def __init__(
         self, options: ClassificationOptions, recipe: FinetuneRecipe, training: TrainingOptions, eval_every: float
     ) -> None:
         super().__init__(options, learning=True)
         self.recipe = replace(recipe, pool=recipe.pool or self.loaded.pool)
         self.training, self.eval_every = training, eval_every
-        self.root = self.folder("finetune")
+        self.root = self.folder(self.name)
         self.export = self.root / "export"
 
     def measure(self, seeds: int, from_scratch: bool) -> Scores:
@@ -59,7 +64,7 @@ class Finetuning(Classification):
             StoppedError: after a signal.
         """
         encoders = (PRETRAINED, UNTRAINED)[: 2 if from_scratch else 1]
-        settings = self.settings(asdict(self.options), asdict(self.recipe), without=_NOT_OF_THE_RESULT)
+        settings = self.settings(asdict(self.options), asdict(self.recipe), without=self.not_of_the_result)
         histories = train_all(
             self.root, settings, encoders, seeds, "history.json", self.train_one, self.training.resume
         )
@@ -71,13 +76,16 @@ class Finetuning(Classification):
         if self.uneven and all("balanced" in scored for own in last.values() for scored in own):  # older ones lack it
             scores["balanced accuracy"] = {who: [scored["balanced"] for scored in last[who]] for who in encoders}
         if self.is_main_process:
-            protocol = f"{_in_words(self.recipe)}; {self.protocol()}; after the last epoch."
-            right = last[PRETRAINED][0].get("right")  # results of earlier versions lack it
-            details = self.class_sizes({"seed 0": dict(zip(self.classes, right, strict=True))} if right else {})
-            self.write(self.root, "Fine-tuning", protocol, scores, str(self.recipe.pool), details)
+            protocol = f"{self.in_words()}; {self.protocol()}; after the last epoch."
+            self.write(self.root, self.title, protocol, scores, str(self.recipe.pool), self.details(last))
             finish_section(self.root)
-            print(f'  model   {self.export}   (timm.create_model("local-dir:{self.export}", pretrained=True))')
+            print(f"  model   {self.export}   ({self.opened_by})")
         return scores
+
+    @property
+    def opened_by(self) -> str:
+        """A line of Python that opens the export."""
+        return f'timm.create_model("local-dir:{self.export}", pretrained=True)'
 
     def train_one(self, who: str, seed: int, folder: Path) -> list[dict[str, Any]]:
         """Scores over one training, in the end with right answers by class; the first pretrained one is exported."""
@@ -94,8 +102,8 @@ class Finetuning(Classification):
         frames.configure(encoder.img_size, self.loaded.mean, self.loaded.std, self.loaded.pixels)
         bad_files = BadFiles(options.max_bad, options.data, go_on="--resume true")
         data = FinetuneData(self.train, self.test, frames, recipe.batch_size, self.workers, seed, bad_files)
-        reduction, vit = encoder.reduction, classifier(encoder, classes, recipe, seed)
-        teacher = None if recipe.teacher is None else self._teacher(recipe.teacher, vit)
+        reduction, vit = encoder.reduction, self.classifier(encoder, seed)
+        teacher = None if recipe.teacher is None else self._teacher(recipe.teacher, cast(ViT, vit))
         module = Finetune(vit, recipe, classes, len(self.train), seed, reduction, teacher)
         every = max(1, round(self.eval_every * module.steps_per_epoch))
         trainer = open_trainer(
@@ -110,6 +118,19 @@ class Finetuning(Classification):
         fit(trainer, module, data, folder, self.training.resume, "a lower --blr   or   --warmup_epochs 20")
         trainer.validate(module, data, verbose=False)
         return module
+
+    def classifier(self, encoder: Encoder, seed: int) -> ViT | MemoryViT:
+        """What is going to be trained: the encoder, taken apart, with something that answers."""
+        return classifier(encoder, len(self.classes), self.recipe, seed)
+
+    def in_words(self) -> str:
+        """How the encoder was trained."""
+        return _in_words(self.recipe)
+
+    def details(self, last: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+        """Further facts for ``metrics.json``, from the last scores of each encoder, one per seed."""
+        right = last[PRETRAINED][0].get("right")  # results of earlier versions lack it
+        return self.class_sizes({"seed 0": dict(zip(self.classes, right, strict=True))} if right else {})
 
     def _teacher(self, folder: str, vit: ViT) -> ViT:
         """The classifier that ``--teacher`` names, on the device; it must be what is trained, but for its weights."""
@@ -131,7 +152,7 @@ class Finetuning(Classification):
         return cast(ViT, teacher.eval().to(self.device))
 
     def _export(self, module: Finetune) -> None:
-        """Writes the trained classifier as a timm folder, its reduction beside it."""
+        """Writes what was trained, with where it comes from."""
         card = ModelCard(
             method="fine-tuning",
             data=self.options.data,
@@ -142,11 +163,19 @@ class Finetuning(Classification):
             command=origin("finetune"),
             notes=(f"Classes, in order: {', '.join(self.classes)}",),
         )
-        model = module.evaluated.cpu().eval()
-        vit: ViT = model.vit if isinstance(model, TokenReducedViT) else model
         scale = self.loaded.pixels.exported(self.loaded.mean, self.loaded.std)
-        size = self.loaded.encoder.img_size
-        export_backbone(vit, self.export, card=card, class_names=self.classes, img_size=size, **scale)
+        self.write_model(module.evaluated.cpu().eval(), card, {**scale, "img_size": self.loaded.encoder.img_size})
+
+    def write_model(self, model: nn.Module, card: ModelCard, images: dict[str, Any]) -> None:
+        """Writes the trained classifier as a timm folder, its reduction beside it.
+
+        Args:
+            model: on the CPU.
+            card: where it comes from.
+            images: their normalisation, scale and size.
+        """
+        vit = cast(ViT, model.vit if isinstance(model, TokenReducedViT) else model)
+        export_backbone(vit, self.export, card=card, class_names=self.classes, **images)
         if isinstance(model, TokenReducedViT):
             save_reduction(model.reduction, self.export)
             static = model.static(self._some_images())
@@ -161,16 +190,22 @@ class Finetuning(Classification):
         return images
 
 
+def schedule_in_words(recipe: FinetuneRecipe) -> str:
+    """How long and how fast something learned, and from what kind of images."""
+    average = f", average of the weights {recipe.ema:g}" if recipe.ema else ""
+    layers = f"layer decay {recipe.layer_decay:g}, drop path {recipe.drop_path:g}, " if recipe.memory is None else ""
+    return (
+        f"{recipe.epochs:g} epochs of batch {recipe.batch_size}, blr {recipe.blr:g}, {layers}{recipe.auto_augment}, "
+        f"mixup {recipe.mixup:g}, CutMix {recipe.cutmix:g}, smoothing {recipe.label_smoothing:g}, "
+        f"erasing {recipe.erase:g}{average}"
+    )
+
+
 def _in_words(recipe: FinetuneRecipe) -> str:
     """How the encoder was trained."""
     pool = "mean of patch tokens" if recipe.pool == "mean" else "class token"
-    average = f", average of the weights {recipe.ema:g}" if recipe.ema else ""
     annealed = (
         f", reduction annealed over {recipe.anneal[0]:g} to {recipe.anneal[1]:g} of it" if any(recipe.anneal) else ""
     )
-    return (
-        f"all weights trained, {pool}, {recipe.epochs:g} epochs of batch {recipe.batch_size}, blr {recipe.blr:g}, "
-        f"layer decay {recipe.layer_decay:g}, drop path {recipe.drop_path:g}, {recipe.auto_augment}, mixup "
-        f"{recipe.mixup:g}, CutMix {recipe.cutmix:g}, smoothing {recipe.label_smoothing:g}, erasing {recipe.erase:g}"
-        f"{average}{annealed}{', agreeing with a teacher without reduction' if recipe.teacher else ''}"
-    )
+    taught = ", agreeing with a teacher without reduction" if recipe.teacher else ""
+    return f"all weights trained, {pool}, {schedule_in_words(recipe)}{annealed}{taught}"

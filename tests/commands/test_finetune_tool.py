@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import mim
 from mim.cli import main
+from mim.encoder import Encoder
+from mim.errors import UserError
+from mim.interop import ModelCard, export_backbone
+from mim.memory import MemoryViT, Task, save_memory
 
 ROOT = Path(__file__).parents[2]
 SHORT = [
@@ -154,3 +160,108 @@ def test_an_unreadable_image_of_any_process_stops_all(weights, photos, part):
 def test_mistakes_end_in_a_message(weights, photos, args, expected, capsys):
     assert finetune(weights, photos, *args) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_a_task_is_learned_by_memory_and_what_was_there_before_is_kept(weights, photos, capsys, tmp_path):
+    """First a whole classifier, then two tasks: the encoder, its classifier and the first task stay as they were."""
+    once = ["--from_scratch", "false", "--epochs", 1, "--warmup_epochs", 0]
+    assert finetune(weights, photos, *once, "--out", "whole") == 0
+    assert finetune("whole/export", photos, *once, "--memory", 5, "--out", "first") == 0
+    capsys.readouterr()
+    assert finetune("first/export", photos, *once, "--memory", 2, "--memory_norm", "false", "--out", "second") == 0
+    assert capsys.readouterr().out.count(" predictions as before, largest difference") == 2
+    kept = json.loads(Path("second/metrics.json").read_text())["metrics"]["kept"]
+    assert kept.keys() == {"original", "photos"}
+    for facts in kept.values():
+        assert facts["same"] == facts["images"] > 0
+        assert facts["difference"] < 1e-6
+    images = torch.randn(2, 3, 32, 32)
+    model, before = mim.load_memory("second/export"), mim.load_memory("first/export")
+    answers, earlier = model.by_task(images), before.by_task(images)
+    assert model.tasks["photos"].class_names == ("arrow", "circle", "cross")
+    assert {name: logits.shape[1] for name, logits in answers.items()} == {"original": 3, "photos": 3, "photos-2": 3}
+    torch.testing.assert_close(answers["photos"], earlier["photos"], atol=1e-6, rtol=0)
+    alone = timm.create_model("local-dir:second/export", pretrained=True).eval()  # timm knows nothing of memory
+    whole = timm.create_model("local-dir:whole/export", pretrained=True).eval()
+    assert torch.equal(alone(images), whole(images))
+    assert torch.equal(answers["original"], whole(images))
+    assert mim.load("second/export").note.endswith(
+        "; the memory of tasks that lies beside it is not part of the encoder"
+    )
+
+
+@pytest.mark.middle
+def test_memory_that_was_stopped_goes_on_to_the_same_numbers(weights, photos, stop_after_a_checkpoint):
+    long = ["--epochs", 40, "--eval_every", 1, "--from_scratch", "false", "--memory", 5, "--ema", 0.5]
+    assert finetune(weights, photos, *long, "--out", "whole") == 0
+    process = start(weights, photos, *long, "--out", "stopped")
+    stop_after_a_checkpoint(process, "stopped")
+    assert finetune(weights, photos, *long, "--out", "stopped", "--resume", "true") == 0
+    whole, resumed = (load_file(Path(folder, "export", "memory.safetensors")) for folder in ("whole", "stopped"))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--pool", "mean"], "--pool cls"),
+        (["--drop_path", 0.2], "--drop_path: with --memory 5 the encoder stands still, so it has no effect"),
+        (["--layer_decay", 0.9], "without --layer_decay"),
+        (["--reduction", "tome"], "--reduction tome: with --memory 5 all tokens are looked at"),
+    ],
+)
+def test_what_memory_leaves_no_room_for_is_refused(weights, photos, args, expected, capsys):
+    assert finetune(weights, photos, "--memory", 5, *args) == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("memory", [[], ["--memory", 1]], ids=["whole", "memory"])
+def test_nothing_is_written_over_the_weights_that_it_starts_from(weights, photos, memory, capsys):
+    shutil.copytree(weights, "first/export")
+    Path("first/metrics.json").touch()
+    assert finetune("first/export", photos, *memory, "--out", "first") == 2
+    assert "would be replaced by what is learned from them\ntry:   --out first-2" in capsys.readouterr().err
+    assert Path("first/metrics.json").exists()
+
+
+def test_images_of_another_size_than_earlier_tasks_answer_for_are_refused(weights, photos, capsys):
+    vit = timm.create_model(f"local-dir:{weights}", pretrained=True)
+    folder = shutil.copytree(weights, "first")
+    save_memory(MemoryViT(vit, {"photos": Task(vit, 2, ["a", "b"])}), Path(folder))
+    assert finetune("first", photos, "--memory", 1, "--img_size", 64) == 2
+    assert "--img_size 64: first answers for images of 32 x 32 pixels" in capsys.readouterr().err
+
+
+def test_a_rotary_vit_is_refused_by_name(photos, capsys, tmp_path):
+    encoder = Encoder("vit_small_patch16_dinov3", 32, 8, kwargs={"depth": 1, "embed_dim": 32, "num_heads": 2})
+    card, scale = ModelCard("MAE", "photos"), {"mean": [0.5] * 3, "std": [0.5] * 3}
+    export_backbone(encoder.vit, tmp_path / "rotary", card=card, **scale)
+    assert finetune(str(tmp_path / "rotary"), photos, "--memory", 5) == 2
+    text = capsys.readouterr().err
+    assert "cannot take memory" in text
+    assert "why:   timm's Eva is no plain ViT" in text
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "expected"),
+    [
+        ("memory.json", "{}", "does not belong"),
+        ("memory.json", "[1]", "does not belong"),
+        (
+            "memory.json",
+            '{"tasks": {"a": {"classes": ["x"], "cells": 1000000000, "normed": true}}}',
+            "1000000000 cells",
+        ),
+        ("memory.json", '{"tasks": {"a": {"classes": ["x"], "cells": 1, "normed": true}}}', "does not belong"),
+        ("memory.safetensors", "damaged", "is damaged"),
+    ],
+)
+def test_damaged_memory_is_refused(weights, tmp_path, file, text, expected):
+    folder = Path(shutil.copytree(weights, tmp_path / "x"))
+    vit = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    save_memory(MemoryViT(vit, {"photos": Task(vit, 2, ["a", "b"])}), folder)
+    mim.load_memory(folder)
+    (folder / file).write_text(text)
+    with pytest.raises(UserError) as refused:
+        mim.load_memory(folder)
+    assert expected in f"{refused.value} {refused.value.why}"

@@ -1,6 +1,7 @@
 """Numbers of any type and layout, against what tifffile, imagecodecs and numpy put into the file."""
 
 import io
+import struct
 
 import imagecodecs
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hostile import encode, exif, npy, png, rows_of, tiff
 from PIL import Image
 
-from mim.data.images import MAX_NODATA, ImageError, read_image
+from mim.data.images import MAX_NODATA, ImageError, read_header, read_image
 from mim.data.pixels import Pixels
 
 TYPES = {"uint16": np.uint16, "int16": np.int16, "float16": np.float16, "float32": np.float32, "float64": np.float64}
@@ -75,6 +76,39 @@ def test_planes_of_a_tiff_are_channels(photometric, compression):
     assert np.array_equal(read(tiff(stored.transpose(2, 0, 1), **planes), 3), stored)
 
 
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("planar", [True, False])
+@pytest.mark.parametrize(("photometric", "channels"), [(2, 3), (1, 1), (1, 3), (0, 1)])
+def test_samples_of_12_bit_that_lie_packed_in_a_tiff_are_unpacked(photometric, channels, planar, order):
+    stored = numbers(channels=channels, width=41) % 4096  # 41: rows end within a byte
+    data = packed(stored, planar, photometric, order)
+    assert np.array_equal(read(data, channels), 4095 - stored if photometric == 0 else stored)
+
+
+def packed(values, planar, photometric, order):
+    """A TIFF of ``(H, W, C)`` numbers of 12 bit, rows filled up to whole bytes."""
+    height, width, count = values.shape
+    planes = np.moveaxis(values, -1, 0) if planar else values.reshape(1, height, -1)
+    bits = np.unpackbits(planes.astype(">u2")[..., None].view(np.uint8), axis=-1)[..., 4:]
+    strips = [np.packbits(plane, axis=-1).tobytes() for plane in bits.reshape(len(planes), height, -1)]
+    data = bytearray((b"II*\0" if order == "<" else b"MM\0*") + bytes(4))
+    places = []
+    for strip in strips:
+        places.append(len(data))
+        data += strip + bytes(len(strip) % 2)
+    entries = b""
+    sizes, tags = [len(strip) for strip in strips], {256: [width], 257: [height], 258: [12] * count, 259: [1]}
+    tags |= {262: [photometric], 273: places, 277: [count], 278: [height], 279: sizes, 284: [2 if planar else 1]}
+    for tag, numbers_ in tags.items():
+        content = struct.pack(f"{order}{len(numbers_)}I", *numbers_)
+        if len(content) > 4:
+            data += content
+            content = struct.pack(f"{order}I", len(data) - len(content))
+        entries += struct.pack(f"{order}HHI", tag, 4, len(numbers_)) + content
+    struct.pack_into(f"{order}I", data, 4, len(data))
+    return bytes(data + struct.pack(f"{order}H", len(tags)) + entries + bytes(4))
+
+
 @pytest.mark.parametrize("kind", ["imagej", "ome", "ome-z"])
 def test_pages_that_imagej_or_ome_call_channels_are_channels(kind):
     stored = numbers(channels=3)
@@ -95,6 +129,34 @@ def test_jpeg_2000_keeps_its_depth(bits, channels):
     stored = stored if channels == 3 else stored[..., 0]
     data = imagecodecs.jpeg2k_encode(stored, level=0, reversible=True, bitspersample=bits)
     assert np.array_equal(np.squeeze(read(data, channels)), stored)
+
+
+@pytest.mark.parametrize("fmt", ["jp2", "j2k"])
+@pytest.mark.parametrize("bits", [8, 12, 16])
+@pytest.mark.parametrize("channels", [2, 4, 13])
+def test_all_components_of_jpeg_2000_are_bands(channels, bits, fmt):
+    stored = (numbers(channels=channels) >> max(0, 12 - bits)).astype(np.uint8 if bits == 8 else np.uint16)
+    data = imagecodecs.jpeg2k_encode(stored, level=0, reversible=True, bitspersample=bits, codecformat=fmt)
+    assert np.array_equal(read(data, channels), stored)
+    assert np.array_equal(read(data, 1, bands=(channels,)), stored[..., -1:])
+    assert read_header(data, channels)[:4] == ("JPEG2000", f"{stored.dtype}x{channels}", 40, 24)
+
+
+def test_the_fourth_component_of_jpeg_2000_is_opacity_only_if_the_file_says_so():
+    stored = numbers(channels=4)
+    stored[:2, :, 3] = 0
+    data = imagecodecs.jpeg2k_encode(stored, level=0, reversible=True)
+    with pytest.raises(ImageError, match="4 channels, where 3"):
+        read_image(data, 3)
+    entries = [(0, 0, 1), (1, 0, 2), (2, 0, 3), (3, 1, 0)]  # component, kind, which colour
+    box = struct.pack(">I4sH", 10 + 6 * 4, b"cdef", 4) + b"".join(struct.pack(">3H", *entry) for entry in entries)
+    start = data.index(b"jp2h")
+    size = struct.unpack(">I", data[start - 4 : start])[0]
+    end = start - 4 + size
+    marked = data[: start - 4] + struct.pack(">I", size + len(box)) + data[start:end] + box + data[end:]
+    image = read(marked, 3)
+    assert np.isnan(image[:2]).all()
+    assert np.array_equal(image[2:], stored[2:, :, :3])
 
 
 @pytest.mark.parametrize("kind", [0, 2])

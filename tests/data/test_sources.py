@@ -448,7 +448,6 @@ def test_an_archive_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "called"),
     [
-        ("slice.dcm", "DICOM"),
         ("cube.h5", "HDF5"),
         ("scene.zarr/.zarray", "Zarr"),
         ("brain.nii", "NIfTI"),
