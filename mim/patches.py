@@ -150,7 +150,7 @@ def visible_indices(mask: Tensor, count: int | None = None) -> Tensor:
     Raises:
         ValueError: if rows hide different numbers of patches; looked at on the CPU only, where looking is free.
     """
-    if mask.device.type == "cpu" and len(hidden := set(mask.sum(1).tolist())) > 1:
+    if _is_read(mask) and len(hidden := set(mask.sum(1).tolist())) > 1:
         raise ValueError(
             f"rows of the mask hide from {min(hidden)} to {max(hidden)} patches; all must hide equally many"
         )
@@ -175,13 +175,13 @@ def hidden_places(mask: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         mask: ``(B, N)`` bool. On the CPU its hidden patches are counted; anywhere else that would make the CPU wait,
-            and every image gets ``most`` places, those that are not hidden with weight 0.
+            and cut a compiled graph in two: every image gets ``most`` places, those not hidden with weight 0.
         most: no image hides more.
 
     Returns:
         ``(M,)`` each.
     """
-    if mask.device.type == "cpu":
+    if _is_read(mask):
         image, patch = mask.nonzero(as_tuple=True)
         return image, patch, 1 / mask.sum(dim=1)[image]
     return padded_places(mask, most)
@@ -221,3 +221,8 @@ def padded_places(mask: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _pair(patch_size: int | tuple[int, int]) -> tuple[int, int]:
     return (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+
+
+def _is_read(mask: Tensor) -> bool:
+    """Whether the values of a mask may decide what is computed: no device is waited for, and no graph ends there."""
+    return mask.device.type == "cpu" and not torch.compiler.is_compiling()

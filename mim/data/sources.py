@@ -1,8 +1,7 @@
 """Where images come from: what ``--data`` names, opened as a sequence of images that any worker can read.
 
 A folder (flat or nested), a list of files, or tar shards (``docs/data.md``). Only names are read until an image is
-asked for. The index of a million images is a few flat arrays: it is sent to loader workers quickly, and forked ones
-share it.
+asked for. The index of a million images is a few flat arrays, which all loader workers share.
 """
 
 import hashlib
@@ -19,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from mim.data.files import read_file
+from mim.data.flat import FlatArray, Labels, Strings
 from mim.data.folders import Unclear, class_home, folder_classes, holds_images, images_in, scan
 from mim.data.images import Header, ImageError, read_header, read_image, stored_type
 from mim.data.layouts import HELD_OUT, counted, find_layout, mask_folders, same_name, subfolders
@@ -94,10 +94,10 @@ class FileSource(ABC):
     def __init__(self, name: str, paths: Iterable[str], class_names: Sequence[str] | None, channels: int) -> None:
         self.name, self.channels = name, channels
         self.pixels: Pixels = EIGHT_BIT
-        self._paths = _Strings(paths)
+        self._paths = Strings(paths)
         self.classes = sorted(set(class_names or ()), key=_numbers_by_value)
         index = {label: position for position, label in enumerate(self.classes)}
-        self.labels = None if class_names is None else [index[label] for label in class_names]
+        self.labels: list[int] | None = None if class_names is None else Labels(index[label] for label in class_names)
         self.ignored: Counter[str] = Counter()
         self.damaged: list[ImageError] = []
         self.unclear: Unclear | None = None
@@ -249,7 +249,8 @@ class TarSource(FileSource):
         super().__init__(name, (image.path for image in images), class_names, channels)
         self.ignored, self.damaged, self._shards, self.unclear = ignored, damaged, shards, unclear or found.unclear
         number = {shard: number for number, shard in enumerate(shards.names)}
-        self._places = np.array([(number[i.shard], i.offset, i.size) for i in images], dtype=np.int64)  # (images, 3)
+        places = [(number[i.shard], i.offset, i.size) for i in images]
+        self._places = FlatArray(np.array(places, dtype=np.int64))  # (images, 3)
 
     def fetch(self, indices: Sequence[int]) -> None:
         """See :meth:`FileSource.fetch`."""
@@ -409,21 +410,3 @@ def _numbers_by_value(label: str) -> tuple[bool, int, str]:
     """Sorting key that puts 2 before 10, and numbers before names."""
     number = label.isdecimal() and len(label) < 19
     return not number, int(label) if number else 0, label
-
-
-class _Strings:
-    """Strings in one buffer: a million paths cost their bytes, and reading one changes no reference count."""
-
-    def __init__(self, strings: Iterable[str]) -> None:
-        encoded = [os.fsencode(string) for string in strings]
-        self._bytes = b"".join(encoded)
-        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, index: int) -> str:
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
-        start, end = self._ends[index : index + 2].tolist()
-        return os.fsdecode(self._bytes[start:end])

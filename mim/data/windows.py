@@ -30,6 +30,7 @@ from mim.data.files import (
     image_error,
     read_file,
 )
+from mim.data.flat import FlatArray, Labels
 from mim.data.images import MAX_NODATA, as_image, pixel_type, read_stored
 from mim.data.loading import reading
 from mim.data.pictures import FORMATS, eight_bit, orientation
@@ -120,16 +121,16 @@ class WindowSource(FileSource):
         found = self._sizes()
         self.damaged = [*files.damaged, *(size for size in found if isinstance(size, ImageError))]
         good = [(number, *size) for number, size in enumerate(found) if not isinstance(size, ImageError)]
-        self._images = np.array(good, dtype=np.int64).reshape(-1, 3)  # number in ``files``, height, width
+        self._images = FlatArray(np.array(good, dtype=np.int64).reshape(-1, 3))  # number in ``files``, height, width
         counts = [rows * columns for rows, columns in (windows.counts(*size) for _, *size in good)]
-        self._ends = np.cumsum([0, *counts])
+        self._ends = FlatArray(np.cumsum([0, *counts]))
         if len(self) > MAX_WINDOWS:
             hint = f"--windows {windows.side} --stride {windows.side}"
             raise UserError(f"{len(self):,} {windows}, more than {MAX_WINDOWS:,}", hint=hint)
         own = files.labels
-        self.labels = own and [
+        self.labels = own and Labels(
             label for count, row in zip(counts, good, strict=True) for label in [own[row[0]]] * count
-        ]
+        )
         self.notes = [*files.notes, self._note(counts)]
 
     def __len__(self) -> int:
