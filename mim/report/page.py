@@ -200,8 +200,13 @@ def probes(run: Run) -> Html:
         tag("p", tag("strong", verdict)) if (verdict := _verdict(started, results)) else "",
         worth(run, results, started),
         folded("Images per class", table((name, str(count)) for name, count in counts.items())) if counts else "",
-        lead=f"{probe.get('protocol', '')} {note}".strip(),
+        lead=f"{capitalised(probe.get('protocol', ''))} {note}".strip(),
     )
+
+
+def capitalised(sentence: str) -> str:
+    """The sentence with a capital in front; all others as they are."""
+    return sentence[:1].upper() + sentence[1:]
 
 
 PROBE_SEEDS = (
