@@ -68,6 +68,15 @@ def columns_of(
     return lay_out({title: to_rgb(images, mean, std) for title, images in pictures.items()}, {first: note})
 
 
+def columns_of_maps(
+    images: Tensor, maps: dict[str, Tensor], mean: Sequence[float], std: Sequence[float], measured: bool = False
+) -> Image.Image:
+    """Normalised images ``(B, C, H, W)`` and beside them maps ``(B, h, w)`` over their patches by title, as heat."""
+    mean, std, note = stretched(images, mean, std) if measured else (mean, std, "")
+    columns = {"input": to_rgb(images, mean, std), **{title: heat(values.float()) for title, values in maps.items()}}
+    return lay_out(columns, {"input": note})
+
+
 def masking_strip(
     images: Tensor,
     encoder: Encoder,
