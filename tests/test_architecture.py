@@ -41,10 +41,11 @@ LEVELS = [
         "options; layers: parts that two methods share; tokenizers: images as integers and back",
     ),
     (
-        {"mim", "mim.distributed", "mim.errors", "mim.hub", "mim.lora", "mim.patches", "mim.program", "mim.randomness"}
-        | {"mim.schedules", "mim.terminal", "mim.vit", "mim.conv_nets"},
-        "processes and devices, three-line errors, the model hub, LoRA, how the program was started, patches of an "
-        "image, keyed randomness, schedules, what a person at a terminal sees, timm's ViTs and conv nets",
+        {"mim", "mim.atomic", "mim.conv_nets", "mim.distributed", "mim.errors", "mim.hub", "mim.lora", "mim.patches"}
+        | {"mim.program", "mim.randomness", "mim.schedules", "mim.terminal", "mim.vit"},
+        "files that are whole or not there, processes and devices, three-line errors, the model hub, LoRA, how the "
+        "program was started, patches of an image, keyed randomness, schedules, what a person at a terminal sees, "
+        "timm's ViTs and conv nets",
     ),
 ]
 MODULES = sorted((ROOT / "mim").rglob("*.py"))
