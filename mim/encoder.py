@@ -1,7 +1,7 @@
 """The one adapter over timm's plain and rotary ViTs: encode all, only the visible, or partly replaced patches."""
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from math import prod
 from typing import Any, Literal, cast, final
 
@@ -23,7 +23,7 @@ from mim.lora import adapt
 from mim.options.ranges import Count, ShareBelowOne, Whole
 from mim.options.timm_names import no_such_model
 from mim.patches import gather_tokens, patch_grid, patchify, visible_indices
-from mim.reduction.attention import Attending, can_be_halved, mlp_half
+from mim.reduction.attention import Attending, can_be_halved, check_block, mlp_half
 from mim.reduction.base import TokenReduction
 from mim.reduction.schedule import KeepRate
 from mim.reduction.tokens import Tokens
@@ -254,6 +254,35 @@ class Encoder(nn.Module):
     def head_attention(self, images: Tensor) -> Tensor:
         """The class token's attention to the patches in the last block, head by head: ``(B, heads, N)``."""
         return self._attend(images)[0].head_attention()
+
+    def block_by_block(self, images: Tensor) -> Iterator[tuple[Tensor, Attending, Tensor]]:
+        """Of every block, in order: tokens before it ``(B, P + N, D)``, its attention, tokens behind it.
+
+        All are those of the model without its reduction.
+
+        Raises:
+            TypeError: if a block cannot be taken apart.
+        """
+        self._check(images, None)
+        start = self._start(images)
+        x = start.x
+        for layer, block in enumerate(self.vit.blocks):
+            check_block(block)
+            attending = Attending(block, self.num_prefix)
+            behind = mlp_half(block, attending.half(x, **start.inputs(layer)))
+            yield x, attending, behind
+            x = behind
+
+    def before_last_block(self, images: Tensor) -> Tokens:
+        """Tokens ``(B, P + N, D)`` that enter the last block of the model without its reduction."""
+        self._check(images, None)
+        start = self._start(images)
+        return start.with_x(self._run_whole(start, stop=-1))
+
+    def last_block(self, tokens: Tokens) -> Tensor:
+        """What :meth:`before_last_block` gives, behind the last block and the final norm, ``(B, P + N, D)``."""
+        normed: Tensor = self.vit.norm(self.vit.blocks[-1](tokens.x, **tokens.inputs(self.depth - 1)))
+        return normed
 
     def feature_map(self, images: Tensor) -> Tensor:
         """Patch tokens as ``(B, D, h, w)``; those that a reduction took away are put back."""

@@ -1,19 +1,24 @@
-"""Draw what a model sees, keeps or hides: ``python tools/visualize.py --weights runs/001-mae-photos``."""
+"""Draw what a model sees, keeps, hides or rests on: ``python tools/visualize.py --weights runs/001-mae-photos``."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mim.errors import UserError
 from mim.options.outputs import check_picture
-from mim.options.ranges import Count, Names
+from mim.options.ranges import Count, Names, Whole
+from mim.program import called
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from mim.encoder import Encoder
     from mim.masking import Masking
     from mim.reduction import Tokens
     from mim.run.weights import LoadedEncoder
+
+_EXPLANATIONS = ("rollout", "tokentm", "gradcam")
+"""Those of ``mim.evaluation.explanations``, which needs torch."""
 
 
 def run(
@@ -22,13 +27,15 @@ def run(
     data: str = "builtin",
     reduction: Names | None = None,
     policy: Names | None = None,
+    explain: Names | None = None,
+    deleted: Whole = 64,
     images: Count = 4,
     columns: Count = 5,
     img_size: Count | None = None,
     out: Path = Path("visualize.png"),
     trust: bool = False,
 ) -> None:
-    """One picture of a few images: attention and features, what a token reduction leaves, or what policies hide.
+    """One picture of a few images: attention and features, what reductions leave or policies hide, or explanations.
 
     Args:
         weights: run folder, timm folder, checkpoint file or timm name.
@@ -39,6 +46,9 @@ def run(
             one. Several, with commas, are shown side by side at their end.
         policy: what masking policies hide of the images: random, block, high, hint, low, with commas, or 'all'. The
             last three follow the attention of the weights.
+        explain: patches that the answer of a fine-tuned or probed classifier rests on: rollout, tokentm, gradcam, with
+            commas, or 'all'; and the deletion test of each, as numbers.
+        deleted: images of the deletion test, in which patches turn grey; 0 leaves it out.
         images: rows, spread over the data.
         columns: most blocks that are shown of one reduction.
         img_size: pixels per side instead of the model's own; positions are resized.
@@ -48,11 +58,17 @@ def run(
     if weights is None and model is None:
         raise UserError("there is no model to look into", hint="--weights runs/001-mae-photos   or   --model NAME")
     check_picture("--out", out)
-    if reduction and policy:
-        raise UserError("--reduction and --policy are two pictures", hint="one of them, then the other")
+    others = {"reduction": reduction, "policy": policy, "explain": explain}
+    if len(asked := [name for name, what in others.items() if what]) > 1:
+        raise UserError(f"--{asked[0]} and --{asked[1]} are two pictures", hint="one of them, then the other")
+    explanations = _chosen_explanations(explain) if explain else []
     loaded = _load(weights, model, img_size, trust)
     batch = _images(data, loaded, images)
-    if policy:
+    if explain:
+        picture = _explanations(
+            explanations, weights, loaded, batch, _images(data, loaded, deleted) if deleted else None
+        )
+    elif policy:
         picture = _policies(policy, loaded, batch)
     elif reduction:
         picture = _reductions(reduction, loaded, batch, columns)
@@ -124,6 +140,61 @@ def _policies(names: str, loaded: "LoadedEncoder", batch: "Tensor") -> "Image.Im
     policies = {name: known[name] for name in chosen}
     measured = not loaded.pixels.pictures
     return masking_strip(batch, loaded.encoder, policies, loaded.mean, loaded.std, measured)
+
+
+def _explanations(
+    chosen: list[str], weights: str | None, loaded: "LoadedEncoder", batch: "Tensor", tested: "Tensor | None"
+) -> "Image.Image":
+    from mim.evaluation.explanations import EXPLANATIONS, classify
+    from mim.pictures.strips import columns_of_maps
+    from mim.run.weights import restore_classifier
+
+    encoder, names = loaded.encoder, ",".join(chosen)
+    classes = restore_classifier(weights, encoder.vit) if weights else None
+    if classes is None:
+        raise UserError(
+            f"--explain {names}: {weights or 'an untrained model'} has no classifier whose answers could be explained",
+            why="rollout, tokentm and gradcam are tested by what it still answers",
+            hint=f"{called('linear_probe')} --weights {weights or 'runs/001-mae-builtin'} --export true",
+        )
+    answers = classify(encoder, batch).softmax(dim=1).max(dim=1)
+    for number, (share, answer) in enumerate(zip(*answers, strict=True), start=1):
+        print(f"  image {number}  {classes[int(answer)]}, {share:.0%}")
+    try:
+        maps = {name: EXPLANATIONS[name](encoder, batch, answers.indices) for name in chosen}
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"--explain {names} does not work with this model", why=str(error), hint="--explain gradcam"
+        ) from error
+    if tested is not None:
+        print(_deletion_test(chosen, encoder, tested))
+    return columns_of_maps(batch, maps, loaded.mean, loaded.std, not loaded.pixels.pictures)
+
+
+def _deletion_test(names: list[str], encoder: "Encoder", images: "Tensor") -> str:
+    """The curves of some explanations and of chance, as a table."""
+    from mim.evaluation.deletion import SHARES, area, deletion_curve, random_importance
+    from mim.evaluation.explanations import EXPLANATIONS, classify
+    from mim.report.tables import text_table
+
+    answers = classify(encoder, images).argmax(dim=1)
+    maps = {name: EXPLANATIONS[name](encoder, images, answers) for name in names}
+    maps["chance"] = random_importance(len(images), encoder.grid)
+    rows = []
+    for name, importance in maps.items():
+        for first, title in ((True, "most important first"), (False, "least important first")):
+            curve = deletion_curve(lambda view: classify(encoder, view), images, importance, first)
+            rows.append([name, title, *(f"{100 * kept:.0f}" for kept in curve), f"{area(curve):.3f}"])
+    head = ["grey patches, %", "", *(f"{100 * share:.0f}" for share in SHARES), "area"]
+    return f"  deletion test: % of {len(images)} images that keep their answer\n\n{text_table(head, rows)}\n"
+
+
+def _chosen_explanations(names: str) -> list[str]:
+    chosen = list(_EXPLANATIONS) if names == "all" else [name.strip() for name in names.split(",")]
+    if unknown := [name for name in chosen if name not in _EXPLANATIONS]:
+        hint = f"--explain {','.join(_EXPLANATIONS)}"
+        raise UserError(f"--explain {unknown[0]}: there is no such explanation", hint=hint)
+    return chosen
 
 
 def _known_policies() -> "dict[str, Masking]":

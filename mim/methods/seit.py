@@ -22,10 +22,11 @@ from mim.layers.decoder import Trunk
 from mim.layers.initialisation import initialise
 from mim.masking import TruncatedNormalMasking
 from mim.methods.base import Batch, Method, OptimConfig, single_view
-from mim.options.ranges import Count, ShareBelowOne
+from mim.options.ranges import Count, Share, ShareBelowOne
 from mim.patches import gather_tokens, some_of, visible_indices
 from mim.randomness import RowGenerator
 from mim.targets import TokenTarget
+from mim.tokenizers.colours import recoloured
 
 _CODE = 32  # width of a code in the paper's tokenizer, from which the logits are made
 
@@ -42,6 +43,8 @@ class SeiT(Method):
         decoder_width: width of the decoder; 512 in the paper.
         decoder_depth: blocks of the decoder; 4 in the paper.
         decoder_heads: attention heads of the decoder; 16 in the paper.
+        recolour: share of the images that get the colours of another one as ids (ColorAdapt); 0 in the released
+            pretraining. The other is at the opposite place of the micro-batch.
         optim: learning rate, weight decay and warm-up.
     """
 
@@ -56,11 +59,12 @@ class SeiT(Method):
         decoder_width: Count = 512,
         decoder_depth: Count = 4,
         decoder_heads: Count = 16,
+        recolour: Share = 0.0,
         optim: OptimConfig = OptimConfig(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(encoder, masking or TruncatedNormalMasking(), optim)
         self.target = target or TokenTarget()
-        self.patches, self.drop = math.prod(encoder.grid), drop
+        self.patches, self.drop, self.recolour = math.prod(encoder.grid), drop, recolour
         self.dropped_count = TruncatedNormalMasking.hidden_count(drop, self.patches)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, encoder.dim), std=0.02))
         sizes = {"width": decoder_width, "depth": decoder_depth, "heads": decoder_heads}
@@ -90,21 +94,32 @@ class SeiT(Method):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy of hidden ids, mean over the tokens of a patch, then over hidden patches."""
         images, valid = single_view(batch)
-        ids = self.target.by_patch(self.known_ids(self.target.ids(images)), self.encoder.grid)  # (B, N, s)
-        mask, dropped, hidden = self.draw(self.row_generator(len(images), batch_idx, "cpu"))
+        generator = self.row_generator(len(images), batch_idx, "cpu")
+        mask, dropped, hidden = self.draw(generator)
+        whole = self.recoloured(self.known_ids(self.target.ids(images)), generator)  # (B, h', w')
+        ids = self.target.by_patch(whole, self.encoder.grid)  # (B, N, s)
         prediction = self.predict(ids, mask, dropped, hidden)
         weights = self.target.weights(valid, images, self.encoder.grid, hidden)
         loss = self.target.loss(prediction, gather_tokens(ids, hidden), weights)
         self.log("train/loss", loss)
         return self.anchored(loss, images)
 
+    @torch.no_grad()
+    def recoloured(self, ids: Tensor, generator: RowGenerator) -> Tensor:
+        """``ids (B, h', w')``, some of them in the colours of the image at the opposite place: ColorAdapt."""
+        rows = (generator.rand() < self.recolour).nonzero()[:, 0] if self.recolour else torch.empty(0)
+        if not len(rows):  # known without waiting, as the generator is on the CPU
+            return ids
+        codebook, rows = self.target.tokenizer.codebook, send(rows, ids.device)
+        changed = codebook.nearest(recoloured(codebook(ids[rows]), codebook(ids[len(ids) - 1 - rows])))
+        return ids.index_copy(0, rows, changed)
+
     def draw(self, generator: RowGenerator) -> tuple[Tensor, Tensor, Tensor]:
         """What is hidden and what is dropped of it, ``(B, N)`` bool each, and hidden places ``(B, M)`` in order.
 
         Drawn on the CPU, where counting how many that are is free.
         """
-        batch = len(generator)
-        mask = self.masking(batch, self.encoder.grid, progress=self.progress, generator=generator)
+        mask = self.draw_mask(generator)
         hidden = visible_indices(~mask)
         left_out = some_of(hidden, self.dropped_count, generator.rand(hidden.shape[1]))
         dropped = torch.zeros_like(mask).scatter(1, left_out, True)

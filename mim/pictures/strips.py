@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
+from mim.atomic import replaced
 from mim.encoder import Encoder
 from mim.masking import Masking
 from mim.randomness import RowGenerator
@@ -66,6 +66,15 @@ def columns_of(
     first = next(iter(pictures))
     mean, std, note = stretched(pictures[first], mean, std) if measured else (mean, std, "")
     return lay_out({title: to_rgb(images, mean, std) for title, images in pictures.items()}, {first: note})
+
+
+def columns_of_maps(
+    images: Tensor, maps: dict[str, Tensor], mean: Sequence[float], std: Sequence[float], measured: bool = False
+) -> Image.Image:
+    """Normalised images ``(B, C, H, W)`` and beside them maps ``(B, h, w)`` over their patches by title, as heat."""
+    mean, std, note = stretched(images, mean, std) if measured else (mean, std, "")
+    columns = {"input": to_rgb(images, mean, std), **{title: heat(values.float()) for title, values in maps.items()}}
+    return lay_out(columns, {"input": note})
 
 
 def masking_strip(
@@ -201,9 +210,8 @@ def save_strip(picture: Image.Image, path: Path) -> None:
     """Writes a picture made by ``strip`` as PNG, whole or not at all, with what ``read_strip`` needs."""
     layout = PngInfo()
     layout.add_text("layout", picture.info["layout"])
-    unfinished = path.with_suffix(".unfinished")
-    picture.save(unfinished, format="PNG", pnginfo=layout)
-    os.replace(unfinished, path)
+    with replaced(path) as aside:
+        picture.save(aside, format="PNG", pnginfo=layout)
 
 
 def read_strip(path: Path) -> dict[str, list[Image.Image]]:

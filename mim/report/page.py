@@ -1,7 +1,6 @@
 """The report, section by section in reading order."""
 
 import json
-import os
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mim.atomic import replaced
 from mim.evaluation.features import POOLED
 from mim.program import called
 from mim.report.advice import advice
@@ -40,9 +40,8 @@ def write_report(run: Path) -> Path:
         if len(page) <= PAGE_BYTES:
             break
     path = run / "report.html"
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_bytes(page)
-    os.replace(unfinished, path)
+    with replaced(path) as aside:
+        aside.write_bytes(page)
     return path
 
 
@@ -201,8 +200,13 @@ def probes(run: Run) -> Html:
         tag("p", tag("strong", verdict)) if (verdict := _verdict(started, results)) else "",
         worth(run, results, started),
         folded("Images per class", table((name, str(count)) for name, count in counts.items())) if counts else "",
-        lead=f"{probe.get('protocol', '')} {note}".strip(),
+        lead=f"{capitalised(probe.get('protocol', ''))} {note}".strip(),
     )
+
+
+def capitalised(sentence: str) -> str:
+    """The sentence with a capital in front; all others as they are."""
+    return sentence[:1].upper() + sentence[1:]
 
 
 PROBE_SEEDS = (

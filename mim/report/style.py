@@ -39,6 +39,7 @@ h2 + .lead { margin-top: -10px; }
 .numbers dt { color: var(--soft); font-size: 13px; }
 .numbers dd { margin: 0; font-size: 28px; line-height: 1.25; font-weight: 600; letter-spacing: -0.01em; }
 .numbers dd.note { color: var(--soft); font-size: 13px; font-weight: 400; letter-spacing: 0; }
+.numbers + .lead { margin: 24px 0 0; }
 .pair, .charts { display: grid; gap: 28px 32px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
 .charts { align-items: end; }
@@ -85,11 +86,13 @@ pre { margin: 0; padding: 14px 16px; overflow-x: auto; background: var(--well); 
 details { margin-top: 16px; }
 summary { cursor: pointer; color: var(--soft); font-size: 14px; margin-bottom: 8px; }
 @media (max-width: 600px) { main { padding: 24px 16px 64px; } h1 { font-size: 24px; }
-  th, td { padding-right: 16px; } table { font-size: 14px; } th:first-child { min-width: 7em; } }
+  th, td { padding-right: 10px; } table { font-size: 14px; } th:first-child { min-width: 6em; }
+  .seeds { width: 92px; } }
 @media print { :root { --paper: #ffffff; --ink: #1d1c1a; --soft: #66635d; --line: #d9d6d0; --well: #f4f2ee;
   --s1: #1f6fb2; --s2: #b34f17; --c1: #b3261e; --c2: #2e7031; --c3: #1f6fb2;
   --s3: #2e7031; --s4: #8e3a9d; --s5: #8a6100; --s6: #b3261e; }
-  main { max-width: none; padding: 0; } figure, tr, .mosaic { break-inside: avoid; }
+  @page { margin: 14mm; } main { max-width: none; padding: 0; } .pair, .charts { grid-template-columns: 1fr 1fr; }
+  figure, tr, .mosaic { break-inside: avoid; }
   h2, h3, figcaption { break-after: avoid; } img { print-color-adjust: exact; } pre { white-space: pre-wrap; }
   .scroll { overflow: visible; } .status { border: 0; } }
 """

@@ -4,9 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from mim.cli import main
+from mim.commands.visualize import _EXPLANATIONS
+from mim.evaluation.explanations import EXPLANATIONS
+from mim.interop import ModelCard, export_backbone
 from mim.pictures.strips import read_strip
 from mim.pictures.tokens import EDGE, draw_tokens, spread_over
 from mim.reduction import LearnedThresholds
@@ -123,3 +127,45 @@ def test_without_class_token_no_policy_follows_attention(capsys):
 def test_some_model_must_be_named(capsys):
     assert main("visualize", []) == 2
     assert "there is no model to look into" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def classifier(weights, tmp_path_factory):
+    """A timm folder of an encoder with a classifier of three classes."""
+    vit = timm.create_model(f"local-dir:{weights}", pretrained=True)
+    vit.reset_classifier(3)
+    card, scale = ModelCard("fine-tuning", "shapes"), {"mean": [0.5] * 3, "std": [0.25] * 3}
+    folder = tmp_path_factory.mktemp("classifier") / "export"
+    export_backbone(vit, folder, card=card, class_names=["arrow", "circle", "cross"], **scale)
+    return str(folder)
+
+
+def test_explanations_stand_beside_the_images_and_their_deletion_test_is_printed(classifier, capsys):
+    assert visualize(classifier, "--explain", "all", "--deleted", 3, "--out", "explained.png") == 0
+    tiles = read_strip(Path("explained.png"))
+    assert list(tiles) == ["input", "rollout", "tokentm", "gradcam"]
+    assert [len(column) for column in tiles.values()] == [2] * 4
+    text = capsys.readouterr().out
+    assert "% of 3 images that keep their answer" in text
+    rows = [line.split() for line in text.splitlines() if "important first" in line]
+    assert [row[0] for row in rows] == [name for name in ("rollout", "tokentm", "gradcam", "chance") for _ in "12"]
+    assert all(0 <= float(row[-1]) <= 1 for row in rows)
+    assert all(len(row) == 4 + 9 + 1 for row in rows)
+    assert text.count("  image ") == 2
+
+
+def test_the_explanations_that_the_command_names_are_those_that_there_are():
+    assert tuple(EXPLANATIONS) == _EXPLANATIONS
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--explain", "lime"], "try:   --explain rollout,tokentm,gradcam"),
+        (["--explain", "rollout"], "has no classifier whose answers could be explained"),
+        (["--explain", "rollout", "--policy", "all"], "error: --policy and --explain are two pictures"),
+    ],
+)
+def test_what_cannot_be_explained_is_refused(weights, args, expected, capsys):
+    assert visualize(weights, *args) == 2
+    assert expected in capsys.readouterr().err

@@ -112,6 +112,35 @@ def test_which_of_the_hidden_patches_are_dropped_matters_to_the_encoder_alone(im
     assert torch.equal(method.decoder(torch.zeros(3, 1 + 9, 16), mask, kept, hidden), tokens)
 
 
+def test_recoloured_ids_are_those_of_the_opposite_images_colours(images):
+    method = build()
+    ids, codebook = method.target.ids(images), method.target.tokenizer.codebook
+    assert method.recoloured(ids, method.row_generator(3, 0, "cpu")) is ids  # 0 of them, as by default
+    method.recolour = 1.0
+    changed = method.recoloured(ids, method.row_generator(3, 0, "cpu"))
+    assert torch.equal(changed[1], ids[1])  # opposite to itself
+    vectors = codebook(ids)
+    own, other = vectors[0].flatten(0, 1), vectors[2].flatten(0, 1)
+    wanted = (own - own.mean(0)) / own.std(0) * other.std(0) + other.mean(0)
+    slow = [(codebook.codes - vector).square().sum(1).argmin().item() for vector in wanted]
+    assert changed[0].flatten().tolist() == slow
+    method.recolour = 0.5
+    chosen = method.row_generator(3, 0, "cpu").rand() < 0.5
+    half = method.recoloured(ids, method.row_generator(3, 0, "cpu"))
+    assert torch.equal(half, torch.where(chosen[:, None, None], changed, ids))
+
+
+def test_what_is_hidden_does_not_depend_on_recolouring(images):
+    drawn_masks = []
+    for share in (0.0, 1.0):
+        method = build()
+        method.recolour = share
+        predict = method.predict
+        method.predict = lambda ids, *places, predict=predict: drawn_masks.append(places[0]) or predict(ids, *places)
+        step(method, images)
+    assert torch.equal(*drawn_masks)
+
+
 def test_what_was_not_measured_is_no_target(images):
     method, valid = build(), torch.ones(3, 1, 32, 32, dtype=torch.bool)
     valid[0] = False
