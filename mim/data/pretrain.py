@@ -175,8 +175,10 @@ class PretrainData(L.LightningDataModule):
             if errors and self.pixels.type == "uint8":  # which takes what cannot be kept as it is
                 more, errors = self._look_at([indices[place] for place in errors])
                 looks += more
+            elif self.pixels.type not in ("uint8", "any") and len({look.kind for look in looks}) > 1:
+                looks, errors = self._look_at(indices)  # files of another type cannot be read any more
         self._note_unmeasured(errors, count)
-        refuse_channels(self.path, list(errors.values()), self.channels, count)
+        refuse_channels(self.path, list(errors.values()), self.channels, count, bands=self.pixels.bands)
         self.bad_files.add(*((error.path, error.reason) for error in errors.values()))
         self.bad_files.stop_if_too_many(seen=count)
         for source in filter(None, (self.source, self.evaluation)):
@@ -418,7 +420,7 @@ def check_numbers(data: str, source: Source, channels: int, pixels: Pixels, samp
             source.read(index)
         except ImageError as error:
             errors.append(error)
-    refuse_channels(data, errors, channels, len(indices), option=None)
+    refuse_channels(data, errors, channels, len(indices), option=None, bands=pixels.bands)
     kinds = {_kind_as_stored(source, index, channels) for index in indices if pixels.eight_bit} - {None, "uint8"}
     if not kinds:
         return None
