@@ -30,12 +30,11 @@ def run(
     if recipe.memory is not None:
         _check_memory(options, recipe)
     # torch is imported when there is something to train: --help must not wait for it.
-    if recipe.memory is not None:
-        from mim.transfer.memory import MemoryFinetuning as Finetuning
-    else:
-        from mim.transfer.finetuning import Finetuning
+    from mim.transfer.finetuning import Finetuning
+    from mim.transfer.memory import MemoryFinetuning
 
-    return Finetuning(options, recipe, training, eval_every or recipe.epochs / 10).measure(seeds, from_scratch)
+    kind = Finetuning if recipe.memory is None else MemoryFinetuning
+    return kind(options, recipe, training, eval_every or recipe.epochs / 10).measure(seeds, from_scratch)
 
 
 def _check(options: ClassificationOptions, recipe: FinetuneRecipe, training: TrainingOptions) -> None:

@@ -191,11 +191,11 @@ class Finetune(SupervisedTraining):
         learns at one rate, and only the classifier's matrix is decayed.
         """
         if isinstance(self.model, MemoryViT):
-            groups = param_groups_weight_decay(
-                self.model.tasks,
-                self.recipe.weight_decay,
-                [name for name, _ in self.model.tasks.named_parameters() if "head" not in name],
-            )
+            groups: list[dict[str, Any]] = [
+                {"params": [], "weight_decay": decay} for decay in (0.0, self.recipe.weight_decay)
+            ]
+            for name, parameter in self.model.tasks.named_parameters():
+                groups[name.endswith("head.weight")]["params"].append(parameter)
             return torch.optim.AdamW(groups, lr=self.learning_rate(0))
         optimizer: Optimizer = create_optimizer_v2(
             self.vit,

@@ -54,7 +54,7 @@ class LinearHeads(nn.Module):
             mean, variance = cast(Tensor, self.norm.running_mean), cast(Tensor, self.norm.running_var)
             weight = weight / (variance + self.norm.eps).sqrt()[:, None]
             bias = bias - mean @ weight
-        layer = nn.Linear(*weight.shape, device=weight.device)
+        layer = nn.Linear(weight.shape[0], weight.shape[1], device=weight.device)
         layer.weight.copy_(weight.T)
         layer.bias.copy_(bias)
         return layer

@@ -50,7 +50,7 @@ def _own_class_token(vit: VisionTransformer, generator: torch.Generator) -> Tens
     if vit.pos_embed is not None and not vit.no_embed_class:
         token += vit.pos_embed[:, :1].detach()
     with torch.no_grad():
-        return cast(Any, vit.norm_pre)(token).clone()
+        return cast(Tensor, cast(Any, vit.norm_pre)(token)).clone()
 
 
 def _drawn(shape: Sequence[int], deviation: float, generator: torch.Generator) -> Tensor:

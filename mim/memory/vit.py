@@ -56,7 +56,7 @@ class MemoryViT(nn.Module):
         """Logits ``(B, classes)`` of each task by its name, and of the model's own classifier if it has one."""
         tokens, class_tokens = self._encoded(images)
         answers = dict(zip(self.tasks, self._answers(class_tokens), strict=True))
-        return ({ORIGINAL: cast(Tensor, self.vit.forward_head(tokens))} if self.vit.num_classes else {}) | answers
+        return ({ORIGINAL: self.vit.forward_head(tokens)} if self.vit.num_classes else {}) | answers
 
     def forward_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens of the image as timm gives them, ``(B, P + N, D)``, and class tokens of the tasks, ``(B, T, D)``."""
@@ -67,7 +67,7 @@ class MemoryViT(nn.Module):
         """Tokens of the image behind the final norm and class tokens before it; of the former only if ``whole``."""
         vit, tasks = self.vit, list(self._tasks())
         with torch.no_grad():
-            x = cast(Tensor, vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images)))))  # type: ignore[no-untyped-call]  # timm's stem
+            x = cast(Tensor, vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images)))))
         class_tokens = torch.cat([task.class_token for task in tasks], dim=1).expand(len(x), -1, -1)  # (B, T, D)
         first = 0 if vit.cls_token is None else 1  # the model's own class token is not looked at
         mask = _own_alone([task.cells for task in tasks], x.shape[1] - first, x.device)
@@ -155,10 +155,10 @@ def _keys_and_values(attention: Any, normed: Tensor) -> tuple[Tensor, Tensor]:  
     return attention.k_norm(keys), values
 
 
-def _heads(projected: Tensor, attention: Any, parts: int) -> Iterator[Tensor]:  # noqa: ANN401 - timm's
+def _heads(projected: Tensor, attention: Any, parts: int) -> tuple[Tensor, ...]:  # noqa: ANN401 - timm's
     """``(B, M, parts * heads * d)`` to as many ``(B, heads, M, d)``."""
     split = projected.reshape(*projected.shape[:2], parts, attention.num_heads, attention.head_dim)
-    return split.permute(2, 0, 3, 1, 4).unbind(0)  # type: ignore[return-value]
+    return tuple(split.permute(2, 0, 3, 1, 4))
 
 
 def _own_alone(cells: list[int], seen: int, device: torch.device) -> Tensor | None:

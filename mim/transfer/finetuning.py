@@ -44,7 +44,7 @@ class Finetuning(Classification):
     """
 
     name, title = "finetune", "Fine-tuning"
-    not_of_the_result = (*_NOT_OF_THE_RESULT, "memory", "memory_norm")
+    not_of_the_result: tuple[str, ...] = (*_NOT_OF_THE_RESULT, "memory", "memory_norm")
 
     def __init__(
         self, options: ClassificationOptions, recipe: FinetuneRecipe, training: TrainingOptions, eval_every: float

@@ -12,6 +12,7 @@ from mim.data.pixels import EIGHT_BIT
 from mim.encoder import Encoder
 from mim.evaluation.finetune import Finetune, classifier
 from mim.interop import ModelCard, export_backbone
+from mim.memory import MemoryViT, Task
 from mim.options.classification import FinetuneRecipe
 from mim.reduction import Cropr, DynamicViT
 
@@ -194,3 +195,22 @@ def test_the_strength_of_a_reduction_is_a_function_of_the_step(monkeypatch):
         strengths.append(trained.model.reduction.strength)
         assert trained.evaluated.reduction.strength == strengths[-1]
     assert strengths == pytest.approx([0, 0, 0.5, 1, 1])
+
+
+def test_of_memory_the_classifiers_matrix_alone_is_decayed_and_all_learn_at_one_rate():
+    vit = Encoder("test_vit", img_size=32, patch_size=8).vit
+    recipe = FinetuneRecipe(memory=2, epochs=10, batch_size=8)
+    trained = Finetune(MemoryViT(vit, {"a": Task(vit, 2, "xyz")}), recipe, 3, images=80, seed=0)
+    decays = {
+        name: (group["weight_decay"], group.get("lr_scale", 1.0))
+        for group in trained.configure_optimizers().param_groups
+        for parameter in group["params"]
+        for name, other in trained.model.named_parameters()
+        if parameter is other
+    }
+    assert decays == {
+        "tasks.a.class_token": (0.0, 1.0),
+        "tasks.a.memory": (0.0, 1.0),
+        "tasks.a.head.weight": (0.05, 1.0),
+        "tasks.a.head.bias": (0.0, 1.0),
+    }
