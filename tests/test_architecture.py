@@ -1,7 +1,9 @@
 """The tree is the first diagram: imports point down only, and nothing forbidden stands in shared code."""
 
 import ast
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -41,10 +43,11 @@ LEVELS = [
         "options; layers: parts that two methods share; tokenizers: images as integers and back",
     ),
     (
-        {"mim", "mim.distributed", "mim.errors", "mim.hub", "mim.lora", "mim.patches", "mim.program", "mim.randomness"}
-        | {"mim.schedules", "mim.terminal", "mim.vit", "mim.conv_nets"},
-        "processes and devices, three-line errors, the model hub, LoRA, how the program was started, patches of an "
-        "image, keyed randomness, schedules, what a person at a terminal sees, timm's ViTs and conv nets",
+        {"mim", "mim.atomic", "mim.conv_nets", "mim.distributed", "mim.errors", "mim.hub", "mim.lora", "mim.patches"}
+        | {"mim.program", "mim.randomness", "mim.schedules", "mim.terminal", "mim.vit"},
+        "files that are whole or not there, processes and devices, three-line errors, the model hub, LoRA, how the "
+        "program was started, patches of an image, keyed randomness, schedules, what a person at a terminal sees, "
+        "timm's ViTs and conv nets",
     ),
 ]
 MODULES = sorted((ROOT / "mim").rglob("*.py"))
@@ -87,14 +90,47 @@ def test_the_docs_show_these_levels():
     assert levels_as_text() in page, "docs/architecture.md: replace its table of levels by\n" + levels_as_text()
 
 
-def imports(path: Path) -> set[str]:
-    found = set()
+class Found(NamedTuple):
+    """What a module names."""
+
+    imports: set[str]
+    attributes: set[str]
+    names: set[str]
+    calls: list[tuple[str, dict[str, str]]]
+
+
+def dotted(node: ast.expr) -> str:
+    """``a.b.c`` as it is written; empty for what is no chain of names."""
+    if isinstance(node, ast.Attribute):
+        return f"{owner}.{node.attr}" if (owner := dotted(node.value)) else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+@cache
+def look(path: Path) -> Found:
+    """Parsed once for all that is asked about a module."""
+    found = Found(set(), set(), set(), [])
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            found.imports.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
-    return {name for name in found if name.split(".")[0] == "mim"}
+            found.imports.update({f"{node.module}.{alias.name}" for alias in node.names} | {node.module})
+        elif isinstance(node, ast.Attribute):
+            found.attributes.add(dotted(node))
+        elif isinstance(node, ast.Name):
+            found.names.add(node.id)
+        elif isinstance(node, ast.Call):
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg in RISKY}
+            found.calls.append((dotted(node.func), keywords))
+    return found
+
+
+RISKY = ("shell", "weights_only")
+"""Arguments that can let code in."""
+
+
+def imports(path: Path) -> set[str]:
+    return {name for name in look(path).imports if name.split(".")[0] == "mim"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -114,15 +150,9 @@ def test_every_module_has_a_home_on_a_level(path):
     assert level(home(name_of(path))) >= 0
 
 
-def calls(path: Path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-
-
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_nothing_runs_code_from_files(path):
-    for function, keywords in calls(path):
+    for function, keywords in look(path).calls:
         assert function not in {
             "eval",
             "exec",
@@ -141,14 +171,7 @@ def test_nothing_runs_code_from_files(path):
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_nothing_reaches_for_the_network(path):
     """Only timm does, by name, and what reads shards behind URLs: no hub of torch, no client, no socket."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Attribute):
-            names.add(ast.unparse(node))
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    names = look(path).imports | look(path).attributes
     assert not [name for name in names if name.startswith("torch.hub")]
     roots = {name.split(".")[0] for name in names}
     roots -= {"fsspec"} if path.name == "remote.py" else set()
@@ -159,8 +182,7 @@ def test_nothing_reaches_for_the_network(path):
 def test_shared_code_does_not_know_method_names(path):
     if path.is_relative_to(ROOT / "mim" / "methods") or name_of(path) == "mim.benchmark.plain":
         return
-    names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
-    assert not names & METHODS
+    assert not look(path).names & METHODS
 
 
 def test_there_is_no_drawer_for_odds_and_ends():

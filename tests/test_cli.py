@@ -1,6 +1,7 @@
 """The front of the command line: quick, torch-free help, one grammar, and mistakes that end in three lines."""
 
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -52,23 +53,32 @@ def test_the_whole_help_leaves_nothing_out(command):
     assert [name for name, option in known_options(command).items() if option.text not in text] == []
 
 
+@pytest.fixture(scope="module")
+def imported_by_help():
+    """Command to what of the libraries for numbers it or one before it has imported: in one process, pretrain first.
+
+    What takes long is importing; a clock would measure the machine.
+    """
+    code = (
+        "import contextlib, io, json, sys\nfrom mim.cli import main\nfound = {}\n"
+        "for command in json.loads(sys.argv[1]):\n"
+        "    with contextlib.redirect_stdout(io.StringIO()):\n"
+        "        main(command, ['--help'])\n"
+        "    found[command] = sorted({'torch', 'lightning', 'timm', 'numpy', 'PIL'} & set(sys.modules))\n"
+        "print(json.dumps(found))"
+    )
+    order = sorted(COMMANDS, key=lambda command: command != "pretrain")
+    asked = [sys.executable, "-c", code, json.dumps(order)]
+    return json.loads(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_does_not_import_torch(command):
-    code = (
-        "import sys\nfrom mim.cli import main\n"
-        f"try: main({command!r}, ['--help'])\nexcept SystemExit: pass\n"
-        "sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+def test_help_does_not_import_torch(command, imported_by_help):
+    assert "torch" not in imported_by_help[command]
 
 
-def test_help_of_pretrain_imports_no_library_for_numbers():
-    """What takes long is importing; a clock would measure the machine."""
-    code = (
-        "import sys\nfrom mim.cli import main\nmain('pretrain', ['--help'])\n"
-        "sys.exit(bool({'torch', 'lightning', 'timm', 'numpy', 'PIL'} & set(sys.modules)))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+def test_help_of_pretrain_imports_no_library_for_numbers(imported_by_help):
+    assert imported_by_help["pretrain"] == []
 
 
 # Grammar -------------------------------------------------------------------------------------------------------------
@@ -225,35 +235,48 @@ def test_a_recipe_that_is_not_there_is_answered_with_the_nearest():
 # Mistakes ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("command", "args", "expected"),
-    [
-        ("pretrain", ["--epoch", "3"], "try:   --epochs 3\n"),
-        ("pretrain", ["--date", "photos"], "try:   --data photos\n"),
-        ("pretrain", ["--method", "mea"], "--method mae"),
-        ("pretrain", ["--epochs"], "--epochs X"),
-        ("pretrain", ["photos"], "--data PATH"),
-        ("pretrain", ["--epochs", "0"], "expected a float above 0"),
-        ("pretrain", ["--resume", "nowhere"], "no run there"),
-        ("pretrain", ["--config", "nowhere.yaml"], "no such file, nor a recipe"),
-        ("knn", ["--wieghts", "runs/x"], "try:   --weights runs/x\n"),
-        ("segment", ["--weights", "x", "--flop"], "try:   --flip\n"),
-        ("finetune", ["--weights", "x", "--resum"], "try:   --resume\n"),
-        ("finetune", ["--weights", "x", "--trust", "maybe"], "expected true or false"),
-        ("export", ["--to"], "--to timm|onnx|torch-export"),
-        ("knn", ["--weights", "x", "--k", "0"], "--k cannot be"),
-    ],
-)
-def test_a_typing_mistake_ends_in_a_suggestion_without_torch(command, args, expected):
+TYPED = [
+    ("pretrain", ["--epoch", "3"], "try:   --epochs 3\n"),
+    ("pretrain", ["--date", "photos"], "try:   --data photos\n"),
+    ("pretrain", ["--method", "mea"], "--method mae"),
+    ("pretrain", ["--epochs"], "--epochs X"),
+    ("pretrain", ["photos"], "--data PATH"),
+    ("pretrain", ["--epochs", "0"], "expected a float above 0"),
+    ("pretrain", ["--resume", "nowhere"], "no run there"),
+    ("pretrain", ["--config", "nowhere.yaml"], "no such file, nor a recipe"),
+    ("knn", ["--wieghts", "runs/x"], "try:   --weights runs/x\n"),
+    ("segment", ["--weights", "x", "--flop"], "try:   --flip\n"),
+    ("finetune", ["--weights", "x", "--resum"], "try:   --resume\n"),
+    ("finetune", ["--weights", "x", "--trust", "maybe"], "expected true or false"),
+    ("export", ["--to"], "--to timm|onnx|torch-export"),
+    ("knn", ["--weights", "x", "--k", "0"], "--k cannot be"),
+]
+
+
+@pytest.fixture(scope="module")
+def answered():
+    """Status, answer and whether torch was imported for each of these mistakes, made in one process."""
     code = (
-        f"import sys\nfrom mim.cli import main\nstatus = main({command!r}, {args!r})\n"
-        "sys.exit(status if 'torch' not in sys.modules else 99)"
+        "import contextlib, io, json, sys\nfrom mim.cli import main\ntold = []\n"
+        "for command, args, _ in json.loads(sys.argv[1]):\n"
+        "    with contextlib.redirect_stderr(io.StringIO()) as text:\n"
+        "        status = main(command, args)\n"
+        "    told.append((status, text.getvalue(), 'torch' in sys.modules))\n"
+        "print(json.dumps(told))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith("error: ")
-    assert expected in result.stderr
-    assert "Traceback" not in result.stderr
+    asked = [sys.executable, "-c", code, json.dumps(TYPED)]
+    return json.loads(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.parametrize(
+    "number", range(len(TYPED)), ids=lambda number: " ".join([TYPED[number][0], *TYPED[number][1]])
+)
+def test_a_typing_mistake_ends_in_a_suggestion_without_torch(number, answered):
+    status, text, with_torch = answered[number]
+    assert (status, with_torch) == (2, False)
+    assert text.startswith("error: ")
+    assert TYPED[number][2] in text
+    assert "Traceback" not in text
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def plain_hpm_loss(method: HPM, batch: Batch) -> Tensor:
         sequence = _filled(judge["encoder"], judge["fill"], images, nothing, method.patches)
         _all_predictions(method.reconstruction, sequence)
         scores = _all_predictions(judge["difficulty"], sequence).float().mean(dim=-1)  # (B, N)
-    mask = method.draw(scores, count, method.row_generator(count, 0))  # (B, N)
+    mask = method.draw_mask(method.row_generator(count, 0), scores)  # (B, N)
     sequence = _filled(method.encoder, method.fill, images, mask, method.visible_count)
     everything = torch.arange(method.patches, device=images.device).expand(count, -1)
     target = method.target(images, grid, everything)

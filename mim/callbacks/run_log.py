@@ -2,7 +2,6 @@
 
 import csv
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
+from mim.atomic import replaced
 from mim.methods import Method
 from mim.run.folder import RunFolder
 from mim.run.words import duration
@@ -59,12 +59,10 @@ class MetricsTable:
         return float(values[-1]) if values else None
 
     def _write(self) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
+        with replaced(self.path) as aside, aside.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(self.rows[step] for step in sorted(self.rows))
-        os.replace(temporary, self.path)
 
 
 class RunLog(Callback):

@@ -17,6 +17,7 @@ def run(
     pool: Literal["cls", "mean", "both"] | None = None,
     crops: Whole = 0,
     seeds: Count = 3,
+    export: bool = False,
 ) -> Scores:
     """Accuracy of a linear or attentive classifier over frozen features, beside untrained encoders.
 
@@ -29,7 +30,10 @@ def run(
         crops: random crops of every image to learn from, each kept on disk; an epoch takes the next one. As many as
             epochs is the papers' protocol, 0 takes the middle of the image in every epoch, which is far cheaper.
         seeds: repetitions, each with other initial weights, order, held-out part, and another untrained encoder.
+        export: leave the encoder with the linear head of seed 0 as a classifier that timm opens.
     """
+    if export:
+        _check_export(options, recipe, layers, pool)
     if recipe.batch_size < 2:
         raise UserError("--batch_size 1: the head normalises over a batch", hint="--batch_size 256")
     # torch is imported when there is something to measure: --help must not wait for it.
@@ -84,7 +88,28 @@ def run(
         matrix = multiclass_confusion_matrix(outcomes[0].answers, trained[1].labels, num_classes=classes)
         save_confusion(matrix.numpy(), measurement.classes, folder / "confusion.png")
         finish_section(folder)
+        if export:
+            from mim.transfer.probed import export_probe
+
+            assert outcomes[0].layer is not None
+            home = export_probe(measurement, features, outcomes[0].layer, folder / "export")
+            print(f'  model   {home}   (timm.create_model("local-dir:{home}", pretrained=True))')
     return scores
+
+
+def _check_export(
+    options: ClassificationOptions, recipe: ProbeRecipe, layers: int, pool: Literal["cls", "mean", "both"] | None
+) -> None:
+    """Refuses what timm's models have no place for."""
+    others = {
+        f"--head {recipe.head}": recipe.head != "linear",
+        f"--layers {layers}": layers > 1,
+        "--pool both": pool == "both",
+        f"--reduction {options.reduction}": options.reduction is not None,
+    }
+    if asked := [option for option, given in others.items() if given]:
+        why = "one linear layer behind the pooling of a whole timm model is all that an export can hold"
+        raise UserError(f"--export true with {asked[0]}", why=why, hint="--export false")
 
 
 def _protocol(recipe: ProbeRecipe, crops: int) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
@@ -60,7 +60,8 @@ def trained(args: Sequence[str]) -> tuple[int, RunFolder]:
     resumed = RunFolder.find(options["resume"], options.get("out")) if "resume" in options else None
     if resumed is not None:
         args = resumed_arguments(resumed, args)
-    pretraining = Pretraining(parse(args), resumed)
+    config = parse(args)
+    pretraining = Pretraining(config, resumed, changes(args, config))
     return pretraining.run(args), pretraining.folder
 
 
@@ -70,12 +71,16 @@ class Pretraining:
     Args:
         config: parsed settings.
         resumed: the run to continue; a new one if not given.
+        changed: settings whose value is not that of the config files, as in :func:`mim.run.config.changes`.
     """
 
-    def __init__(self, config: Namespace, resumed: RunFolder | None) -> None:
+    def __init__(
+        self, config: Namespace, resumed: RunFolder | None, changed: Mapping[str, tuple[Any, Any]] | None = None
+    ) -> None:
         self.rank = process_rank()
         quieten(self.rank)
         self.config, self.resumed, self.options = config, resumed, run_options(config)
+        self.changed = changed or {}
         self.folder = resumed or RunFolder(Path(config.out or "runs"))
         if self.options.threads:
             torch.set_num_threads(self.options.threads)
@@ -187,7 +192,7 @@ class Pretraining:
         self.folder = self._folder(args)
         evaluation, checkpoints = self._attend(trainer)
         if self.rank == 0:
-            self._introduce(trainer, evaluation, checked, args)
+            self._introduce(trainer, evaluation, checked)
             note = initialised or (random_start(self.config) if checkpoint is None else None)
             if note:
                 self._say(note)
@@ -302,9 +307,7 @@ class Pretraining:
         if self.rank == 0:
             self.folder.say(text)
 
-    def _introduce(
-        self, trainer: Trainer, evaluation: Evaluation, checked: tuple[int, tuple[int, int]], args: Sequence[str]
-    ) -> None:
+    def _introduce(self, trainer: Trainer, evaluation: Evaluation, checked: tuple[int, tuple[int, int]]) -> None:
         """Says what is going to happen before it happens, and keeps it in ``summary.json``."""
         method, data, plan = self.method, self.data, self.plan
         model = self.config.model.init_args.encoder.model
@@ -329,7 +332,7 @@ class Pretraining:
             values=data.describe_values(),
             levels=found.facts() if (found := levels(data.source, data.pixels)) else None,
             device=device_name(trainer),
-            changed=changes(args),
+            changed=self.changed,
             versions=versions(),
             git=git_commit(),
         )

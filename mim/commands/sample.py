@@ -1,6 +1,7 @@
 """Draw images: ``python tools/sample.py --run runs/001-maskgit-photos``."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -9,10 +10,12 @@ from mim.options.outputs import check_picture
 from mim.options.ranges import Count, NotNegative, Seed, Whole
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from mim.data.pretrain import PretrainData
-    from mim.methods import Method
+    from mim.encoder import Encoder
 
 
 def run(
@@ -46,19 +49,35 @@ def run(
     check_picture("--out", out)
     if hide != "all" and classes:
         raise UserError("--classes is for images out of nothing", hint="--hide all   or leave --classes out")
+    from mim.layers.decoding import Decoding, DrawsImages
     from mim.run.weights import load_method
     from mim.transfer.features import chosen_device
 
     method, opened, _ = load_method(run)
-    method = method.to(chosen_device(device))
+    if not isinstance(method, DrawsImages):
+        raise UserError(
+            f"{method.name} draws no images",
+            why="it predicts no ids",
+            hint="a run of a method that predicts ids of a tokenizer: docs/tokens.md",
+        )
+    encoder = method.to(chosen_device(device)).evaluated
     opened.path = data or opened.path
-    encoder = method.evaluated
     opened.open(encoder.img_size, encoder.in_chans, seed)
+    draw = partial(method.draw_images, decoding=Decoding(steps, temperature, schedule))
     if hide == "all":
-        _save_grid(method.draw_images(count, seed, classes or (), steps, temperature, schedule), opened, out)
+        _save_grid(draw(*_nothing(encoder, count), seed, classes=classes or ()), opened, out)
     else:
-        _save_rows(method, opened, hide, count, seed, (steps, temperature, schedule), out)
+        _save_rows(draw, encoder, opened, hide, count, seed, out)
     print(f"  picture {out}")
+
+
+def _nothing(encoder: "Encoder", count: int) -> "tuple[Tensor, Tensor]":
+    """Images ``(count, C, H, W)``, and ``(count, N)`` that all of them is hidden."""
+    import torch
+
+    device = next(encoder.parameters()).device
+    hidden = torch.ones(count, math.prod(encoder.grid), dtype=torch.bool, device=device)
+    return torch.zeros(count, encoder.in_chans, *encoder.img_size, device=device), hidden
 
 
 def _save_grid(images: "Tensor", data: "PretrainData", out: Path) -> None:
@@ -77,34 +96,34 @@ def _save_grid(images: "Tensor", data: "PretrainData", out: Path) -> None:
 
 
 def _save_rows(
-    method: "Method",
+    draw: "Callable[[Tensor, Tensor, int], Tensor]",
+    encoder: "Encoder",
     data: "PretrainData",
     hide: str,
     count: int,
     seed: int,
-    settings: "tuple[int, float, Literal['cosine', 'linear', 'square']]",
     out: Path,
 ) -> None:
     """A row per image: it, what is left of it, and two drawings of the rest."""
     import torch
     import torch.nn.functional as F
 
-    from mim.pictures.strips import draw, lay_out, save_strip
+    from mim.pictures import strips
 
     source = data.evaluation or data.source
     chosen = [place * len(source) // count for place in range(min(count, len(source)))]
     batches = [pixels for pixels, _ in data.center_batches(source, chosen)]
     if not batches:
         raise UserError(f"--data {data.path}: none of the {len(chosen)} images that were tried can be read")
-    images = torch.cat(batches).to(method.device)
-    grid = method.evaluated.grid
-    hidden = hidden_part(hide, grid).to(method.device)
+    device = next(encoder.parameters()).device
+    images, hidden = torch.cat(batches).to(device), hidden_part(hide, encoder.grid).to(device)
     area = F.interpolate(hidden[None, None].float(), images.shape[2:], mode="nearest")
     columns = {"input": images, "hidden": images * (1 - area)}
     for name, number in (("drawn", seed), ("another", seed + 1)):
-        columns[name] = method.draw_hidden(images, hidden.flatten().expand(len(images), -1), number, *settings)
+        columns[name] = draw(images, hidden.flatten().expand(len(images), -1), number)
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_strip(lay_out({name: draw(views, data.mean, data.std) for name, views in columns.items()}), out)
+    shown = {name: strips.draw(views, data.mean, data.std) for name, views in columns.items()}
+    strips.save_strip(strips.lay_out(shown), out)
 
 
 def hidden_part(hide: str, grid: tuple[int, int]) -> "Tensor":

@@ -155,7 +155,7 @@ def _explanations(
         raise UserError(
             f"--explain {names}: {weights or 'an untrained model'} has no classifier whose answers could be explained",
             why="rollout, tokentm and gradcam are tested by what it still answers",
-            hint=f"{called('finetune')} --weights {weights or 'runs/001-mae-builtin'}   whose export has one",
+            hint=f"{called('linear_probe')} --weights {weights or 'runs/001-mae-builtin'} --export true",
         )
     answers = classify(encoder, batch).softmax(dim=1).max(dim=1)
     for number, (share, answer) in enumerate(zip(*answers, strict=True), start=1):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mim.data.files import MAX_ARRAY_BYTES, ChannelsError, check_size
+from mim.data.files import AS_TILES, MAX_ARRAY_BYTES, ChannelsError, check_size
 
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 NPY_MAGIC = b"\x93NUMPY"
@@ -108,7 +108,7 @@ def read_jpeg2000(data: bytes) -> Stored:
     import imagecodecs
 
     height, width, bits = _jpeg2000_size(data)
-    check_size(width, height)
+    check_size(width, height, AS_TILES)
     check_array((height, width, len(bits)), np.dtype(np.uint16 if max(bits) > 8 else np.uint8))
     values = imagecodecs.jpeg2k_decode(data)
     values = values[..., None] if values.ndim == 2 else values

@@ -88,7 +88,12 @@ class BadFileWarning(UserWarning):
 
 
 def refuse_channels(
-    data: str, errors: Sequence[ImageError], channels: int, count: int, option: str | None = "--in_chans"
+    data: str,
+    errors: Sequence[ImageError],
+    channels: int,
+    count: int,
+    option: str | None = "--in_chans",
+    bands: Sequence[int] = (),
 ) -> None:
     """Raises a :class:`UserError` if that is what is wrong with all of ``count`` images, not with some."""
     found = [error.channels for error in errors if error.channels is not None]
@@ -101,6 +106,10 @@ def refuse_channels(
         else f"{min(found)} to {max(found)} channels"
     )
     some = ",".join(str(band) for band in range(min(channels, number), 0, -1))
+    if bands:
+        raise UserError(
+            f"--data {data}: the images have {kinds}, --bands asks for number {max(bands)}", hint=f"--bands {some}"
+        )
     raise UserError(
         f"--data {data}: the images have {kinds}, the model takes {channels}",
         hint=f"{option} {number}" + (f"   or   --bands {some}   to choose {channels}" if number > channels else "")

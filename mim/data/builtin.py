@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from mim.data.pixels import EIGHT_BIT, Pixels
+from mim.data.shapes import ShapeSource
 from mim.errors import UserError
 from mim.randomness import keyed_generator
 
@@ -127,6 +128,28 @@ class MosaicSource:
         windows = torch.stack([_window(_TEXTURES[i], self.split, self.size, generator) for i in textures.tolist()])
         image = windows.gather(0, cells.expand(1, 3, -1, -1))[0]
         return image, textures[cells].to(torch.uint8)
+
+
+def open_built_in(
+    data: str, channels: int, pixels: Pixels, label_column: str | None = None
+) -> tuple[PhotoSource, PhotoSource] | tuple[ShapeSource, ShapeSource]:
+    """The images that come with the package: those to learn from, and those set apart.
+
+    Args:
+        data: ``builtin`` or ``shapes``.
+        channels: of the model.
+        pixels: that the model takes, as far as that is known.
+        label_column: what else was to hold the labels.
+
+    Raises:
+        UserError: for a model that takes other images, or labels from elsewhere.
+    """
+    if label_column is not None:
+        raise UserError(f"--label_column {label_column}: {data} has labels of its own", hint=f"--data {data}")
+    check_colour(data, channels, pixels)
+    if data == "builtin":
+        return PhotoSource("train"), PhotoSource("test")
+    return ShapeSource("train"), ShapeSource("val")
 
 
 def check_colour(data: str, channels: int, pixels: Pixels) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mim.data.arrays import Stored, check_array
-from mim.data.files import MEDICAL, check_size
+from mim.data.files import AS_TILES, MEDICAL, check_size
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -62,7 +62,7 @@ def _samples(file: "Dataset") -> tuple[NDArray[Any], int]:
     frames = int(file.get("NumberOfFrames") or 1)
     if kind == "PALETTE COLOR":
         raise ValueError("a DICOM file with a palette; write it as PNG")
-    check_size(file.Columns, file.Rows)
+    check_size(file.Columns, file.Rows, AS_TILES)
     check_array((file.Rows, file.Columns, samples), np.dtype(f"u{max(1, file.BitsAllocated // 8)}"))
     values = _first_frame(file, frames).reshape(file.Rows, file.Columns, samples)
     if kind == "MONOCHROME1":  # white is 0

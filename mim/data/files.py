@@ -25,6 +25,8 @@ MAX_ARRAY_BYTES = 1 << 29
 """512 MiB: decoded size of a TIFF of many channels."""
 IN_PARTS = "--windows 512 of pretrain and check_data reads it in parts"
 """What to do about an image that is too large."""
+AS_TILES = f"as a TIFF in tiles, {IN_PARTS}"
+"""The same about one that only a decoder of whole pictures reads."""
 MAX_ASPECT = 200
 """Longer side over shorter side: resizing a 1x4096 picture by its shorter side takes half a minute."""
 
@@ -113,9 +115,9 @@ def name_of(source: Path | bytes) -> str:
     return "image" if isinstance(source, bytes) else printable(str(source))
 
 
-def check_size(width: int, height: int) -> None:
+def check_size(width: int, height: int, remedy: str = IN_PARTS) -> None:
     """Refuses pictures that are too large or too long."""
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{width}x{height} pixels, more than the limit of {MAX_PIXELS / 1e6:.0f} million; {IN_PARTS}")
+        raise ValueError(f"{width}x{height} pixels, more than the limit of {MAX_PIXELS / 1e6:.0f} million; {remedy}")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(f"{width}x{height} pixels, longer than {MAX_ASPECT}:1")

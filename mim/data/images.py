@@ -30,6 +30,7 @@ from mim.data.arrays import (
 from mim.data.dicom import is_dicom, read_dicom
 from mim.data.eight_bit import read_eight_bit
 from mim.data.files import (
+    AS_TILES,
     MAX_FILE_BYTES,
     SUFFIXES,
     ChannelsError,
@@ -293,7 +294,7 @@ def _read_jpeg(data: bytes, channels: int) -> NDArray[np.uint8] | None:
         return None
     if space not in ("YCbCr", "RGB", "Gray"):
         return None
-    check_size(width, height)
+    check_size(width, height, AS_TILES)
     try:
         values = simplejpeg.decode_jpeg(data, "GRAY" if space == "Gray" else "RGB", strict=True)
     except ValueError as error:

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mim.data.bad_files import Bad
-from mim.data.builtin import PhotoSource, check_colour
+from mim.data.builtin import open_built_in
 from mim.data.images import ImageError
 from mim.data.loading import WatchedLoader
 from mim.data.objects import ObjectSource, is_object, open_object
 from mim.data.pixels import EIGHT_BIT, Pixels
-from mim.data.shapes import ShapeSource
+from mim.data.places import BUILT_IN
 from mim.data.sources import FileSource, FolderSource, ListSource, Source, open_source
 from mim.data.views import SingleView, stacked
 from mim.errors import UserError
@@ -93,9 +93,9 @@ def open_labelled(
     Raises:
         UserError: if there is nothing to read, labels are missing, or classes differ.
     """
-    if data in ("builtin", "shapes"):
-        check_colour(data, channels, pixels)
-        return _built_in(data, label_column)
+    if data in BUILT_IN:
+        learnt, held = open_built_in(data, channels, pixels, label_column)
+        return LabelledImages(learnt, held, learnt.classes, data)
     train: FileSource | ObjectSource
     test: FileSource | ObjectSource | None
     if is_object(data):
@@ -116,16 +116,6 @@ def open_labelled(
     if classes == "same" or len(shared) < 2:
         raise _different_classes(data, train, test, shared)
     return LabelledImages(_only(train, shared), _only(test, shared), shared, train.name, notes)
-
-
-def _built_in(data: str, label_column: str | None) -> LabelledImages:
-    if label_column is not None:
-        raise UserError(f"--label_column {label_column}: {data} has labels of its own", hint=f"--data {data}")
-    if data == "builtin":
-        photos = PhotoSource("train")
-        return LabelledImages(photos, PhotoSource("test"), photos.classes, data)
-    shapes = ShapeSource("train")
-    return LabelledImages(shapes, ShapeSource("val"), shapes.classes, data)
 
 
 def fingerprint(source: Source) -> list[str]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-from mim.data.files import IN_PARTS, MAX_PIXELS, check_size
+from mim.data.files import AS_TILES, MAX_PIXELS, check_size
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 """Pillow decoders in use (``.npy`` has our own); none starts a program or follows references. JPEG covers MPO."""
@@ -36,7 +36,8 @@ _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), 
 
 # Pillow warns of odd metadata once per file; what the user can act on is an ImageError.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+for library in ("PIL", "tifffile"):
+    logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
 def open_picture(data: bytes) -> Image.Image:
@@ -48,8 +49,8 @@ def open_picture(data: bytes) -> Image.Image:
     except UnidentifiedImageError:
         raise ValueError(f"damaged, or not of a readable format (starts with {data[:16]!r})") from None
     except Image.DecompressionBombError:
-        raise ValueError(f"more than the limit of {MAX_PIXELS / 1e6:.0f} million pixels; {IN_PARTS}") from None
-    check_size(*image.size)
+        raise ValueError(f"more than the limit of {MAX_PIXELS / 1e6:.0f} million pixels; {AS_TILES}") from None
+    check_size(*image.size, AS_TILES)
     if image.format == "PNG":  # Pillow decodes over wrong checksums unless asked
         Image.open(BytesIO(data), formats=FORMATS).verify()
     return image

@@ -18,6 +18,7 @@ LISTS = (".txt", ".csv", ".tsv")
 OTHERWISE = "leave --data out for the built-in images"
 """What to try instead of a place that is not there."""
 BUILT_IN = ("builtin", "shapes")
+"""Images that come with this project, as ``--data`` names them."""
 PREFIX = "python:"
 """How names of objects of Python begin that were handed over; no path does."""
 MEASUREMENTS = {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mim.data.bad_files import BadFiles, BadFileWarning, refuse_channels
-from mim.data.builtin import PhotoSource, check_colour
+from mim.data.builtin import PhotoSource, open_built_in
 from mim.data.crops import Centers, Crops, collate, collate_readable
 from mim.data.files import UnmeasuredError
 from mim.data.images import ImageError, read_image
@@ -23,6 +23,7 @@ from mim.data.loading import EndlessLoader, WatchedLoader
 from mim.data.measuring import Measured, measure, option, spread
 from mim.data.objects import ObjectSource, is_object, open_object, short_name
 from mim.data.pixels import EIGHT_BIT, Pixels, PixelType, parse_bands, parse_range
+from mim.data.places import BUILT_IN
 from mim.data.sampler import Shard, StepSampler
 from mim.data.shapes import ShapeSource
 from mim.data.sources import FileSource, Source, open_source
@@ -174,8 +175,10 @@ class PretrainData(L.LightningDataModule):
             if errors and self.pixels.type == "uint8":  # which takes what cannot be kept as it is
                 more, errors = self._look_at([indices[place] for place in errors])
                 looks += more
+            elif self.pixels.type not in ("uint8", "any") and len({look.kind for look in looks}) > 1:
+                looks, errors = self._look_at(indices)  # files of another type cannot be read any more
         self._note_unmeasured(errors, count)
-        refuse_channels(self.path, list(errors.values()), self.channels, count)
+        refuse_channels(self.path, list(errors.values()), self.channels, count, bands=self.pixels.bands)
         self.bad_files.add(*((error.path, error.reason) for error in errors.values()))
         self.bad_files.stop_if_too_many(seen=count)
         for source in filter(None, (self.source, self.evaluation)):
@@ -417,7 +420,7 @@ def check_numbers(data: str, source: Source, channels: int, pixels: Pixels, samp
             source.read(index)
         except ImageError as error:
             errors.append(error)
-    refuse_channels(data, errors, channels, len(indices), option=None)
+    refuse_channels(data, errors, channels, len(indices), option=None, bands=pixels.bands)
     kinds = {_kind_as_stored(source, index, channels) for index in indices if pixels.eight_bit} - {None, "uint8"}
     if not kinds:
         return None
@@ -436,14 +439,8 @@ def _kind_as_stored(source: Source, index: int, channels: int) -> str | None:
 
 
 def _open(path: str, channels: int, label_column: str | None, pixels: Pixels) -> tuple[Source, Source | None]:
-    if path in ("builtin", "shapes") and label_column is not None:
-        raise UserError(f"--label_column {label_column}: {path} has labels of its own", hint=f"--data {path}")
-    if path in ("builtin", "shapes"):
-        check_colour(path, channels, pixels)
-    if path == "builtin":
-        return PhotoSource("train"), PhotoSource("test")
-    if path == "shapes":
-        return ShapeSource("train"), ShapeSource("val")
+    if path in BUILT_IN:
+        return open_built_in(path, channels, pixels, label_column)
     if is_object(path):
         return open_object(path, channels)
     return open_source(path, channels, label_column=label_column)

@@ -372,7 +372,9 @@ def _call(url: str, method: str, seconds: float, **arguments: int) -> Any:  # no
     files, path = url_to_fs(url)  # cached by fsspec, one for each process
     if isinstance(files, AsyncFileSystem):
         return sync(files.loop, getattr(files, f"_{method}"), path, timeout=seconds, **arguments)
-    return getattr(files, method)(path, **arguments)
+    # A buffered file would read 5 MiB ahead, and cut an answer that is no range to the length that was asked for.
+    unbuffered = {"cache_type": "none"} if method == "cat_file" else {}
+    return getattr(files, method)(path, **arguments, **unbuffered)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -103,7 +103,8 @@ def scan(
         held_out = held_out and cut(held_out, data, windows, pixels, "--channels")
     limit = None if fix else sample
     looks = _look_at(train, limit)
-    refuse_channels(data, [look.error for look in looks if look.error], channels, len(looks), option="--channels")
+    errors = [look.error for look in looks if look.error]
+    refuse_channels(data, errors, channels, len(looks), option="--channels", bands=pixels.bands)
     scale = _print_part(data, train, looks)
     if held_out:
         _print_part(f"{data}, held out", held_out, _look_at(held_out, limit))

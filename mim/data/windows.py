@@ -268,7 +268,7 @@ def cut(source: Source, data: str, windows: Windows, pixels: Pixels, option: str
         why = "every window would have another scale"
         raise UserError("--windows and --value_range per_file exclude each other", why=why, hint="--value_range auto")
     found = WindowSource(source, windows, pixels)
-    refuse_channels(data, found.damaged, source.channels, len(source), option)
+    refuse_channels(data, found.damaged, source.channels, len(source), option, pixels.bands)
     if not len(found):
         why = f"the first is {found.damaged[0]}"
         raise UserError(f"--data {data} --windows {windows.side}: none of {len(source):,} images can be read", why=why)

@@ -6,6 +6,7 @@ gradients another; the gradient of softmax regression is short enough to be writ
 """
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,20 @@ class LinearHeads(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Logits ``(B, L, classes)`` for ``(B, F)``."""
         return self._logits(self.norm(features))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def alone(self, head: int) -> nn.Linear:
+        """One of the classifiers as a layer that gives the same, with the norm in front of it among its weights."""
+        weight, bias = self.weight[:, head], self.bias[head]  # (F, classes)
+        if isinstance(self.norm, nn.BatchNorm1d):
+            mean, variance = cast(Tensor, self.norm.running_mean), cast(Tensor, self.norm.running_var)
+            weight = weight / (variance + self.norm.eps).sqrt()[:, None]
+            bias = bias - mean @ weight
+        layer = nn.Linear(*weight.shape, device=weight.device)
+        layer.weight.copy_(weight.T)
+        layer.bias.copy_(bias)
+        return layer
 
     def gradients(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Of each head's mean cross-entropy, with respect to its weight and bias."""

@@ -5,11 +5,11 @@ from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mim.evaluation.attentive import fit_attentive
 from mim.evaluation.bank import Bank
-from mim.evaluation.linear_probe import fit_linear
+from mim.evaluation.linear_probe import LinearHeads, fit_linear
 from mim.evaluation.splits import stratified_split
 from mim.options.classification import ProbeRecipe
 
@@ -33,12 +33,14 @@ class Outcome(NamedTuple):
         top5: share whose class is among the five largest.
         lr: the learning rate that was chosen.
         answers: ``(Q,)`` predicted classes.
+        layer: what gave them, if it is linear, on the CPU.
     """
 
     top1: float
     top5: float
     lr: float
     answers: Tensor
+    layer: nn.Linear | None = None
 
 
 def probe_head(
@@ -63,13 +65,14 @@ def probe_head(
     labels = banks[0].labels
     everything = torch.arange(len(labels))
     if recipe.select == "on_test":
-        outcomes: list[Outcome] = []
+        best: list[Outcome] = []  # one at most: each has its layer with it
 
         def look(heads: Heads) -> None:
-            outcomes.extend(_score(heads, queries, recipe.rates, device))
+            scored = _score(heads, queries, recipe.rates, device)
+            best[:] = [max([*best, *scored], key=lambda outcome: outcome.top1)]
 
         fit(banks, everything, recipe, classes, seed, device, after_epoch=look)
-        return max(outcomes, key=lambda outcome: outcome.top1)
+        return best[0]
     rates = recipe.rates
     if len(rates) > 1:
         kept, held = stratified_split(labels, 0.1, seed, "linear probe")
@@ -90,4 +93,5 @@ def _score(heads: Heads, bank: Bank, rates: Sequence[float], device: torch.devic
     best = torch.cat(ranked)  # (Q, L, 5), the largest first
     hit = best == bank.labels[:, None, None]
     top1, top5 = hit[:, :, 0].double().mean(0), hit.any(2).double().mean(0)
-    return [Outcome(float(top1[i]), float(top5[i]), lr, best[:, i, 0]) for i, lr in enumerate(rates)]
+    layers = [heads.alone(i).cpu() if isinstance(heads, LinearHeads) else None for i in range(len(rates))]
+    return [Outcome(float(top1[i]), float(top5[i]), lr, best[:, i, 0], layers[i]) for i, lr in enumerate(rates)]

@@ -118,11 +118,10 @@ class AdaMAE(Method):
 
         What ``valid (B, 1, H, W)`` says was not measured is seen last: the few visible patches are to show something.
         """
-        count, grid, scores = len(log_share), self.encoder.grid, -log_share
+        scores = -log_share
         if valid is not None:
             scores = scores.masked_fill(~measured_patches(valid, self.encoder.patch_size), torch.inf)
-        mask: Tensor = self.masking(count, grid, scores=scores, progress=self.progress, generator=generator)
-        return mask
+        return self.draw_mask(generator, scores)
 
     def reconstruct(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Predictions for the hidden patches, ``(B, M, dim)``, and their places, ``(B, M)``."""

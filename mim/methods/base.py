@@ -18,7 +18,6 @@ from mim.distributed.sharding import shard, total
 from mim.encoder import Encoder
 from mim.errors import UserError
 from mim.layers.anchor import AnchorConfig, feature_distance, gram_distance, weight_distance
-from mim.layers.decoding import Schedule
 from mim.layers.teacher import Teacher
 from mim.masking.base import Masking
 from mim.options.ranges import Positive, ShareBelowOne, SomeShare
@@ -286,6 +285,19 @@ class Method(L.LightningModule):
         seed = derive_seed(self.plan.seed, "all rows", self.global_step)
         return RowGenerator.for_rows(seed, 0, max(self.plan.batch_size, least))
 
+    def draw_mask(self, generator: RowGenerator, scores: Tensor | None = None) -> Tensor:
+        """What the policy hides at this point of the run: ``(B, N)``, True = hidden.
+
+        Args:
+            generator: random numbers of the ``B`` images.
+            scores: ``(B, N)`` that a guided policy hides by.
+        """
+        assert self.masking is not None
+        mask: Tensor = self.masking(
+            len(generator), self.encoder.grid, scores=scores, progress=self.progress, generator=generator
+        )
+        return mask
+
     def health_warning(self, values: dict[str, float]) -> str | None:
         """What is wrong, and why, judged by the newest numbers that the method logged; None if nothing is."""
         return None
@@ -333,49 +345,6 @@ class Method(L.LightningModule):
     def visualize(self, images: Tensor) -> dict[str, Tensor]:
         """Named pictures ``(B, C, H, W)`` of what is done to ``images``, normalised alike, or maps ``(B, h, w)``."""
         return {}
-
-    def draw_images(
-        self,
-        count: int,
-        seed: int,
-        classes: Sequence[int] = (),
-        steps: int = 12,
-        temperature: float = 4.5,
-        schedule: Schedule = "cosine",
-    ) -> Tensor:
-        """Draws images out of nothing: ``(count, C, H, W)``, normalised.
-
-        Args:
-            count: number of images.
-            seed: image ``i`` is a function of (seed, i).
-            classes: labels, in turn; without any, of all kinds.
-            steps: how often the network is asked.
-            temperature: of the noise on what it is sure of.
-            schedule: how much is left to draw after a step.
-
-        Raises:
-            UserError: for a method that draws none.
-        """
-        raise self._draws_nothing()
-
-    def draw_hidden(
-        self,
-        images: Tensor,
-        hidden: Tensor,
-        seed: int,
-        steps: int = 12,
-        temperature: float = 4.5,
-        schedule: Schedule = "cosine",
-    ) -> Tensor:
-        """Draws the ``hidden (B, N)`` patches of normalised ``images (B, C, H, W)``; see :meth:`draw_images`."""
-        raise self._draws_nothing()
-
-    def _draws_nothing(self) -> UserError:
-        return UserError(
-            f"{self.name} draws no images",
-            why="it predicts no ids",
-            hint="a run of a method that predicts ids of a tokenizer: docs/tokens.md",
-        )
 
     def no_weight_decay(self) -> set[str]:
         """Name patterns, beyond biases and 1-D parameters, that are not decayed (read by timm's optimizer factory).

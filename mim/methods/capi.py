@@ -134,7 +134,7 @@ class CAPI(Method):
         """Cross-entropy of what the student predicts, plus that of the clusters, which share no gradient."""
         images, valid = single_view(batch)
         generator = self.row_generator(len(images), batch_idx)
-        mask: Tensor = self.masking(len(images), self.encoder.grid, progress=self.progress, generator=generator)
+        mask = self.draw_mask(generator)  # (B, N)
         hidden = visible_indices(~mask, self.hidden_count)
         places = some_of(hidden, self.asked_count, generator.rand(self.hidden_count))  # (B, M)
         measured = None if valid is None else measured_patches(valid, self.encoder.patch_size)  # (B, N)
@@ -239,7 +239,7 @@ class CAPI(Method):
         Masks depend on the row alone, so pictures of one batch compare over training.
         """
         grid, generator = self.encoder.grid, RowGenerator.for_rows(0, 0, len(images), images.device)
-        mask = self.masking(len(images), grid, progress=self.progress, generator=generator)
+        mask = self.draw_mask(generator)
         hidden = visible_indices(~mask, self.hidden_count)
         everywhere = torch.arange(mask.shape[1], device=images.device).expand_as(mask)
         own = self.clusters(self.teach(images)).argmax(dim=-1)  # (B, N)

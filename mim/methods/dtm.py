@@ -66,7 +66,7 @@ class DTM(Method):
         """Smooth absolute difference of group means, each group as often as it has patches."""
         images, valid = single_view(batch)
         generator = self.row_generator(len(images), batch_idx)
-        mask: Tensor = self.masking(len(images), self.encoder.grid, progress=self.progress, generator=generator)
+        mask = self.draw_mask(generator)  # (B, N)
         target = self.teach(images)  # (B, N, C)
         tokens = self.encoder(images, mask, self.mask_token)
         prediction = self.predict(tokens[:, self.encoder.num_prefix :]).float()  # (B, N, C)
@@ -124,7 +124,7 @@ class DTM(Method):
         Both depend on the row alone, so pictures of one batch compare over training.
         """
         grid, generator = self.encoder.grid, RowGenerator.for_rows(0, 0, len(images), images.device)
-        mask = self.masking(len(images), grid, progress=self.progress, generator=generator)
+        mask = self.draw_mask(generator)
         target = self.teach(images)
         counts = merge_counts(target.shape[1], target.shape[1] * 3 // 4, 7)
         groups = morph(target, counts, generator.rand(len(counts), target.shape[1]))

@@ -99,7 +99,7 @@ class HPM(Method):
         images, valid = single_view(batch)
         scores = self.scores(images) if self.masking.needs_scores else None  # (B, N)
         guide = None if scores is None else hidden_last(scores, valid, self.encoder)
-        mask = self.draw(guide, len(images), self.row_generator(len(images), batch_idx))  # (B, N)
+        mask = self.draw_mask(self.row_generator(len(images), batch_idx), guide)  # (B, N)
         prediction, difficulty, hidden = self.predict(images, mask)
         target, weights = self.target.measured(images, self.encoder.grid, hidden, valid)
         error = self.target.errors(prediction, target, weights)  # (B, M)
@@ -125,12 +125,6 @@ class HPM(Method):
         scores = _averaged(judge["difficulty"](judge["fill"](judge["encoder"](images), nothing)))
         self.skip_step_unless_finite(scores)  # the loss would not tell: masks are drawn from any scores
         return scores
-
-    def draw(self, scores: Tensor | None, batch_size: int, generator: RowGenerator) -> Tensor:
-        """Masks ``(B, N)`` for this point of the run."""
-        grid = self.encoder.grid
-        mask: Tensor = self.masking(batch_size, grid, scores=scores, progress=self.progress, generator=generator)
-        return mask
 
     def predict(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruction ``(B, M, dim)`` and difficulty ``(B, M)`` of hidden patches, and their places ``(B, M)``."""
@@ -176,7 +170,7 @@ class HPM(Method):
         teacher's of every patch; the error of a patch is its mean over several masks that hide it.
         """
         grid, scores = self.encoder.grid, self.scores(images)
-        mask = self.draw(scores, len(images), RowGenerator.for_rows(0, 0, len(images), images.device))
+        mask = self.draw_mask(RowGenerator.for_rows(0, 0, len(images), images.device), scores)
         prediction, _, hidden = self.predict(images, mask)
         pictures = self.target.pictures(prediction, images, grid, hidden)
         return pictures | {"difficulty": scores.view(-1, *grid), "error": self._error_map(images, scores)}
@@ -187,7 +181,7 @@ class HPM(Method):
         times = torch.zeros_like(scores)
         generator = RowGenerator.for_rows(1, 0, len(images), images.device)
         for _ in range(_DRAWS):
-            prediction, _, hidden = self.predict(images, mask := self.draw(scores, len(images), generator))
+            prediction, _, hidden = self.predict(images, mask := self.draw_mask(generator, scores))
             error = self.target.error(prediction, self.target(images, self.encoder.grid, hidden))
             total, times = total.scatter_add(1, hidden, error), times + mask
         return (total / times.clamp(min=1)).view(-1, *self.encoder.grid)

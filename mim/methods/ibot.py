@@ -289,10 +289,7 @@ class IBOT(Method):
         """``(2B, N)``; drawn on the CPU where nothing of the device is needed, since their sizes are then known."""
         device = torch.device("cpu") if scores is None else scores.device
         generator = self.row_generator(batch_size, batch_idx, device).views(2)
-        mask: Tensor = self.masking(
-            2 * batch_size, self.encoder.grid, scores=scores, progress=self.progress, generator=generator
-        )
-        return mask
+        return self.draw_mask(generator, scores)
 
     def class_losses(self, points: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy over all pairs of different views, and the mean entropy of the teacher.
@@ -384,7 +381,7 @@ class IBOT(Method):
         attention = self.evaluated.head_attention(images) if shown else images.new_empty(0)  # (B, heads, N)
         scores = attention.mean(dim=1) if self.masking.guided else None
         generator = RowGenerator.for_rows(0, 0, len(images), images.device)
-        mask = self.masking(len(images), grid, scores=scores, progress=self.progress, generator=generator)
+        mask = self.draw_mask(generator, scores)
         patches = patchify(images, self.encoder.patch_size).masked_fill(mask[..., None], 0.0)
         pictures = {"hidden": unpatchify(patches, grid, self.encoder.patch_size, self.encoder.in_chans)}
         for number, values in enumerate(attention[:, :3].unbind(1) if shown else (), start=1):

@@ -102,8 +102,7 @@ class MAE(Method):
 
     def draw(self, images: Tensor, generator: RowGenerator, valid: Tensor | None = None) -> Tensor:
         """Masks ``(B, N)`` for this point of the run; ``valid (B, 1, H, W)`` says which pixels were measured."""
-        mask: Tensor = self.masking(len(images), self.encoder.grid, progress=self.progress, generator=generator)
-        return mask
+        return self.draw_mask(generator)
 
     @property
     def peak_lr(self) -> float:

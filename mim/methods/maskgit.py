@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mim.encoder import Encoder
 from mim.errors import UserError
-from mim.layers.decoding import Decoding, Schedule, decode_iteratively
+from mim.layers.decoding import Decoding, decode_iteratively
 from mim.layers.initialisation import initialise
 from mim.masking import CosineMasking, Masking
 from mim.methods.base import Batch, Method, OptimConfig, single_view
@@ -81,8 +81,7 @@ class MaskGIT(Method):
         """Cross-entropy of hidden ids, mean over those of an image, then over images."""
         images, valid = single_view(batch)
         ids = self.known_ids(self.target.ids(images)).flatten(1)  # (B, N)
-        generator = self.row_generator(len(images), batch_idx)
-        mask = self.masking(len(images), self.encoder.grid, progress=self.progress, generator=generator)  # (B, N)
+        mask = self.draw_mask(self.row_generator(len(images), batch_idx))  # (B, N)
         image, place, weight = hidden_places(mask, mask.shape[1])
         if valid is not None:
             measured = measured_patches(valid, self.encoder.patch_size)
@@ -117,56 +116,31 @@ class MaskGIT(Method):
         own: Tensor = self.class_tokens(torch.where(known, labels, self.classes))
         return self.mask_token + own[:, None]
 
-    def generate(
-        self, ids: Tensor, hidden: Tensor, rows: RowGenerator, labels: Tensor | None, settings: Decoding
+    @torch.no_grad()
+    def draw_images(
+        self,
+        images: Tensor,
+        hidden: Tensor,
+        seed: int,
+        decoding: Decoding = Decoding(),  # noqa: B008 - frozen
+        classes: Sequence[int] = (),
     ) -> Tensor:
-        """Images ``(B, 3, H, W)``, normalised, of ``ids (B, N)`` with the hidden ones filled in."""
+        """See :class:`~mim.layers.decoding.DrawsImages`."""
+        if strange := [label for label in classes if not 0 <= label < self.classes]:
+            raise UserError(
+                f"--classes {strange[0]}: the run was trained with {self.classes} classes", hint="leave --classes out"
+            )
+        labels = None
+        if classes:
+            labels = torch.tensor([classes[row % len(classes)] for row in range(len(images))], device=images.device)
 
         def predict(ids: Tensor, hidden: Tensor) -> Tensor:
             logits: Tensor = self.head(self.encode(ids, hidden, labels))
             return logits
 
-        filled = decode_iteratively(predict, ids, hidden, rows, *settings)
-        return self.target.pictured(filled.view(-1, *self.encoder.grid))
-
-    @torch.no_grad()
-    def draw_images(
-        self,
-        count: int,
-        seed: int,
-        classes: Sequence[int] = (),
-        steps: int = 12,
-        temperature: float = 4.5,
-        schedule: Schedule = "cosine",
-    ) -> Tensor:
-        """See :meth:`Method.draw_images`."""
-        if strange := [label for label in classes if not 0 <= label < self.classes]:
-            raise UserError(
-                f"--classes {strange[0]}: the run was trained with {self.classes} classes", hint="leave --classes out"
-            )
-        device, patches = self.mask_token.device, self.encoder.grid[0] * self.encoder.grid[1]
-        labels = torch.tensor(
-            [classes[place % len(classes)] if classes else -1 for place in range(count)], device=device
-        )
-        hidden = torch.ones(count, patches, dtype=torch.bool, device=device)
-        rows = RowGenerator.for_rows(seed, 0, count, device)
-        settings = (steps, temperature, schedule)
-        return self.generate(torch.zeros_like(hidden, dtype=torch.long), hidden, rows, labels, settings)
-
-    @torch.no_grad()
-    def draw_hidden(
-        self,
-        images: Tensor,
-        hidden: Tensor,
-        seed: int,
-        steps: int = 12,
-        temperature: float = 4.5,
-        schedule: Schedule = "cosine",
-    ) -> Tensor:
-        """See :meth:`Method.draw_hidden`."""
         rows = RowGenerator.for_rows(seed, 0, len(images), images.device)
-        ids = self.target.ids(images).flatten(1)
-        return self.generate(ids, hidden, rows, None, (steps, temperature, schedule)).to(images.dtype)
+        ids = decode_iteratively(predict, self.target.ids(images).flatten(1), hidden, rows, decoding)  # (B, N)
+        return self.target.pictured(ids.view(-1, *self.encoder.grid)).to(images.dtype)
 
     @torch.no_grad()
     def visualize(self, images: Tensor) -> dict[str, Tensor]:
@@ -178,5 +152,5 @@ class MaskGIT(Method):
         known = self.target.pictured(self.target.ids(images)).to(images.dtype)
         mask = rows.rand(self.encoder.grid[0] * self.encoder.grid[1]) < 0.5  # (B, N)
         area = F.interpolate(mask.view(-1, 1, *self.encoder.grid).to(images.dtype), images.shape[2:], mode="nearest")
-        first, second = (self.draw_hidden(images, mask, seed, steps=8) for seed in (1, 2))
+        first, second = (self.draw_images(images, mask, seed, Decoding(steps=8)) for seed in (1, 2))
         return {"tokens": known, "hidden": known * (1 - area), "filled in": first, "another": second}

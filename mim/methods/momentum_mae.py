@@ -53,9 +53,7 @@ class MomentumMAE(MAE):
         """Masks ``(B, N)`` by the teacher's attention to the whole image; patches without measurement come last."""
         _, scores = self.teacher.module.forward_with_attention(images)
         self.skip_step_unless_finite(scores)  # the loss would not tell: masks are drawn from any scores
-        scores = hidden_last(scores, valid, self.encoder)
-        mask: Tensor = self.masking(len(images), self.encoder.grid, scores=scores, generator=generator)
-        return mask
+        return self.draw_mask(generator, hidden_last(scores, valid, self.encoder))
 
     def after_optimizer_step(self, step: int) -> None:
         """Moves the teacher towards the student."""

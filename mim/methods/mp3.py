@@ -83,7 +83,8 @@ class MP3(Method):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy of the place of every patch."""
         images, valid = single_view(batch)
-        tokens = self.encode(images, self.draw(len(images), self.row_generator(len(images), batch_idx)))  # (B, N, D)
+        mask = self.draw_mask(self.row_generator(len(images), batch_idx))  # (B, N), hidden ones are seen by no other
+        tokens = self.encode(images, mask)  # (B, N, D)
         logits = self.predict(tokens).float()  # (B, N, N)
         error = -(self.labels() * logits.log_softmax(dim=-1)).sum(dim=-1)  # (B, N)
         weights = self.weights(tokens.detach(), valid)
@@ -91,11 +92,6 @@ class MP3(Method):
         self.log("train/loss", loss)
         self.log_dict(health(logits.detach(), self.positions, self.encoder.grid))
         return self.anchored(loss, images)
-
-    def draw(self, batch_size: int, generator: RowGenerator) -> Tensor:
-        """Masks ``(B, N)`` for this point of the run; hidden patches are seen by no other."""
-        mask: Tensor = self.masking(batch_size, self.encoder.grid, progress=self.progress, generator=generator)
-        return mask
 
     def encode(self, images: Tensor, mask: Tensor) -> Tensor:
         """Tokens of all patches, ``(B, N, D)``, which look at the visible ones in every block."""
@@ -132,7 +128,7 @@ class MP3(Method):
         The masks depend on the row alone, so pictures of one batch compare over training.
         """
         grid, size = self.encoder.grid, self.encoder.patch_size
-        mask = self.draw(len(images), RowGenerator.for_rows(0, 0, len(images), images.device))
+        mask = self.draw_mask(RowGenerator.for_rows(0, 0, len(images), images.device))
         guess = self.positions[self.predict(self.encode(images, mask)).argmax(dim=-1)]  # (B, N, 2)
         hidden = visible_indices(~mask, mask.shape[1] - self.visible_count)
         return {

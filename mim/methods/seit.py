@@ -119,8 +119,7 @@ class SeiT(Method):
 
         Drawn on the CPU, where counting how many that are is free.
         """
-        batch = len(generator)
-        mask = self.masking(batch, self.encoder.grid, progress=self.progress, generator=generator)
+        mask = self.draw_mask(generator)
         hidden = visible_indices(~mask)
         left_out = some_of(hidden, self.dropped_count, generator.rand(hidden.shape[1]))
         dropped = torch.zeros_like(mask).scatter(1, left_out, True)

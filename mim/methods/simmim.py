@@ -50,17 +50,12 @@ class SimMIM(Method):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Error of hidden patches; of pixels, the mean absolute one."""
         images, valid = single_view(batch)
-        mask = self.draw(images, self.row_generator(len(images), batch_idx))  # (B, N)
+        mask = self.draw_mask(self.row_generator(len(images), batch_idx))  # (B, N)
         prediction, hidden = self.reconstruct(images, mask)
         target, weights = self.target.measured(images, self.encoder.grid, hidden, valid)
         loss = self.target.loss(prediction, target, weights)
         self.log("train/loss", loss)
         return self.anchored(loss, images)
-
-    def draw(self, images: Tensor, generator: RowGenerator) -> Tensor:
-        """Masks ``(B, N)`` for this point of the run."""
-        mask: Tensor = self.masking(len(images), self.encoder.grid, progress=self.progress, generator=generator)
-        return mask
 
     def reconstruct(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Predictions for the hidden patches, ``(B, M, dim)``, and their places, ``(B, M)``."""
@@ -74,6 +69,6 @@ class SimMIM(Method):
 
         The masks depend on the row alone, so pictures of one batch compare over training.
         """
-        mask = self.draw(images, RowGenerator.for_rows(0, 0, len(images), images.device))
+        mask = self.draw_mask(RowGenerator.for_rows(0, 0, len(images), images.device))
         prediction, hidden = self.reconstruct(images, mask)
         return self.target.pictures(prediction, images, self.encoder.grid, hidden)

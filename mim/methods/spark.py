@@ -74,17 +74,12 @@ class SparK(Method):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean squared error of hidden cells."""
         images, valid = single_view(batch)
-        mask = self.draw(images, self.row_generator(len(images), batch_idx))  # (B, N)
+        mask = self.draw_mask(self.row_generator(len(images), batch_idx))  # (B, N)
         prediction, hidden = self.reconstruct(images, mask)
         target, weights = self.target.measured(images, self.encoder.grid, hidden, valid)
         loss = self.target.loss(prediction, target, weights)
         self.log("train/loss", loss)
         return self.anchored(loss, images)
-
-    def draw(self, images: Tensor, generator: RowGenerator) -> Tensor:
-        """Masks ``(B, N)`` for this point of the run."""
-        mask: Tensor = self.masking(len(images), self.encoder.grid, progress=self.progress, generator=generator)
-        return mask
 
     def reconstruct(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Predictions for the hidden cells, ``(B, M, 32*32*C)``, and their places, ``(B, M)``."""
@@ -98,7 +93,7 @@ class SparK(Method):
 
         The masks depend on the row alone, so pictures of one batch compare over training.
         """
-        mask = self.draw(images, RowGenerator.for_rows(0, 0, len(images), images.device))
+        mask = self.draw_mask(RowGenerator.for_rows(0, 0, len(images), images.device))
         prediction, hidden = self.reconstruct(images, mask)
         return self.target.pictures(prediction, images, self.encoder.grid, hidden)
 

@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import yaml
 from jsonargparse import set_parsing_settings
 from jsonargparse._common import parsing_settings  # settings are the process's, and no public name takes them back
 
 from mim.distributed.processes import process_rank
 from mim.errors import UserError
+from mim.options.yaml_files import settings_in
 
 BUILDING_BLOCKS = ("mim.methods", "mim.masking", "mim.reduction", "mim.targets", "mim.data.views", "mim.encoder")
 """Where a class path may lead; saved settings of runs and of reductions name them, so they stay where they are."""
@@ -86,11 +86,7 @@ def check_plugins(file: Path, option: str) -> None:
     Raises:
         PluginError: that names them.
     """
-    try:
-        settings = yaml.safe_load(file.read_bytes())
-    except (yaml.YAMLError, ValueError):  # tags of Python, which the parser refuses in its own words
-        return
-    recorded = (settings.get("plugin") if isinstance(settings, dict) else None) or []
+    recorded = settings_in(file).get("plugin") or []
     recorded = [recorded] if isinstance(recorded, str) else recorded
     missing = [str(name) for name in recorded if name not in _named] if isinstance(recorded, list) else []
     if missing:

@@ -8,6 +8,7 @@ import yaml
 from mim.errors import UserError
 from mim.options.class_paths import check_plugins
 from mim.options.recipes import recipe_file
+from mim.options.yaml_files import Loader, settings_in
 from mim.program import called
 
 MAX_BYTES = 1 << 18
@@ -56,11 +57,7 @@ def keeping_old_scale(args: Sequence[str]) -> list[str]:
 
 
 def _of_an_old_run(path: Path) -> bool:
-    try:
-        settings = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return False  # the parser tells
-    data = settings.get("data") if isinstance(settings, dict) else None
+    data = settings_in(path).get("data")
     return isinstance(data, dict) and data.keys() >= OLD_DATA and "value_range" not in data
 
 
@@ -71,7 +68,7 @@ def check_config_file(path: Path, option: str = "--config") -> None:
         raise UserError(f"{option} {path}: {path.stat().st_size >> 10} KiB, more than {MAX_BYTES >> 10}", hint=hint)
     depth = 0
     try:
-        for event in yaml.parse(path.read_bytes(), Loader=yaml.SafeLoader):
+        for event in yaml.parse(path.read_bytes(), Loader=Loader):
             if isinstance(event, yaml.AliasEvent):
                 raise UserError(f"{option} {path}: *{event.anchor} is an alias", hint="write the values out")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

@@ -6,6 +6,8 @@ from pathlib import Path
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from mim.options.yaml_files import Loader
+
 RENAMED = {"masking.whole": "unmasked_share"}
 """Dotted end of the old name, without ``init_args``, to the last part of the new one."""
 STANDARDISE = "standardise"
@@ -20,7 +22,7 @@ def current_arguments(args: Sequence[str]) -> list[str]:
 def current_yaml(text: str) -> str:
     """A config under the names of today; the very same text if it has no other, or is no YAML at all."""
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=Loader)
     except yaml.YAMLError:  # which the parser explains
         return text
     # Nodes, not values: what looks like a number to the parser and like text to YAML stays as it is written.

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
+from mim.atomic import replaced
 from mim.encoder import Encoder
 from mim.masking import Masking
 from mim.randomness import RowGenerator
@@ -210,9 +210,8 @@ def save_strip(picture: Image.Image, path: Path) -> None:
     """Writes a picture made by ``strip`` as PNG, whole or not at all, with what ``read_strip`` needs."""
     layout = PngInfo()
     layout.add_text("layout", picture.info["layout"])
-    unfinished = path.with_suffix(".unfinished")
-    picture.save(unfinished, format="PNG", pnginfo=layout)
-    os.replace(unfinished, path)
+    with replaced(path) as aside:
+        picture.save(aside, format="PNG", pnginfo=layout)
 
 
 def read_strip(path: Path) -> dict[str, list[Image.Image]]:

@@ -1,7 +1,6 @@
 """The report, section by section in reading order."""
 
 import json
-import os
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mim.atomic import replaced
 from mim.evaluation.features import POOLED
 from mim.program import called
 from mim.report.advice import advice
@@ -40,9 +40,8 @@ def write_report(run: Path) -> Path:
         if len(page) <= PAGE_BYTES:
             break
     path = run / "report.html"
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_bytes(page)
-    os.replace(unfinished, path)
+    with replaced(path) as aside:
+        aside.write_bytes(page)
     return path
 
 

@@ -1,7 +1,6 @@
 """Several runs side by side: one table over their seeds, one page with the same images under each of them."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mim.atomic import replaced
 from mim.data.pretrain import PretrainData
 from mim.errors import UserError
 from mim.pictures.strips import strip
@@ -157,12 +157,9 @@ def write_page(
         section("How they got there", tag("div", *drawn, class_="charts") if drawn else "", lead=CURVES),
         section("The same images under each", tag("div", *figures, class_="pair") if figures else Html("")),
     ]
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(
-        PAGE.format(title=escape("Comparison of runs"), style=STYLE, body="\n".join(filter(None, body))),
-        encoding="utf-8",
-    )
-    os.replace(unfinished, path)
+    page = PAGE.format(title=escape("Comparison of runs"), style=STYLE, body="\n".join(filter(None, body)))
+    with replaced(path) as aside:
+        aside.write_text(page, encoding="utf-8")
 
 
 CURVES = "One split of the probes, the first run of each row. Time is that of the steps, on the machine of each run."

@@ -12,8 +12,10 @@ from typing import Any, Literal, get_type_hints
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from lightning import Trainer
 
+from mim.atomic import replaced
 from mim.data.objects import is_object
 from mim.data.pixels import canonical_range
+from mim.data.places import BUILT_IN
 from mim.data.pretrain import PretrainData
 from mim.data.remote import is_url
 from mim.errors import UserError
@@ -78,8 +80,9 @@ class RunOptions:
     profile: Count | None = None
 
 
-def build_parser() -> ArgumentParser:
-    """The full schema of ``pretrain``."""
+@cache
+def schema() -> ArgumentParser:
+    """The full schema of ``pretrain``; built once, for it takes as long as parsing a recipe."""
     parser = ArgumentParser(prog="pretrain", exit_on_error=False, add_help=False, description="Pretrain a ViT.")
     parser.add_argument("--help_all", action="help", help="Show this help and exit.")
     parser.add_argument("--config", action=ActionConfigFile, help="Settings in YAML.")
@@ -112,11 +115,13 @@ def parse(args: Sequence[str]) -> Namespace:
 
 def _parsed(args: Sequence[str]) -> Namespace:
     with known_class_paths():
-        parser = build_parser()
         try:
-            return parser.parse_args([_canonical(arg) for arg in current_arguments(keeping_old_scale(args))])
+            parsed: Namespace = schema().parse_args(
+                [_canonical(arg) for arg in current_arguments(keeping_old_scale(args))]
+            )
         except ArgumentError as error:
-            raise refusal(error, parser, "--help_all") from error
+            raise refusal(error, schema(), "--help_all") from error
+    return parsed
 
 
 def _mask_ratio(config: Namespace, args: Sequence[str]) -> list[str]:
@@ -167,7 +172,7 @@ def instantiate(config: Namespace) -> Namespace:
     _refuse_lists(config.model)
     try:
         with known_class_paths():
-            objects: Namespace = _builder().instantiate(config)
+            objects: Namespace = schema().instantiate(config)
     except (ValueError, TypeError, IndexError, RuntimeError) as error:  # the latter for models beyond all memory
         cause: BaseException = error
         # jsonargparse wraps it in a description of the types it has tried; a UserError has told what is below it.
@@ -178,12 +183,6 @@ def instantiate(config: Namespace) -> Namespace:
         why = "a list stands where named settings belong" if "must be a mapping" in str(cause) else None
         raise UserError(str(cause)[:300] if not why else "the config has a wrong shape", why=why, hint=_HELP) from error
     return objects
-
-
-@cache
-def _builder() -> ArgumentParser:
-    """A parser that parses nothing: a run builds its method several times, and the schema takes as long as a model."""
-    return build_parser()
 
 
 def _refuse_lists(model: Namespace) -> None:
@@ -213,8 +212,6 @@ def run_options(config: Namespace) -> RunOptions:
     return RunOptions(**{option.name: config[option.name] for option in fields(RunOptions)})
 
 
-BUILT_IN = ("builtin", "shapes")
-"""Images that come with this project, named as ``--data`` names them."""
 _FOLDER = "local-dir:"
 
 SESSION = ("config", "out", "resume", "overwrite", "allow_change", "mask_ratio")
@@ -234,10 +231,8 @@ def save_config(config: Namespace, path: Path) -> None:
     for name in SESSION if config.plugin else _KEPT_APART:
         kept.pop(name, None)
     header = "# Every setting of this run; feed it back with --config.\n"
-    temporary = path.with_suffix(".tmp")
-    with known_class_paths():
-        temporary.write_text(header + _builder().dump(kept, skip_none=False, skip_validation=True))
-    os.replace(temporary, path)  # whole or absent: a run is a folder with this file in it
+    with known_class_paths(), replaced(path) as aside:  # a run is a folder with this file in it
+        aside.write_text(header + schema().dump(kept, skip_none=False, skip_validation=True))
 
 
 def absolute(path: str) -> str:
@@ -262,10 +257,15 @@ def with_absolute_paths(config: Namespace) -> Namespace:
     return kept
 
 
-def changes(args: Sequence[str]) -> dict[str, tuple[Any, Any]]:
-    """Settings whose value differs from the config files among ``args``: name to (in the files, now)."""
+def changes(args: Sequence[str], parsed: Namespace) -> dict[str, tuple[Any, Any]]:
+    """Settings whose value differs from the config files among ``args``: name to (in the files, now).
+
+    Args:
+        args: of the call.
+        parsed: what they say.
+    """
     files = [arg for arg in args if arg.startswith("--config")]
-    before, now = flatten(parse(files)), flatten(parse(args))
+    before, now = flatten(parse(files)), flatten(parsed)
     names = [*now, *(name for name in before if name not in now)]
     return {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}
 

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
+from mim.atomic import replaced
 from mim.data.bad_files import BadFileWarning
 from mim.errors import MachineError, UserError
 from mim.options.outputs import free_bytes
@@ -118,9 +119,8 @@ class RunFolder:
     def write_summary(self, **facts: Any) -> None:  # noqa: ANN401
         """Adds ``facts`` to ``summary.json``."""
         merged = self.read_summary() | facts
-        temporary = self.summary.with_suffix(".tmp")
-        temporary.write_text(json.dumps(merged, indent=2, default=str) + "\n")
-        os.replace(temporary, self.summary)
+        with replaced(self.summary) as aside:
+            aside.write_text(json.dumps(merged, indent=2, default=str) + "\n")
 
     def write_origin(self, arguments: list[str]) -> None:
         """Writes down the command, or the call of Python, and the environment."""

@@ -27,11 +27,12 @@ def resumed_arguments(run: RunFolder, args: Sequence[str]) -> list[str]:
     settled = ("--config=", "--out=", "--data.value_range=auto")  # the last was settled by the first start
     merged = [saved, *(arg for arg in args if not arg.startswith(settled))]
     try:
-        allowed = (*FREE_TO_CHANGE, *filter(None, parse(merged).allow_change.split(",")))
+        config = parse(merged)
     except UserError:
         parse_saved(run.config)  # if they are to blame, not what was added to them
         raise
-    changed = changes(merged)
+    allowed = (*FREE_TO_CHANGE, *filter(None, config.allow_change.split(",")))
+    changed = changes(merged, config)
     if "data.path" in changed and len(set(map(absolute, changed["data.path"]))) == 1:
         changed.pop("data.path")  # the same folder, named from another place
     differing = {

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from mim.data.bad_files import BadFiles
-from mim.data.builtin import PhotoSource, check_colour
+from mim.data.builtin import open_built_in
 from mim.data.labelled import Framed, Frames, framed_batches
 from mim.data.objects import is_object, open_object
 from mim.data.pixels import EIGHT_BIT
+from mim.data.places import BUILT_IN
 from mim.data.pretrain import check_numbers
-from mim.data.shapes import ShapeSource
 from mim.data.sources import Source, open_source
 from mim.errors import UserError
 from mim.evaluation.features import Features, evaluating
@@ -137,10 +137,8 @@ def all_images(data: str, loaded: LoadedEncoder) -> tuple[list[Source], str | No
         UserError: if there are none, or of other numbers or channels than the encoder takes.
     """
     channels = loaded.encoder.in_chans
-    if data in ("builtin", "shapes"):
-        check_colour(data, channels, loaded.pixels)
-        photos, shapes = [PhotoSource("train"), PhotoSource("test")], [ShapeSource("train"), ShapeSource("val")]
-        return [*(photos if data == "builtin" else shapes)], None
+    if data in BUILT_IN:
+        return [*open_built_in(data, channels, loaded.pixels)], None
     opened = open_object(data, channels) if is_object(data) else open_source(data, channels, same_classes=False)
     sources = [source for source in opened if source is not None]
     for source in sources:

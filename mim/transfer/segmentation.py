@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mim.data.mask_classes import IGNORE
+from mim.data.places import BUILT_IN
 from mim.data.segmentation import SegmentationData
 from mim.distributed.processes import process_rank
 from mim.encoder import Encoder
@@ -71,7 +72,7 @@ class Segmentation(Measurement):
             )
         self.crop = encoder.img_size[0]
         self.taps = recipe.blocks(encoder.depth)
-        built_in = options.data in ("builtin", "shapes")
+        built_in = options.data in BUILT_IN
         self.steps = 0 if recipe.head == "knn" else recipe.steps or (300 if built_in else 4000)
         warmup = min(1500, self.steps // 10) if recipe.warmup_steps is None else recipe.warmup_steps
         lr = recipe.lr or {"linear": 1e-3, "upernet": 1e-4, "knn": 0.0}[recipe.head]

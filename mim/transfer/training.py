@@ -1,7 +1,6 @@
 """What every training with labels shares: it can be stopped between two steps and goes on to the same weights."""
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
+from mim.atomic import replaced
 from mim.callbacks import Checkpoints, Signals
 from mim.data.bad_files import BadFiles
 from mim.data.finetune import FinetuneData
@@ -221,7 +221,6 @@ def training_folder(root: Path, who: str, seed: int) -> Path:
 
 def _keep(folder: Path, name: str, result: object) -> None:
     """Writes a finished training's result into its folder, in place of its checkpoints."""
-    temporary = folder / f".{name}.tmp"  # a later call takes it as finished if it is there
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(temporary, folder / name)
+    with replaced(folder / name) as aside:  # a later call takes it as finished if it is there
+        aside.write_text(json.dumps(result, indent=1) + "\n")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from mim.cli import main
 
@@ -43,6 +45,27 @@ def test_accuracies_and_a_confusion_picture_are_written_with_the_protocol(weight
     assert len(result["metrics"]["top-1"]) == len(result["metrics"]["top-5, untrained"]) == 2
     with Image.open("result/confusion.png") as picture:
         assert picture.width > 100
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_an_exported_probe_is_a_classifier_of_timm_that_answers_as_reported(weights, photos, pool):
+    assert probe(weights, photos, "--pool", pool, "--export", "true", "--seeds", 1, "--out", "result") == 0
+    model = timm.create_model("local-dir:result/export", pretrained=True).eval()
+    assert model.pretrained_cfg["label_names"] == ["arrow", "circle", "cross"]
+    right = 0
+    for label, name in enumerate(["arrow", "circle", "cross"]):
+        for path in (photos / "val" / name).iterdir():
+            pixels = pil_to_tensor(Image.open(path).convert("RGB")) / 255
+            right += int(model((pixels[None] - 0.5) / 0.25).argmax() == label)
+    assert right / 15 == pytest.approx(json.loads(Path("result/metrics.json").read_text())["metrics"]["top-1"][0])
+
+
+@pytest.mark.parametrize(
+    "args", [["--head", "attentive"], ["--layers", 2], ["--pool", "both"], ["--reduction", "tome"]]
+)
+def test_a_probe_that_no_timm_model_can_hold_is_not_exported(weights, photos, args, capsys):
+    assert probe(weights, photos, *args, "--export", "true") == 2
+    assert f"error: --export true with {args[0]} {args[1]}" in capsys.readouterr().err
 
 
 def test_a_repetition_gives_the_same_numbers(weights, photos):

@@ -1,6 +1,8 @@
 """Images that are no photos, from the command line to probes, pictures, evaluations, exports and other processes."""
 
 import json
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 import yaml
 
 from mim.cli import main
+from mim.evaluation.logistic import linear_answers
 from mim.run.weights import load_encoder, load_method
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
@@ -72,6 +75,13 @@ def pretrain(data, out, *more, channels=1):
     return out
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Linear probes of runs choose no penalty. For a test alone: the slow one below measures with real ones."""
+    monkeypatch.setattr(import_module("mim.evaluation.probe"), "linear_answers", partial(linear_answers, l2=(1.0,)))
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", DOMAINS)
 def test_a_domain_goes_from_files_to_an_evaluated_export(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -94,6 +104,7 @@ def test_a_domain_goes_from_files_to_an_evaluated_export(name, tmp_path, monkeyp
     assert model(torch.zeros(1, channels, 32, 32)).isfinite().all()
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_resumed_run_uses_the_numbers_of_its_first_start(tmp_path, monkeypatch):
     """Even if images were added since, whose values would have moved the scale."""
     monkeypatch.chdir(tmp_path)
@@ -108,6 +119,7 @@ def test_a_resumed_run_uses_the_numbers_of_its_first_start(tmp_path, monkeypatch
     assert load_encoder(str(run)).mean == before["mean"]
 
 
+@pytest.mark.usefixtures("quick")
 def test_settings_of_an_older_run_go_on_as_they_were(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data = domain(tmp_path / "data", "microscopy")

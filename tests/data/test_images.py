@@ -94,6 +94,17 @@ def test_a_huge_file_is_refused_unread(tmp_path):
         read_image(file)
 
 
+@pytest.mark.parametrize(
+    ("fmt", "words"), [("JPEG", "as a TIFF in tiles"), ("PNG", "as a TIFF in tiles"), ("TIFF", "")]
+)
+def test_a_picture_above_the_size_says_in_which_form_it_is_read(fmt, words, monkeypatch):
+    monkeypatch.setattr("mim.data.files.MAX_PIXELS", 100)
+    image = Image.new("I;16" if fmt == "TIFF" else "RGB", (20, 10))
+    with pytest.raises(ImageError, match="20x10 pixels, more than the limit") as refusal:
+        read_image(encode(image, fmt), 3)
+    assert refusal.value.reason.partition("million; ")[2].startswith(words or "--windows 512 of pretrain")
+
+
 def test_an_error_survives_the_way_out_of_a_worker():
     error = pickle.loads(pickle.dumps(ImageError("a/b.jpg", "truncated")))
     assert (type(error), error.path, error.reason) == (ImageError, "a/b.jpg", "truncated")

@@ -247,6 +247,15 @@ def test_measurements_of_another_type_are_skipped_and_named(tmp_path):
         data.source.read(9)
 
 
+@pytest.mark.filterwarnings("ignore::mim.data.bad_files.BadFileWarning")
+def test_too_many_of_another_type_are_refused_before_the_first_step(tmp_path):
+    images = [*camera(5), *[np.zeros((20, 20, 1), np.float32)] * 3]
+    with pytest.raises(
+        UserError, match=r"3 of 8 images are unreadable.*\nwhy: .*holds float32, the other files uint16"
+    ):
+        opened(folder_of(tmp_path / "a", images))
+
+
 def test_with_a_given_range_all_numbers_are_taken_as_they_are(tmp_path):
     images = [*camera(3), np.full((20, 20, 1), 1000.0, np.float32)]
     data = opened(folder_of(tmp_path / "a", images), value_range=[0.0, 4000.0])
@@ -259,6 +268,13 @@ def test_one_wrong_number_of_channels_in_all_files_is_one_error(tmp_path):
         opened(folder_of(tmp_path / "a", [np.zeros((20, 20, 13), np.uint16)] * 5), 3)
     assert "the images have 13 channels, the model takes 3" in str(mistake.value)
     assert "--in_chans 13   or   --bands 3,2,1" in str(mistake.value)
+
+
+@pytest.mark.parametrize("windows", [None, 16])
+def test_a_band_that_no_file_has_is_one_error(tmp_path, windows):
+    with pytest.raises(UserError, match="the images have 13 channels, --bands asks for number 30") as mistake:
+        opened(folder_of(tmp_path / "a", [np.zeros((20, 20, 13), np.uint16)] * 3), 2, bands="4,30", windows=windows)
+    assert mistake.value.hint == "--bands 2,1"
 
 
 def test_bands_and_channels_of_the_model_must_agree(tmp_path):

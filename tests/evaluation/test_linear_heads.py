@@ -27,6 +27,22 @@ def bank(rows=90, classes=3, dim=5, seed=0, tokens=None):
     return Bank(features + (centres if tokens is None else centres[:, None]), labels)
 
 
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_a_head_alone_is_one_layer_that_answers_the_same(norm):
+    recipe = ProbeRecipe(lrs=(0.1, 1.0), epochs=4, warmup_epochs=1, batch_size=32, norm=norm)
+    heads = fit_linear([bank()], ROWS, recipe, 3, seed=1)
+    for place in range(2):
+        expected = heads(bank().features)[:, place]
+        torch.testing.assert_close(heads.alone(place)(bank().features), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("select", ["held_out", "on_test"])
+def test_the_layer_of_an_outcome_gives_its_answers(select):
+    recipe = ProbeRecipe(epochs=3, warmup_epochs=1, batch_size=32, select=select)
+    outcome = probe_head([bank()], bank(30, seed=3), recipe, 3, seed=1)
+    assert outcome.layer(bank(30, seed=3).features).argmax(1).tolist() == outcome.answers.tolist()
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
 @pytest.mark.parametrize("norm", ["batch", "none"])
 def test_heads_of_a_sweep_are_those_trained_one_by_one(optimizer, norm):

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from mim.layers.decoding import _gumbel, decode_iteratively
+from mim.layers.decoding import Decoding, _gumbel, decode_iteratively
 from mim.randomness import RowGenerator
 
 
@@ -25,7 +25,8 @@ def counted(places, steps):
         asked.append(int(hidden.sum()))
         return torch.zeros(1, places, 3)
 
-    decode_iteratively(predict, torch.zeros(1, places, dtype=torch.long), torch.ones(1, places).bool(), rows(1), steps)
+    ids, hidden = torch.zeros(1, places, dtype=torch.long), torch.ones(1, places).bool()
+    decode_iteratively(predict, ids, hidden, rows(1), Decoding(steps))
     return asked
 
 
@@ -64,7 +65,8 @@ def test_the_sampler_equals_a_slow_loop(schedule, temperature):
                 p: c + temperature * (1 - step / steps) * float(noise[image, p]) for p, c in confident[image].items()
             }
             left[image] = set(sorted(own, key=own.get)[:count])
-    assert decode_iteratively(predict, ids, hidden, rows(), steps, temperature, schedule).tolist() == slow
+    decoding = Decoding(steps, temperature, schedule)
+    assert decode_iteratively(predict, ids, hidden, rows(), decoding).tolist() == slow
 
 
 def test_known_ids_never_change_and_hidden_ones_are_not_read():
@@ -88,6 +90,6 @@ def test_one_step_draws_every_id_by_its_weight():
         torch.zeros(1, 20000, dtype=torch.long),
         torch.ones(1, 20000).bool(),
         rows(1),
-        1,
+        Decoding(steps=1),
     )
     torch.testing.assert_close(drawn[0].bincount() / 20000, weights, atol=0.015, rtol=0)

@@ -63,7 +63,7 @@ def step(method, images):
 
 def mask_of(method, images):
     """The mask that ``step`` draws."""
-    return method.draw(method.scores(images), len(images), method.row_generator(len(images), 0))
+    return method.draw_mask(method.row_generator(len(images), 0), method.scores(images))
 
 
 @pytest.fixture
@@ -481,7 +481,7 @@ def test_pictures_show_what_is_hidden_its_reconstruction_and_two_maps(images):
     method = build().eval()
     pictures = method.visualize(images)
     assert list(pictures) == ["hidden", "reconstruction", "difficulty", "error"]
-    mask = method.draw(method.scores(images), 4, RowGenerator.for_rows(0, 0, 4))
+    mask = method.draw_mask(RowGenerator.for_rows(0, 0, 4), method.scores(images))
     grey = patchify(pictures["hidden"], 8).eq(0).all(2)
     assert torch.equal(grey, mask)
     assert torch.equal(patchify(pictures["reconstruction"], 8)[~mask], patchify(images, 8)[~mask])

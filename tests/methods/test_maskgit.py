@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from mim.encoder import Encoder
 from mim.errors import UserError
+from mim.layers.decoding import Decoding
 from mim.methods import MaskGIT
 from mim.targets import TokenTarget
 
@@ -90,15 +91,16 @@ def test_what_was_not_measured_is_no_target(images):
 )
 def test_drawn_images_are_a_function_of_seed_and_row_and_filling_keeps_what_is_known(images, model):
     method = build(model, classes=2).eval()
-    drawn = method.draw_images(3, 0, [1], steps=3)
-    assert torch.equal(method.draw_images(2, 0, [1], steps=3), drawn[:2])
+    few, whole = Decoding(steps=3), torch.ones(3, 16, dtype=torch.bool)
+    drawn = method.draw_images(images, whole, 0, few, [1])
+    assert torch.equal(method.draw_images(torch.zeros_like(images[:2]), whole[:2], 0, few, [1]), drawn[:2])
     assert drawn.shape == (3, 3, 16, 16)
     hidden = torch.zeros(3, 16, dtype=torch.bool)
     hidden[:, :4] = True
-    filled = method.target.ids(method.draw_hidden(images, hidden, 0, steps=3)).flatten(1)
+    filled = method.target.ids(method.draw_images(images, hidden, 0, few)).flatten(1)
     assert torch.equal(filled[:, 4:], method.target.ids(images).flatten(1)[:, 4:])
     with pytest.raises(UserError, match="--classes 2"):
-        method.draw_images(1, 0, [2])
+        method.draw_images(images, whole, 0, few, [2])
 
 
 def test_patches_of_several_tokens_are_refused_with_a_size_that_works():

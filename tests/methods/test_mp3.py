@@ -32,7 +32,7 @@ def step(method, images, valid=None):
 
 def mask_of(method, images):
     """The mask that ``step`` draws."""
-    return method.draw(len(images), method.row_generator(len(images), 0))
+    return method.draw_mask(method.row_generator(len(images), 0))
 
 
 def logits_of(method, images, mask):

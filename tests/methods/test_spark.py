@@ -22,7 +22,7 @@ def batch(size: int = 2) -> tuple[list[Tensor], Tensor]:
 def test_loss_is_that_of_a_loop_over_hidden_cells() -> None:
     spark, ((images,), labels) = method().eval(), batch()
     loss = spark.training_step(([images], labels), 0)
-    mask = spark.draw(images, spark.row_generator(2, 0))
+    mask = spark.draw_mask(spark.row_generator(2, 0))
     visible = (~mask).float().view(2, 1, 2, 2)
     pixels, errors = spark.decoder(spark.conv_encoder.stages(images, mask), visible), []
     for image, cell in mask.nonzero().tolist():

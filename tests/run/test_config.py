@@ -1,17 +1,19 @@
 """A config file is data: it sets what the signatures know, and names no class but ours."""
 
+import copy
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
+from jsonargparse import Namespace
 
 import mim.masking
 from mim.cli import PRETRAIN
 from mim.encoder import Encoder
 from mim.errors import UserError
 from mim.methods import MAE, OptimConfig
-from mim.run.config import RunOptions, build_parser, changes, flatten, parse, run_options, save_config
+from mim.run.config import RunOptions, changes, flatten, parse, run_options, save_config, schema
 
 TINY = f"--config={Path(__file__).parents[1] / 'tiny.yaml'}"
 METHODS = ["MAE", "mim.methods.MAE"]
@@ -33,7 +35,7 @@ def changed_tiny(key, value):
 
 @pytest.fixture(scope="module")
 def known():
-    return set(flatten(parse([TINY]))) | {action.dest for action in build_parser()._actions}
+    return set(flatten(parse([TINY]))) | {action.dest for action in schema()._actions}
 
 
 @pytest.mark.parametrize("name", sorted(PRETRAIN.keys() - SETTINGS_OF_A_CALL))
@@ -50,7 +52,7 @@ def test_a_short_option_is_explained_in_words_of_its_own(name):
 
 @pytest.mark.parametrize("name", ["seed", "log_every", "pictures", "pool", "probe_images", "max_bad", "data"])
 def test_the_default_that_the_help_shows_is_that_of_the_schema(name):
-    assert PRETRAIN[name].default == str(build_parser().get_defaults()[PRETRAIN[name].target])
+    assert PRETRAIN[name].default == str(schema().get_defaults()[PRETRAIN[name].target])
 
 
 def kinds_of(kind):
@@ -71,7 +73,7 @@ PARTS = {"encoder": get_type_hints(Encoder.__init__), "optim": get_type_hints(Op
 
 @pytest.mark.parametrize("name", sorted(KINDS))
 def test_the_kind_of_a_short_option_is_that_of_the_full_schema(name):
-    actions = {action.dest: getattr(action, "_typehint", None) for action in build_parser()._actions}
+    actions = {action.dest: getattr(action, "_typehint", None) for action in schema()._actions}
     assert kinds_of(KINDS[name].kind) <= kinds_of(actions[KINDS[name].target])
 
 
@@ -120,7 +122,7 @@ def test_a_method_is_named_with_or_without_its_module(name):
 
 
 def test_settings_become_objects():
-    method = build_parser().instantiate(parse([TINY, "--model.init_args.encoder.img_size=64"])).model
+    method = schema().instantiate(parse([TINY, "--model.init_args.encoder.img_size=64"])).model
     assert isinstance(method, MAE)
     assert method.encoder.grid == (8, 8)
 
@@ -290,12 +292,29 @@ def test_a_saved_config_holds_every_setting_of_the_run_and_none_of_the_call(tmp_
     assert not {"out", "overwrite", "resume", "config"} & set(saved)
 
 
+def test_what_is_done_to_the_settings_of_one_call_is_unknown_to_the_next():
+    def lists(part):
+        """Every list of the settings, however deep."""
+        for value in vars(part).values() if isinstance(part, Namespace) else part:
+            if isinstance(value, list | Namespace):
+                yield from lists(value)
+        if isinstance(part, list):
+            yield part
+
+    before = copy.deepcopy(parse([TINY]))
+    for found in lists(parse([TINY, "--epochs=3", "--model.init_args.masking=BlockMasking"])):
+        found.append("more")
+    assert parse([TINY]) == before
+
+
 def test_changes_are_what_the_options_changed():
-    assert changes([TINY, "--epochs=2", "--log_every=1"]) == {"epochs": (0.375, 2.0)}
+    given = [TINY, "--epochs=2", "--log_every=1"]
+    assert changes(given, parse(given)) == {"epochs": (0.375, 2.0)}
 
 
 def test_another_class_changes_its_settings_too():
     masking = "model.init_args.masking"
-    found = changes([TINY, f"--{masking}=BlockMasking"])
+    given = [TINY, f"--{masking}=BlockMasking"]
+    found = changes(given, parse(given))
     assert found[f"{masking}.class_path"] == ("mim.masking.RandomMasking", "mim.masking.BlockMasking")
     assert found[f"{masking}.init_args.ratio"] == (0.75, None)
