@@ -49,6 +49,8 @@ def _check(options: ClassificationOptions, recipe: FinetuneRecipe, training: Tra
         )
     check_rising("--anneal", recipe.anneal)
     check_rising("--scale", recipe.scale)
+    if recipe.tlm and options.reduction is not None:
+        raise UserError(f"--tlm {recipe.tlm:g} with --reduction {options.reduction}", hint="one of the two")
     if training.devices == "auto":
         return
     parts = training.devices * training.accumulate

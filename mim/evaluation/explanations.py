@@ -18,6 +18,7 @@ Explanation = Callable[[Encoder, Tensor, Tensor], Tensor]
 """From an encoder with its classifier, images ``(B, C, H, W)`` and the classes to explain ``(B,)`` to ``(B, h, w)``."""
 
 
+@torch.no_grad()
 def classify(encoder: Encoder, images: Tensor) -> Tensor:
     """Logits ``(B, classes)`` of the classifier that timm's model has."""
     return cast(Tensor, cast(Any, encoder.vit)(images))

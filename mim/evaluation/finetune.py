@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from mim.encoder import Encoder
 from mim.errors import UserError
 from mim.evaluation.balance import balanced_of
+from mim.evaluation.connections import ConnectionMaskedViT
 from mim.evaluation.supervised import SupervisedTraining, set_drop_path
 from mim.memory import MemoryViT
 from mim.options.classification import FinetuneRecipe
@@ -51,6 +52,20 @@ def classifier(encoder: Encoder, classes: int, recipe: FinetuneRecipe, seed: int
     return vit.requires_grad_(True)
 
 
+_WRAPPERS = (TokenReducedViT, MemoryViT, ConnectionMaskedViT)
+
+
+def _trainable(
+    vit: ViT | MemoryViT, recipe: FinetuneRecipe, reduction: TokenReduction | None
+) -> ViT | TokenReducedViT | MemoryViT | ConnectionMaskedViT:
+    """What is called in a step: timm's model, or it with what surrounds it."""
+    if isinstance(vit, MemoryViT):
+        return vit
+    if reduction is not None:
+        return TokenReducedViT(vit, reduction)
+    return ConnectionMaskedViT(vit, recipe.tlm) if recipe.tlm else vit
+
+
 class Finetune(SupervisedTraining):
     """Trains a ViT with labels.
 
@@ -75,7 +90,7 @@ class Finetune(SupervisedTraining):
         teacher: ViT | None = None,
     ) -> None:
         super().__init__()
-        self.model = vit if reduction is None or isinstance(vit, MemoryViT) else TokenReducedViT(vit, reduction)
+        self.model = _trainable(vit, recipe, reduction)
         self.model.train()  # what was loaded to be measured comes in evaluation mode, which Lightning leaves as it is
         self.teacher = teacher.requires_grad_(False) if teacher is not None else None
         self.recipe, self.seed = recipe, seed
@@ -94,11 +109,11 @@ class Finetune(SupervisedTraining):
 
     @property
     def vit(self) -> ViT:
-        """Timm's model, without a reduction or memory."""
-        return cast(ViT, self.model.vit if isinstance(self.model, TokenReducedViT | MemoryViT) else self.model)
+        """Timm's model, without a reduction, memory or masks."""
+        return cast(ViT, self.model.vit if isinstance(self.model, _WRAPPERS) else self.model)
 
     @property
-    def evaluated(self) -> ViT | TokenReducedViT | MemoryViT:
+    def evaluated(self) -> ViT | TokenReducedViT | MemoryViT | ConnectionMaskedViT:
         """What is scored and exported: the average of the weights where there is one."""
         return cast(ViT, self.ema.module) if self.ema is not None else self.model
 

@@ -72,12 +72,12 @@ def knn_answers(
         raise ValueError(f"k-NN needs images on both sides, got {len(bank)} in the bank and {len(queries)} queries")
     classes = int(bank_labels.max()) + 1
     ranked: dict[int, list[Tensor]] = {neighbours: [] for neighbours in k}
-    for asked in torch.split(queries, _QUERY_ROWS):
-        similarity, answers = nearest(bank, bank_labels, asked, max(k))  # nearest first
-        weights = (similarity / temperature).exp()
+    similarity, labels = nearest(bank, bank_labels, queries, max(k))  # nearest first
+    weights = (similarity / temperature).exp()
+    for own, answers in zip(torch.split(weights, _QUERY_ROWS), torch.split(labels, _QUERY_ROWS), strict=True):
         for neighbours in k:
-            votes = weights.new_zeros(len(asked), classes)
-            votes.scatter_add_(1, answers[:, :neighbours], weights[:, :neighbours])
+            votes = own.new_zeros(len(own), classes)
+            votes.scatter_add_(1, answers[:, :neighbours], own[:, :neighbours])
             strength, order = votes.topk(min(top, classes))  # (q, top)
             ranked[neighbours].append(order.where(strength > 0, -1))
     return {neighbours: torch.cat(parts) for neighbours, parts in ranked.items()}
@@ -90,13 +90,14 @@ def accuracies(ranked: Tensor, labels: Tensor, tops: Sequence[int] = (1, 5)) -> 
 
 
 def nearest(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosine ``(q, k)`` and label ``(q, k)`` of each query's nearest bank rows."""
+    """Cosine ``(Q, k)`` and label ``(Q, k)`` of each query's nearest bank rows; the bank is gone through once."""
     queries = F.normalize(queries.float(), dim=1)
     similarity = queries.new_empty(len(queries), 0)
     labels = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for part, part_labels in zip(torch.split(bank, _BANK_ROWS), torch.split(bank_labels, _BANK_ROWS), strict=True):
         directions = F.normalize(part.to(queries.device).float(), dim=1)
-        near, rows = largest(queries @ directions.T, min(k, len(part)))
+        found = [largest(asked @ directions.T, min(k, len(part))) for asked in torch.split(queries, _QUERY_ROWS)]
+        near, rows = (torch.cat(pieces) for pieces in zip(*found, strict=True))
         # The best so far and the best of this part, of which the k best go on.
         similarity, kept = torch.cat([similarity, near], dim=1).topk(min(k, similarity.shape[1] + near.shape[1]))
         labels = torch.cat([labels, part_labels.to(queries.device)[rows]], dim=1).gather(1, kept)

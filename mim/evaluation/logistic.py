@@ -14,6 +14,8 @@ from mim.evaluation.splits import stratified_split
 
 # Rows whose logits are in memory at once: for 1,000 classes 64 MiB.
 _ROWS = 16384
+_COMPARED = 1e-4
+"""Gradient at which a fit is good enough to be compared with others; the one that counts goes on from the best."""
 
 
 def linear_accuracy(
@@ -47,9 +49,9 @@ def linear_answers(
     Returns:
         ``(Q,)`` classes.
     """
-    strength = _best_l2(bank, bank_labels, l2, seed) if len(l2) > 1 else l2[0]
+    strength, start = _best_l2(bank, bank_labels, l2, seed) if len(l2) > 1 else (l2[0], None)
     fitted, asked = standardise(bank, queries)
-    return _answers(logistic_regression(fitted, bank_labels, strength), asked)
+    return _answers(logistic_regression(fitted, bank_labels, strength, start), asked)
 
 
 def standardise(bank: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,18 +65,20 @@ def standardise(bank: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
     return (bank.float() - mean) * scale, (queries.to(bank.device).float() - mean) * scale
 
 
-def logistic_regression(features: Tensor, labels: Tensor, l2: float, start: Tensor | None = None) -> Tensor:
+def logistic_regression(
+    features: Tensor, labels: Tensor, l2: float, start: Tensor | None = None, tolerance: float = 1e-5
+) -> Tensor:
     """Weights that minimise mean cross-entropy plus ``l2 / 2`` times their squared norm, the bias left free.
 
     scikit-learn's ``LogisticRegression(C)`` is the same problem with ``C = 1 / (l2 * M)``; here a strength means the
     same for any number of images. The gradient is written out in pieces: bounded memory, and inference mode may be on.
-
 
     Args:
         features: ``(M, D)``, standardised.
         labels: ``(M,)`` labels from 0.
         l2: strength of the penalty per image.
         start: ``(D + 1, classes)`` weights to begin from, zero if absent.
+        tolerance: no value of the gradient is larger at the end; scikit-learn stops at 1e-4.
 
     Returns:
         ``(D + 1, classes)`` weights, the bias in the last row.
@@ -87,7 +91,7 @@ def logistic_regression(features: Tensor, labels: Tensor, l2: float, start: Tens
     solver = torch.optim.LBFGS(
         [weight],
         max_iter=200,
-        tolerance_grad=1e-5,
+        tolerance_grad=tolerance,
         tolerance_change=1e-8,
         history_size=20,
         line_search_fn="strong_wolfe",
@@ -107,15 +111,20 @@ def logistic_regression(features: Tensor, labels: Tensor, l2: float, start: Tens
     return weight
 
 
-def _best_l2(bank: Tensor, labels: Tensor, l2: Sequence[float], seed: int) -> float:
-    """The strength that does best on held-out rows; the stronger one of equals. Each fit starts from the one before."""
+def _best_l2(bank: Tensor, labels: Tensor, l2: Sequence[float], seed: int) -> tuple[float, Tensor | None]:
+    """The strength that does best on held-out rows, the stronger one of equals, and its weights to go on from.
+
+    Each fit starts from the one before. There is nothing to go on from if the rows that were kept lack a class.
+    """
     kept, held = stratified_split(labels, 0.1, seed, "linear probe")
     fitted, asked = standardise(bank[kept], bank[held])
-    weight, scores = None, []
+    weight, weights, scores = None, [], []
     for strength in l2:
-        weight = logistic_regression(fitted, labels[kept], strength, weight)
+        weight = logistic_regression(fitted, labels[kept], strength, weight, _COMPARED)
+        weights.append(weight)
         scores.append(int((_answers(weight, asked) == labels[held].to(asked.device)).sum()) / len(asked))
-    return l2[scores.index(max(scores))]
+    best = scores.index(max(scores))
+    return l2[best], weights[best] if weights[best].shape[1] == int(labels.max()) + 1 else None
 
 
 def _answers(weight: Tensor, features: Tensor) -> Tensor:

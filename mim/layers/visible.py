@@ -80,7 +80,7 @@ def only_visible(net: nn.Module, visible: Tensor) -> Iterator[None]:
         yield
     finally:
         for layer in lent:
-            del layer.forward
+            layer.__dict__.pop("forward", None)
 
 
 def enlarged(visible: Tensor, size: tuple[int, int]) -> Tensor:

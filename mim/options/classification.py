@@ -104,6 +104,8 @@ class FinetuneRecipe:
         memory: memory cells in each block of an encoder that stands still, 5 in most of the paper's results
             (arXiv:2203.15243); they, a class token and a classifier learn then, all by blr, and tasks that were
             learned before stay as they are.
+        tlm: share of the tokens of each block that lose connections in training: that to themselves, or all others
+            (token-level masking, a paper on text); plain ViTs; 0 for none.
         memory_norm: pass memory through the norm of its block, as tokens are; otherwise it comes behind it.
     """
 
@@ -127,9 +129,10 @@ class FinetuneRecipe:
     teacher: str | None = None
     memory: Whole | None = None
     memory_norm: bool = True
+    tlm: ShareBelowOne = 0.0
 
     @property
     def without_use(self) -> list[str]:
         """Settings that differ from the default although memory leaves nothing for them to do."""
-        encoders = ("layer_decay", "drop_path", "anneal", "teacher")
+        encoders = ("layer_decay", "drop_path", "anneal", "teacher", "tlm")
         return [name for name in encoders if getattr(self, name) != getattr(FinetuneRecipe, name)]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mim.data.augment import Augmented
@@ -13,6 +14,7 @@ from mim.data.finetune import FinetuneData
 from mim.data.labelled import Framed, framed_batches
 from mim.encoder import Encoder
 from mim.errors import UserError
+from mim.evaluation.connections import ConnectionMaskedViT
 from mim.evaluation.finetune import Finetune, classifier
 from mim.interop import check_timm_folder
 from mim.memory import MemoryViT
@@ -48,6 +50,12 @@ class Finetuning(Classification):
         self, options: ClassificationOptions, recipe: FinetuneRecipe, training: TrainingOptions, eval_every: float
     ) -> None:
         super().__init__(options, learning=True)
+        if recipe.tlm and not isinstance(vit := self.loaded.encoder.vit, VisionTransformer):
+            raise UserError(
+                f"--tlm {recipe.tlm:g}: --weights {options.weights} is no plain ViT, whose connections are masked",
+                why=f"it is timm's {type(vit).__name__}",
+                hint="--tlm 0",
+            )
         self.recipe = replace(recipe, pool=recipe.pool or self.loaded.pool)
         self.training, self.eval_every = training, eval_every
         self.root = self.folder(self.name)
@@ -174,7 +182,7 @@ class Finetuning(Classification):
             card: where it comes from.
             images: their normalisation, scale and size.
         """
-        vit = cast(ViT, model.vit if isinstance(model, TokenReducedViT) else model)
+        vit = cast(ViT, model.vit if isinstance(model, TokenReducedViT | ConnectionMaskedViT) else model)
         export_backbone(vit, self.export, card=card, class_names=self.classes, **images)
         if isinstance(model, TokenReducedViT):
             save_reduction(model.reduction, self.export)
@@ -207,5 +215,6 @@ def _in_words(recipe: FinetuneRecipe) -> str:
     annealed = (
         f", reduction annealed over {recipe.anneal[0]:g} to {recipe.anneal[1]:g} of it" if any(recipe.anneal) else ""
     )
+    masked = f", connections of {recipe.tlm:g} of the tokens masked" if recipe.tlm else ""
     taught = ", agreeing with a teacher without reduction" if recipe.teacher else ""
-    return f"all weights trained, {pool}, {schedule_in_words(recipe)}{annealed}{taught}"
+    return f"all weights trained, {pool}, {schedule_in_words(recipe)}{masked}{annealed}{taught}"

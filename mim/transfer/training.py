@@ -200,7 +200,9 @@ def _remember(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
     text = json.dumps(settings, indent=1, default=str)
     if resume and file.is_file():
         before, now = json.loads(file.read_text()), json.loads(text)
-        changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+        # A setting that an earlier version did not have was off.
+        differ = [name for name in now if before.get(name) != now[name] and (name in before or now[name])]
+        changed = [f"{name} {before.get(name)} -> {now[name]}" for name in differ]
         if changed:
             raise UserError(
                 f"--resume true: settings differ from those in {file}",

@@ -72,7 +72,7 @@ def test_scores_stand_beside_training_from_scratch_and_timm_loads_the_classifier
     [
         ["--pool", "cls", "--ema", 0.9],
         ["--mixup", 0, "--cutmix", 0, "--auto_augment", "none", "--erase", 0],
-        ["--accumulate", 3],
+        ["--accumulate", 3, "--tlm", 0.2],
     ],
     ids=lambda args: args[0].lstrip("-"),
 )
@@ -103,6 +103,18 @@ def test_resuming_with_other_settings_is_refused(weights, photos, capsys):
     assert finetune(weights, photos, "--from_scratch", "false", "--out", "result") == 0
     assert finetune(weights, photos, "--blr", 0.5, "--out", "result", "--resume", "true") == 2
     assert "blr 0.02 -> 0.5" in capsys.readouterr().err
+
+
+def test_a_setting_that_an_earlier_version_did_not_have_was_off(weights, photos, capsys):
+    assert finetune(weights, photos, "--from_scratch", "false", "--epochs", 1, "--out", "result") == 0
+    file = Path("result/settings.json")
+    settings = json.loads(file.read_text())
+    assert settings.pop("tlm") == 0
+    file.write_text(json.dumps(settings))
+    again = ["--from_scratch", "false", "--epochs", 1, "--out", "result", "--resume", "true"]
+    assert finetune(weights, photos, *again) == 0
+    assert finetune(weights, photos, *again, "--tlm", 0.1) == 2
+    assert "tlm None -> 0.1" in capsys.readouterr().err
 
 
 @pytest.mark.middle
@@ -155,6 +167,7 @@ def test_an_unreadable_image_of_any_process_stops_all(weights, photos, part):
         (["--batch_size", 13], "--batch_size 12"),
         (["--auto_augment", "nonsense"], "--auto_augment nonsense"),
         (["--epochs", 0], "--epochs"),
+        (["--tlm", 0.1, "--reduction", "tome"], "error: --tlm 0.1 with --reduction tome"),
     ],
 )
 def test_mistakes_end_in_a_message(weights, photos, args, expected, capsys):
@@ -208,6 +221,7 @@ def test_memory_that_was_stopped_goes_on_to_the_same_numbers(weights, photos, st
         (["--drop_path", 0.2], "--drop_path: with --memory 5 the encoder stands still, so it has no effect"),
         (["--layer_decay", 0.9], "without --layer_decay"),
         (["--reduction", "tome"], "--reduction tome: with --memory 5 all tokens are looked at"),
+        (["--tlm", 0.1], "--tlm: with --memory 5 the encoder stands still"),
     ],
 )
 def test_what_memory_leaves_no_room_for_is_refused(weights, photos, args, expected, capsys):
@@ -240,6 +254,8 @@ def test_a_rotary_vit_is_refused_by_name(photos, capsys, tmp_path):
     text = capsys.readouterr().err
     assert "cannot take memory" in text
     assert "why:   timm's Eva is no plain ViT" in text
+    assert finetune(str(tmp_path / "rotary"), photos, "--tlm", 0.1) == 2
+    assert "is no plain ViT, whose connections are masked\nwhy:   it is timm's Eva" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_the_strength_is_chosen_without_the_queries():
     queries, labels = features(100, dim=60, spread=4.0)
     strengths = (10.0, 1.0, 1e-4)
     each = {l2: linear_accuracy(bank, bank_labels, queries, labels, l2=(l2,)) for l2 in strengths}
-    chosen = logistic._best_l2(bank, bank_labels, strengths, seed=0)
+    chosen, _ = logistic._best_l2(bank, bank_labels, strengths, seed=0)
     assert len(set(each.values())) == 3
     assert linear_accuracy(bank, bank_labels, queries, labels, l2=strengths) == each[chosen]
     shuffled = labels[torch.randperm(100)]
@@ -65,7 +65,7 @@ def test_the_strength_is_the_best_on_the_held_out_part():
     strengths = (10.0, 1.0, 1e-1, 1e-4)
     scores = [linear_accuracy(bank[kept], labels[kept], bank[held], labels[held], l2=(l2,)) for l2 in strengths]
     assert len(set(scores)) > 1
-    assert logistic._best_l2(bank, labels, strengths, seed=0) == strengths[scores.index(max(scores))]
+    assert logistic._best_l2(bank, labels, strengths, seed=0)[0] == strengths[scores.index(max(scores))]
 
 
 def test_scores_repeat_exactly():
