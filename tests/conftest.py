@@ -1,5 +1,6 @@
 """One thread and one seed: fast on shared cores, and repeatable; and weights that commands look into."""
 
+import gc
 import os
 from functools import lru_cache, partial
 from importlib import import_module
@@ -14,6 +15,12 @@ from mim.interop import ModelCard
 from mim.run.weights import export_backbone
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_finish():
+    """Modules and thousands of tests stay to the end: garbage is no longer looked for among them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
