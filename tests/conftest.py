@@ -1,5 +1,6 @@
 """One thread and one seed: fast on shared cores, and repeatable; and weights that commands look into."""
 
+import gc
 import os
 from functools import lru_cache, partial
 from importlib import import_module
@@ -45,6 +46,12 @@ def pytest_runtest_setup(item):
     if typist := item.config.stash.get(TYPIST, None):
         typist.test = item.nodeid
         typist.heard.clear()
+
+
+def pytest_collection_finish():
+    """Modules and thousands of tests stay to the end: garbage is no longer looked for among them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

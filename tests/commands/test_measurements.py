@@ -11,6 +11,7 @@ import tifffile
 import timm
 import torch
 import yaml
+from PIL import Image
 
 from mim.cli import main
 from mim.evaluation.logistic import linear_answers
@@ -102,6 +103,42 @@ def test_a_domain_goes_from_files_to_an_evaluated_export(name, tmp_path, monkeyp
     assert main("visualize", ["--weights", str(run), "--data", str(data), "--images", "2"]) == 0
     model = timm.create_model(f"local-dir:{run / 'export' / 'backbone'}", pretrained=True)
     assert model(torch.zeros(1, channels, 32, 32)).isfinite().all()
+
+
+def with_masks(folder, name, count=4):
+    """Images of a domain beside masks of two classes, in both parts."""
+    for part in ("train", "val"):
+        for number in range(count):
+            rng = np.random.default_rng(number)
+            texture = field(rng, 48, 16)
+            image, options = DOMAINS[name][0](rng, texture)
+            for kind in ("images", "masks"):
+                (folder / part / kind).mkdir(parents=True, exist_ok=True)
+            tifffile.imwrite(folder / part / "images" / f"{number}.tif", image, **options)
+            Image.fromarray((texture > 0.5).astype(np.uint8)).save(folder / part / "masks" / f"{number}.png")
+    return folder
+
+
+@pytest.mark.middle
+@pytest.mark.parametrize("name", ["microscopy", "reflectance"])
+def test_every_command_takes_what_is_no_photo(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data, masked = str(domain(tmp_path / "data", name)), str(with_masks(tmp_path / "masked", name))
+    run = pretrain(data, tmp_path / "run", channels=DOMAINS[name][1])
+    probing = ["--seeds", "1", "--epochs", "1", "--warmup_epochs", "0", "--batch_size", "8"]
+    tuning = ["--epochs", "1", "--warmup_epochs", "0", "--batch_size", "10", "--auto_augment", "none"]
+    segmenting = ["--steps", "2", "--batch_size", "2", "--device", "cpu", "--pictures", "2", "--crop", "32"]
+    commands = {
+        "linear_probe": ["--data", data, *probing],
+        "finetune": ["--data", data, *tuning, "--device", "cpu"],
+        "segment": ["--data", masked, *segmenting],
+        "features": ["--data", data, "--to", "npy"],
+    }
+    for command, given in commands.items():
+        status = main(command, ["--weights", str(run), "--num_workers", "0", *given])
+        assert status == 0, f"{command}: {capsys.readouterr().err}"
+    assert np.isfinite(np.load("features/patch.npy")).all()
+    assert (run / "report.html").stat().st_size > 1000
 
 
 @pytest.mark.usefixtures("quick")

@@ -86,8 +86,11 @@ def test_what_was_not_measured_is_no_target(images):
     assert step(method, images, valid=valid).item() < step(method, images).item()
 
 
-def test_drawn_images_are_a_function_of_seed_and_row_and_filling_keeps_what_is_known(images):
-    method = build(classes=2).eval()
+@pytest.mark.parametrize(
+    "model", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "vit_small_patch16_rope_mixed_224"]
+)
+def test_drawn_images_are_a_function_of_seed_and_row_and_filling_keeps_what_is_known(images, model):
+    method = build(model, classes=2).eval()
     few, whole = Decoding(steps=3), torch.ones(3, 16, dtype=torch.bool)
     drawn = method.draw_images(images, whole, 0, few, [1])
     assert torch.equal(method.draw_images(torch.zeros_like(images[:2]), whole[:2], 0, few, [1]), drawn[:2])
