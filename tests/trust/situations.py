@@ -1,4 +1,4 @@
-"""Commands that are refused for their options: each call makes one mistake; ``WEIGHTS`` stands for an exported encoder."""
+"""Commands refused for their options: each call makes one mistake; ``WEIGHTS`` stands for an exported encoder."""
 
 import io
 import tarfile
