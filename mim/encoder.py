@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterator, Sequence
-from math import prod
+from math import isqrt, prod
 from typing import Any, Literal, cast, final
 
 import timm
@@ -98,16 +98,19 @@ class Encoder(nn.Module):
             if not (unknown := [name for name in kwargs or {} if f"argument '{name}'" in str(problem)]):
                 raise
             kind = f"{type(skeleton).__name__}{' (rotary positions)' if rotary else ''}"
+            hint = "--model vit_small_patch16_224   or   " * rotary + _kwargs(kwargs or {}, without=unknown[0])
             raise UserError(
                 f"--model {model}: timm's {kind} takes no {unknown[0]}",
                 why=f"it is among --model.init_args.encoder.kwargs {json.dumps(kwargs)}, of the recipe or yours",
-                hint="--model vit_small_patch16_224   or   --model.init_args.encoder.kwargs {}",
+                hint=hint,
             ) from problem
         except AssertionError as problem:  # how timm refuses arguments that do not go together
             raise UserError(f"--model {model} cannot be built with {kwargs}", why=str(problem)) from problem
         self.vit = cast(ViT, vit)
         if not len(self.vit.blocks):
-            raise UserError(f"--model {model} with kwargs {kwargs} has no blocks", hint="a depth of 1 or more")
+            raise UserError(
+                f"--model {model} with kwargs {kwargs} has no blocks", hint=_kwargs(kwargs or {}, without="depth")
+            )
         _fix_coordinates(self.vit, model, kwargs or {})
         self._tables: dict[tuple[object, ...], Tensor] = {}  # fixed rotary positions by grid; see _rotary
         self.vit.set_grad_checkpointing(grad_checkpointing)
@@ -474,10 +477,16 @@ def _fix_coordinates(vit: ViT, model: str, given: dict[str, Any]) -> None:
         raise UserError(
             f"--model {model}: {', '.join(asked)} would move rotary positions at random",
             why="timm draws that from the global generator, so that no run could be repeated",
-            hint=f"the same model without {', '.join(asked)}",
+            hint=_kwargs({name: value for name, value in given.items() if name not in _MOVING}),
         )
     if (rope := getattr(vit, "rope", None)) is not None:
         rope.aug_active = False
+
+
+def _kwargs(kwargs: dict[str, Any], without: str = "") -> str:
+    """The option that gives timm the other arguments."""
+    others = {name: value for name, value in kwargs.items() if name != without}
+    return f"--model.init_args.encoder.kwargs '{json.dumps(others)}'"
 
 
 def _checked_size(
@@ -492,7 +501,7 @@ def _checked_size(
         raise UserError(
             f"--img_size {_side(size)} has {patches:,} patches of {_side(patch)}, more than {_MAX_PATCHES:,}",
             why="every patch is a token, and each of them looks at every other",
-            hint="a smaller --img_size or a larger --patch_size",
+            hint=f"--img_size {_side([isqrt(_MAX_PATCHES) * cell for cell in patch])}   or larger patches",
         )
     if all(side % cell == 0 for side, cell in zip(size, patch, strict=True)):
         return size

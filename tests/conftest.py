@@ -4,9 +4,11 @@ import gc
 import os
 from functools import lru_cache, partial
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
+from hint_places import Typist
 
 from mim.data.shapes import ShapeSource
 from mim.encoder import Encoder
@@ -14,7 +16,36 @@ from mim.evaluation.logistic import linear_answers
 from mim.interop import ModelCard
 from mim.run.weights import export_backbone
 
+TYPIST = pytest.StashKey[Typist]()
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--typed", type=Path, help="type every hint that a test makes a command print; keep what came of it here"
+    )
+
+
+def pytest_configure(config):
+    if file := config.getoption("--typed"):
+        config.stash[TYPIST] = Typist(file)
+        config.stash[TYPIST].install(pytest.MonkeyPatch())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    result = yield
+    if typist := item.config.stash.get(TYPIST, None):
+        typist.type_all()
+    return result
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    if typist := item.config.stash.get(TYPIST, None):
+        typist.test = item.nodeid
+        typist.heard.clear()
 
 
 def pytest_collection_finish():
@@ -68,3 +99,15 @@ def quick_probes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(import_module("mim.evaluation.probe"), "linear_answers", partial(linear_answers, l2=(1.0,)))
         yield
+
+
+@pytest.fixture
+def typist(request):
+    """Overhears commands, and types what stands behind ``try:`` when it is told to."""
+    if (typing := request.config.stash.get(TYPIST, None)) is not None:
+        yield typing
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        typing = Typist(None)
+        typing.install(patch)
+        yield typing

@@ -23,7 +23,8 @@ def plain_mae_loss(method: MAE, batch: Batch) -> Tensor:
     (images,) = batch[0]
     if not isinstance(method.decoder, Decoder):
         raise UserError(
-            "--against plain: MAE has no plain formulation with cross-attention", hint="--against OTHER.yaml"
+            "--against plain: MAE has no plain formulation with cross-attention",
+            hint="--against mae/demo   or another recipe",
         )
     mask = method.masking(len(images), method.encoder.grid, generator=method.row_generator(len(images), 0))  # (B, N)
     sequence = _filled(method.encoder, method.decoder.fill, images, mask, method.visible_count)
@@ -65,7 +66,10 @@ def plain_ibot_loss(method: IBOT, batch: Batch) -> Tensor:
     views, labels = batch[:2]
     images, count, teacher = torch.cat(views[:2]), len(labels), method.teacher.module
     if method.teaching.center != "all" or method.koleo.weight or method.head.patch_mlp is not None:
-        raise UserError("--against plain: the parts of DINOv2 have no plain formulation", hint="--against OTHER.yaml")
+        raise UserError(
+            "--against plain: the parts of DINOv2 have no plain formulation",
+            hint="--against mae/demo   or another recipe",
+        )
     with torch.no_grad():
         if method.masking.guided:
             tokens, scores = method.evaluated.forward_with_attention(images)

@@ -94,7 +94,7 @@ class Contender:
             raise UserError(
                 f"--against plain: {type(method).__name__} has no plain formulation",
                 why=f"there is one for {known}",
-                hint="--against OTHER.yaml",
+                hint="--against mae/demo   or another recipe",
             )
         for module in method.modules():
             if isinstance(module, Attention | AttentionRope | EvaAttention):

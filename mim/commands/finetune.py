@@ -69,7 +69,7 @@ def _check_memory(options: ClassificationOptions, recipe: FinetuneRecipe) -> Non
         raise UserError(f"--pool mean: with {memory} the answer is read from a class token", hint="--pool cls")
     if options.reduction is not None:
         raise UserError(
-            f"--reduction {options.reduction}: with {memory} all tokens are looked at", hint="one of the two"
+            f"--reduction {options.reduction}: with {memory} all tokens are looked at", hint="leave --reduction out"
         )
     if unused := recipe.without_use:
         raise UserError(

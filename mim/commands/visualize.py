@@ -60,7 +60,7 @@ def run(
     check_picture("--out", out)
     others = {"reduction": reduction, "policy": policy, "explain": explain}
     if len(asked := [name for name, what in others.items() if what]) > 1:
-        raise UserError(f"--{asked[0]} and --{asked[1]} are two pictures", hint="one of them, then the other")
+        raise UserError(f"--{asked[0]} and --{asked[1]} are two pictures", hint=f"leave --{asked[1]} out")
     explanations = _chosen_explanations(explain) if explain else []
     loaded = _load(weights, model, img_size, trust)
     batch = _images(data, loaded, images)

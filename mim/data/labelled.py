@@ -271,7 +271,7 @@ def _different_classes(
     missing = "; ".join(
         f"missing in {where.rstrip('/')}: {', '.join(sorted(names)[:5])}" for where, names in lost.items() if names
     )
-    hint = f"add the folders, or  --classes common      to score the {len(shared)} shared ones"
+    hint = f"--classes common   scores the {len(shared)} shared ones; or add the folders"
     if len(shared) < 2:
         hint = "the same folder names in both parts"
     return UserError(

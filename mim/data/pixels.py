@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
+import yaml
+
 from mim.errors import UserError
 
 PixelType = Literal["per_file", "uint8", "uint16", "int16", "float32", "any"]
@@ -66,7 +68,7 @@ class Pixels:
         if len(self.low) not in (1, channels):
             raise UserError(
                 f"--value_range has {len(self.low)} ranges, images have {channels} channels",
-                hint="--value_range LOW,HIGH   for all channels, or one range for each",
+                hint="--value_range auto   or   --value_range LOW,HIGH for all channels",
             )
         times = channels // len(self.low)
         return self.low * times, self.high * times
@@ -144,11 +146,12 @@ def parse_range(given: object, log: bool = False) -> tuple[tuple[float, ...], tu
     if given in ("auto", "per_file"):
         return None
     try:
-        rows: Any = [float(number) for number in given.strip("[]() ").split(",")] if isinstance(given, str) else given
-        pairs = [rows] if not isinstance(rows[0], Sequence) else list(rows)
+        rows: Any = yaml.safe_load(f"[{given.strip(' ()')}]") if isinstance(given, str) else given
+        rows = rows[0] if len(rows) == 1 and isinstance(rows[0], list) else rows
+        pairs = list(rows) if isinstance(rows[0], list | tuple) else [rows]
         low, high = zip(*(tuple(float(number) for number in pair) for pair in pairs), strict=True)
         check_range(low, high)
-    except (ValueError, TypeError, IndexError) as error:
+    except (ValueError, TypeError, IndexError, yaml.YAMLError) as error:
         raise UserError(
             f"--value_range {given} is no range",
             why="it is the number that becomes 0 and the one that becomes 1, of all channels or of each",

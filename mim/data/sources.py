@@ -7,6 +7,7 @@ asked for. The index of a million images is a few flat arrays, which all loader 
 import hashlib
 import io
 import os
+import shlex
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -31,6 +32,7 @@ from mim.data.tables import Table, read_list
 from mim.data.tar_samples import sort_members
 from mim.data.tokens import read_shard
 from mim.errors import UserError, printable
+from mim.program import called
 
 
 class Source(Protocol):
@@ -247,7 +249,11 @@ class TarSource(FileSource):
         name = Path(shards.names[0].partition("?")[0]).stem
         name = name if len(shards.names) == 1 else name.rstrip("-_0123456789")
         super().__init__(name, (image.path for image in images), class_names, channels)
-        self.ignored, self.damaged, self._shards, self.unclear = ignored, damaged, shards, unclear or found.unclear
+        self.ignored, self.damaged, self._shards, self.unclear = ignored, damaged, shards, unclear
+        if unclear is None and found.several:
+            why = f"{found.several} holds several labels; probes know one per image"
+            hint = f"{called('pretrain')} --data {shlex.quote(pattern)}   needs none; or one in each .json or .cls"
+            self.unclear = Unclear(why, hint)
         number = {shard: number for number, shard in enumerate(shards.names)}
         places = [(number[i.shard], i.offset, i.size) for i in images]
         self._places = FlatArray(np.array(places, dtype=np.int64))  # (images, 3)
@@ -402,7 +408,7 @@ def _check_classes(data: str, train: FileSource, held: FileSource) -> None:
     alone = Path(data) / train.part if train.part.endswith("/") else None
     raise UserError(
         f"--data {data}: {train.part} has {len(ours)} classes, {held.part} has {len(theirs)}  ({missing})",
-        hint=f"add the folders, or  --data {alone}  to leave {held.part} out" if alone else "the same labels in both",
+        hint=f"--data {alone}   leaves {held.part} out; or add the folders" if alone else "the same labels in both",
     )
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from mim.data.folders import Unclear, file_type, is_image, mask_folders_of, suffix_of, without_masks
+from mim.data.folders import file_type, is_image, mask_folders_of, suffix_of, without_masks
 from mim.data.layouts import is_junk
 from mim.data.shards import Member, read_label
 
@@ -18,13 +18,13 @@ class Samples(NamedTuple):
         images: one plain image per key, in their order.
         labels: class of an image by its path.
         ignored: other members counted by type.
-        unclear: why there are no labels although samples seem to have some.
+        several: a member that holds several labels, for which there are none; empty if there is no such.
     """
 
     images: list[Member]
     labels: dict[str, str]
     ignored: Counter[str]
-    unclear: Unclear | None
+    several: str
 
 
 def sort_members(members: Iterable[Member], content: Callable[[Member], bytes]) -> Samples:
@@ -59,8 +59,7 @@ def sort_members(members: Iterable[Member], content: Callable[[Member], bytes]) 
     kept = without_masks([image.name for image in plain], ignored, mask_folders_of([image.name for image in plain]))
     plain = [image for image in plain if image.name in set(kept)] if len(kept) < len(plain) else plain
     found = {} if several else _labelled(plain, labels)
-    why = Unclear(f"{several} holds several labels; probes know one per image", "one label in each .json or .cls")
-    return Samples(plain, found, +ignored, why if several else None)
+    return Samples(plain, found, +ignored, several)
 
 
 def _plain(images: list[Member], ignored: Counter[str]) -> list[Member]:

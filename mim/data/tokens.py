@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mim.errors import UserError
+from mim.program import called
 from mim.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 
 FACTS, IDS, LABELS, TOKENIZER = "tokens.json", "ids.npy", "labels.npy", "tokenizer.safetensors"
@@ -103,4 +104,8 @@ def _fit(labels: list[int], images: int, classes: int) -> bool:
 
 
 def _damaged(folder: Path, why: str) -> UserError:
-    return UserError(f"--data {folder} holds damaged tokens", why=why, hint="write them again")
+    return UserError(
+        f"--data {folder} holds damaged tokens",
+        why=why,
+        hint=f"{called('tokens')} encode --data IMAGES --out {folder}-2",
+    )

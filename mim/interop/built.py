@@ -85,7 +85,7 @@ def refuse_otherwise(weights: Built, vit: ViT, named: str, option: str) -> None:
     why = "; ".join(f"{words[name]} {value} there, {own[name]} here" for name, value in arguments.items())
     hint = f"--model.init_args.encoder.kwargs '{json.dumps(arguments)}'"
     if option == "--weights":  # evaluations build what the weights say if nobody says otherwise
-        hint = f"{option} {named}   without --model"
+        hint = "leave --model out"
     raise UserError(f"{option} {named} is of a model that computes otherwise", why=why, hint=hint)
 
 

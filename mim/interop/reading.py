@@ -20,6 +20,7 @@ from mim.interop.layouts import NoViTError, named_tensors, to_timm
 from mim.interop.sharded import INDEX, refuse_part, shards_of
 from mim.interop.unpickling import unpickled
 from mim.lora import merged
+from mim.program import called
 from mim.vit import without_weights
 
 CHECKSUMS = "SHA256SUMS"
@@ -205,7 +206,15 @@ def _check_sum(path: Path, option: str) -> None:
     lines = sums.read_text(errors="replace").splitlines()  # the sums may be what is damaged
     expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     if path.name in expected and expected[path.name] != sha256(path):
-        raise UserError(f"{option} {path} is damaged", why=f"its SHA-256 is not the one in {sums}", hint="export again")
+        raise UserError(
+            f"{option} {path} is damaged", why=f"its SHA-256 is not the one in {sums}", hint=export_again(path.parent)
+        )
+
+
+def export_again(folder: Path) -> str:
+    """What to do about a damaged export: the run that it lies in can repeat it."""
+    run = folder.absolute().parents[1]
+    return f"{called('export')} --run {run}" if (run / "config.yaml").is_file() else "export it again"
 
 
 def _refuse_stand_in(path: Path, option: str) -> None:

@@ -274,14 +274,14 @@ def _reload_difference(trained: ViT | ConvNet, folder: Path) -> float:
 
 def _refuse_to_replace(folder: Path) -> None:
     if folder.is_file():
-        raise UserError(f"{folder} is a file", hint="the name of a new folder")
+        raise UserError(f"{folder} is a file", hint=f"--out {folder.with_name(folder.stem + '-export')}")
     names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
     foreign = {name for name in names if not any(fnmatch(name, own) for own in _OWN)}
     if foreign:
         raise UserError(
             f"{folder} holds other files, so the export does not replace it",
             why=f"found {', '.join(sorted(foreign)[:3])}",
-            hint=f"{folder / 'backbone'}",
+            hint=f"--out {folder / 'backbone'}",
         )
 
 

@@ -71,7 +71,7 @@ GROUPS: dict[str, dict[str, Option]] = {
             "N", "cut larger images into windows of N pixels per side", "not cut", "data.windows", Side, example="512"
         ),
         "stride": Option("N", "pixels from one window to the next", "a window", "data.stride", Count),
-        "in_chans": Option("N", "channels of the images", "the model's, 3", f"{_ENCODER}.in_chans", Count),
+        "in_chans": Option("N", "channels of the images", "the model's, 3", f"{_ENCODER}.in_chans", Count, "", "3"),
     },
     "Numbers in the files": {
         "value_range": Option(
@@ -241,7 +241,7 @@ def _check_continued(names: Mapping[str, str]) -> None:
     if "continue" not in names:
         return
     if "init" in names:
-        raise UserError("--continue and --init both name weights to start from", hint=f"--continue {names['continue']}")
+        raise UserError("--continue and --init both name weights to start from", hint="leave --init out")
     if names.get("resume", "auto") != "auto":
         raise UserError(
             "--continue starts a new run, --resume goes on with an old one", hint=f"--resume {names['resume']}"

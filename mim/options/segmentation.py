@@ -136,7 +136,7 @@ def check(options: SegmentationOptions, recipe: SegmentationRecipe, scoring: Sco
         raise UserError("--batch_size 1: UPerNet normalises over a batch", hint="--batch_size 2")
     check_rising("--scale", recipe.scale)
     if scoring.stride and options.crop and scoring.stride > options.crop:
-        raise UserError(f"--stride {scoring.stride} leaves pixels out", hint="a stride from 1 to the crop")
+        raise UserError(f"--stride {scoring.stride} leaves pixels out", hint=f"--stride {options.crop}")
     if options.num_classes is not None and options.num_classes < 2:
         raise UserError(f"--num_classes {options.num_classes}: two or more are needed", hint="--num_classes 2")
     values = options.values

@@ -17,7 +17,9 @@ _ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")
 
 _REGISTERED = re.compile(r"^@register_model\s*\ndef (\w+)\(", re.MULTILINE)
 _KEY = re.compile(r"""^\s+['"]([\w.]+)['"]\s*:""", re.MULTILINE)  # of published weights and of names that are past
-_VITS = ("*vit*", "deit*", "eva*")
+_VITS = {"vision_transformer": "vit_*", "eva": "*", "deit": "deit*"}
+"""Modules of timm, and which of their models a method here takes."""
+_CONV_NETS = ("resnet", "convnext")
 
 
 def model_names(pattern: str, module: str) -> list[str]:
@@ -48,7 +50,9 @@ def check_weights(weights: str, option: str = "--weights") -> None:
 
 def no_such_model(name: str, option: str = "--model") -> UserError:
     """What is told of a name that timm does not know."""
-    known = [model for model in _all() | _keys() if any(fnmatch(model, pattern) for pattern in _VITS)]
+    known = {model for module, pattern in _VITS.items() for model in model_names(pattern, module)}
+    known |= {model for module in _CONV_NETS if name.startswith(module) for model in model_names(f"{module}*", module)}
+    known |= {key for key in _keys() if key.partition(".")[0] in known}
     near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
     return UserError(
         f"{option} {name}: timm {version('timm')} has no such model",
@@ -61,7 +65,7 @@ def no_such_weights(name: str, option: str, published: Iterable[str]) -> UserErr
     close = difflib.get_close_matches(name, [other for other in published if other.startswith("vit_")], n=2)
     return UserError(
         f"{option} {name}: no such file, folder or timm weights",
-        hint=" or ".join(f"{option} {other}" for other in close) or f"{option} FILE, {option} RUN or a timm name",
+        hint="   or   ".join(f"{option} {other}" for other in close) or f"{option} FILE, {option} RUN or a timm name",
     )
 
 

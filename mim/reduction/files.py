@@ -34,7 +34,7 @@ def build_reduction(text: str, vit: Any, labels: Labels | None = None) -> TokenR
     """
     if not hasattr(vit, "blocks"):
         why = f"timm's {type(vit).__name__} has no sequence of tokens that could be shortened"
-        raise UserError(f"--reduction {text} is for ViTs", why=why, hint="the same command without --reduction")
+        raise UserError(f"--reduction {text} is for ViTs", why=why, hint="leave --reduction out")
     if Path(text).is_dir():
         return load_reduction(Path(text), vit)
     return _read(Path(text), vit) if text.endswith(_ENDINGS) else named_reduction(text, vit, labels)

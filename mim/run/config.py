@@ -136,7 +136,7 @@ def _mask_ratio(config: Namespace, args: Sequence[str]) -> list[str]:
     names = [f"--{masking}.init_args.{setting}" for setting in settings]
     for name in names:
         if any(arg.startswith(f"{name}=") for arg in args):
-            raise UserError(f"--mask_ratio and {name} are two words for one setting", hint="one of them")
+            raise UserError(f"--mask_ratio and {name} are two words for one setting", hint="leave --mask_ratio out")
     return [f"{name}={config.mask_ratio}" for name in names]
 
 
@@ -163,7 +163,7 @@ def _parsed_once(file: Path, content: bytes, plugins: tuple[str, ...]) -> Namesp
     except PluginError:
         raise
     except UserError as error:
-        hint = "another run, or a .ckpt file of this one beside --model"
+        hint = "another run, or a .ckpt file of this one with --model NAME"
         raise UserError(f"{file} is not what a run writes", why=error.error, hint=hint) from error
 
 

@@ -1,6 +1,7 @@
 """Lightning's trainer as every training here uses it: its step, strategies and precision; the rest is our own."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from lightning import Trainer
@@ -40,5 +41,21 @@ def build_trainer(settings: Mapping[str, Any], option: str = "--{}", **own: Any)
             for name, value in settings.items()
             if name in _NAMED and value not in ("auto", None, 1)
         ]
-        hint = f"--devices 1   or   {option.format('accelerator')} cpu"
-        raise UserError(f"{' '.join(given)} cannot be used here", why=str(error), hint=hint) from error
+        why = str(error)
+        raise UserError(
+            f"{' '.join(given)} cannot be used here", why=why, hint=_what_works(settings, option)
+        ) from error
+
+
+def _what_works(settings: Mapping[str, Any], option: str) -> str:
+    """The one option that has to be another for there to be such a machine, or all that may."""
+    options = {
+        "devices": "--devices 1",
+        "strategy": "--strategy ddp",
+        "accelerator": f"{option.format('accelerator')} auto",
+    }
+    for name, typed in options.items():
+        with suppress(ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException):
+            Trainer(**{**settings, name: typed.split()[1]}, logger=False, enable_checkpointing=False)
+            return typed
+    return " ".join(options.values())

@@ -43,12 +43,13 @@ from mim.interop import (
     to_rotary,
     weights_in,
 )
+from mim.interop.reading import export_again
 from mim.lora import merge
 from mim.memory import holds_memory
 from mim.methods import Method
 from mim.options.timm_names import no_such_weights
 from mim.program import called
-from mim.run.checkpoint_files import AtomicCheckpointIO, newest_good, sidecar, verify
+from mim.run.checkpoint_files import AtomicCheckpointIO, checkpoint_step, checkpoints, newest_good, sidecar, verify
 from mim.run.config import instantiate, parse_saved
 from mim.run.folder import run_of
 from mim.vit import ViT, without_weights
@@ -210,7 +211,7 @@ def pixels_of(folder: Path) -> Pixels:
     try:
         return Pixels.of(scale_of(home))
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{home / 'config.json'} is damaged", why=str(error), hint="export again") from error
+        raise UserError(f"{home / 'config.json'} is damaged", why=str(error), hint=export_again(home)) from error
 
 
 def _is_unexported_run(folder: Path) -> bool:
@@ -358,7 +359,9 @@ def _find_weights(
     grid = grid or _recorded_grid(path.parent) or _grid_of_run(path.parent.parent)
     path = path.resolve()  # last.ckpt is a link to a checkpoint, beside which its hash lies
     if path.match("step-*.ckpt") and sidecar(path).is_file() and (reason := verify(path)):
-        raise UserError(f"{option} {path} is damaged", why=reason, hint="the checkpoint before it")
+        earlier = [other for other in checkpoints(path.parent) if checkpoint_step(other) < checkpoint_step(path)]
+        hint = f"{option} {earlier[-1]}" if earlier else None
+        raise UserError(f"{option} {path} is damaged", why=reason, hint=hint)
     if conv_net is not None:
         return *conv_net_in(load_weights(path, trust=trust, option=option), conv_net), None
     return *read_vit(path, trust=trust, option=option), grid

@@ -20,7 +20,7 @@ from mim.interop import check_timm_folder
 from mim.memory import MemoryViT
 from mim.options.classification import ClassificationOptions, FinetuneRecipe
 from mim.options.evaluation import Scores, TrainingOptions
-from mim.program import origin
+from mim.program import called, origin
 from mim.reduction import TokenReducedViT
 from mim.reduction.files import save_reduction, save_settings
 from mim.report.confusion import save_confusion
@@ -144,20 +144,25 @@ class Finetuning(Classification):
         """The classifier that ``--teacher`` names, on the device; it must be what is trained, but for its weights."""
         if self.loaded.encoder.reduction is None:
             raise UserError(
-                "--teacher: nothing is reduced, so there is nothing to learn from the whole", hint="--reduction"
+                "--teacher: nothing is reduced, so there is nothing to learn from the whole",
+                hint="leave --teacher out   or   --reduction evit",
             )
         home = Path(folder.removeprefix("local-dir:"))
         if not (home / "config.json").is_file():
-            raise UserError(f"--teacher {folder} is no exported model", hint="--teacher RUN/evaluation/finetune/export")
+            raise UserError(f"--teacher {folder} is no exported model", hint=self._whole())
         check_timm_folder(home, "--teacher")
         teacher: Any = timm.create_model(f"local-dir:{home}", pretrained=True)
         own, other = ({name: part.shape for name, part in model.state_dict().items()} for model in (vit, teacher))
         if own != other or list(teacher.pretrained_cfg["mean"]) != list(self.loaded.mean):
             raise UserError(
                 f"--teacher {folder} is another kind of model, or saw images in another way",
-                hint="the same fine-tuning without --reduction, and its export",
+                hint=self._whole(),
             )
         return cast(ViT, teacher.eval().to(self.device))
+
+    def _whole(self) -> str:
+        """The command that trains a teacher."""
+        return f"{called('finetune')} --weights {self.options.weights} --data {self.options.data}   and its export"
 
     def _export(self, module: Finetune) -> None:
         """Writes what was trained, with where it comes from."""

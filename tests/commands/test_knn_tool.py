@@ -68,7 +68,7 @@ def test_classes_that_differ_are_refused_and_the_shared_ones_can_be_scored(weigh
     assert knn(weights, "--data", photos) == 2
     text = capsys.readouterr().err
     assert "train/ has 3 classes, val/ has 3  (missing in val: cross; missing in train: fox)" in text
-    assert "--classes common      to score the 2 shared ones" in text
+    assert "try:   --classes common   scores the 2 shared ones" in text
     assert knn(weights, "--data", photos, "--classes", "common", "--out", "result") == 0
     assert "learnt from 24 images, scored on 10" in json.loads(Path("result/metrics.json").read_text())["protocol"]
 

@@ -93,6 +93,22 @@ def test_a_given_range_is_kept_and_statistics_are_measured_on_it(tmp_path):
     assert data.mean == pytest.approx([np.stack(camera()).mean() / 4095], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("given", "low", "high"),
+    [
+        ("0,4095", (0,), (4095,)),
+        ("[0, 4095]", (0,), (4095,)),
+        ("(-1e1,.5)", (-10,), (0.5,)),
+        ("[[0,1],[-30,5]]", (0, -30), (1, 5)),
+        ("[[0, 1]]", (0,), (1,)),
+        ([[0, 1], [-30, 5]], (0, -30), (1, 5)),
+        ((0, 1), (0,), (1,)),
+    ],
+)
+def test_a_range_is_read_as_it_is_typed_and_as_a_file_holds_it(given, low, high):
+    assert parse_range(given) == (low, high)
+
+
 def test_a_range_for_each_channel_scales_each(tmp_path):
     two = [np.concatenate([image, image.astype(np.float32) * 10], -1).astype(np.float32) for image in camera()]
     data = opened(folder_of(tmp_path / "a", two), 2, value_range=[[0, 4000], [0, 40000]])
@@ -311,7 +327,10 @@ def test_a_range_may_be_written_in_several_ways(text):
         assert canonical_range(text) == "[0.0, 4095.0]"
 
 
-@pytest.mark.parametrize("text", ["5", "a,b", "3,1", "1,1", "nan,2", "0,inf", [], [[0, 1], [2]], "1,2,3"])
+@pytest.mark.parametrize(
+    "text",
+    ["5", "a,b", "3,1", "1,1", "nan,2", "0,inf", [], [[0, 1], [2]], "1,2,3", "[[0,1],[5,-3]]", "0,[1,2]", "[0,1", ""],
+)
 def test_what_is_no_range_is_refused(text):
     with pytest.raises(UserError, match="is no range"):
         parse_range(text)

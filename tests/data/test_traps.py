@@ -13,6 +13,7 @@ from mim.data.labelled import open_labelled
 from mim.data.layouts import find_parts, mask_folders, part_of
 from mim.data.sources import ListSource, TarSource, open_source
 from mim.errors import UserError
+from mim.program import called
 
 
 def picture(value=0, size=(12, 8)):
@@ -530,6 +531,7 @@ def test_several_labels_are_refused(tmp_path):
     with pytest.raises(UserError) as refused:
         open_labelled(tar(tmp_path / "x.tar", members))
     assert "a.json holds several labels" in refused.value.why
+    assert refused.value.hint.startswith(f"{called('pretrain')} --data {tmp_path / 'x.tar'}   needs none")
 
 
 @pytest.mark.parametrize("mask", ["k.seg.png", "k.mask.png", "k_mask.png", "k.png"])

@@ -1,0 +1,41 @@
+"""Places of the code that make a hint: tests type what it says, nothing of it can be typed, or they are counted."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from hint_places import LEDGER, ROOT, places
+
+AT_MOST = {"prose": 68, "open": 186}
+"""Places whose hint holds nothing to type, and those whose hint no test types yet: fewer are better."""
+
+
+@pytest.fixture(scope="module")
+def ledger():
+    return yaml.safe_load(LEDGER.read_text())
+
+
+def test_a_new_place_with_a_hint_has_a_test_that_types_it(ledger):
+    """Failing? Make the mistake in ``trust/situations.py``, type its hint, and name both in ``hint_places.yaml``."""
+    named = {**ledger["typed"], **ledger["prose"]}
+    assert named.keys() <= places().keys()
+    assert len(ledger["prose"]) <= AT_MOST["prose"]
+    assert len(places().keys() - named.keys()) <= AT_MOST["open"]
+
+
+def test_tests_that_type_hints_exist(ledger):
+    for test in set(ledger["typed"].values()):
+        file, _, name = test.partition("::")
+        assert f"def {name.partition('[')[0]}(" in (ROOT / file).read_text(), test
+
+
+@pytest.mark.slow
+def test_what_hints_propose_does_not_make_the_same_mistake(ledger, tmp_path):
+    tests, found = sorted(set(ledger["typed"].values())), tmp_path / "typed.jsonl"
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-q", "-o", "addopts=", "--typed", str(found), *tests]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:]
+    rows = [json.loads(line) for line in found.read_text().splitlines()]
+    assert ledger["typed"].keys() <= {row["place"] for row in rows if "typed" in row}
