@@ -20,20 +20,22 @@ MAX_DEPTH = 32
 def with_config_files(args: Sequence[str]) -> list[str]:
     """The same ``--name=value`` arguments with the file of every recipe that ``--config`` names, after a look at it.
 
+    Files come first, in their order: the parser lets what is later win, and an option wins wherever it stands.
     A few hundred bytes of aliases can stand for gigabytes of settings, and the parser would go through all of them.
 
     Raises:
         UserError: for a file that is not there, too large, too deep or refers to itself; the parser tells the rest.
     """
-    opened = []
+    files, options = [], []
     for arg in args:
         name, _, value = arg.partition("=")
         if name == "--config":
             file = recipe_file(value)
             check_config_file(file)
-            arg = f"{name}={file}"
-        opened.append(arg)
-    return opened
+            files.append(f"{name}={file}")
+        else:
+            options.append(arg)
+    return [*files, *options]
 
 
 OLD_DATA = {"path", "views", "max_bad", "mean", "std", "licence"}

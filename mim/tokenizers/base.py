@@ -49,7 +49,7 @@ class Tokenizer(nn.Module, ABC):
         Of networks it is the middle of an image in which all tokens are this one.
         """
         side, parts = self.stride, []
-        for codes in self.codebook.codes.split(_AT_ONCE):
+        for codes in torch.split(self.codebook.codes, _AT_ONCE):
             images = self.draw(codes[:, None, None].expand(-1, 5, 5, -1)).clamp(0, 1)
             middle = images[:, :, 2 * side : 3 * side, 2 * side : 3 * side].contiguous()
             parts.append(patchify(middle, side).flatten(1))

@@ -140,7 +140,7 @@ class _Residual(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """``(B, inputs, h, w)`` to ``(B, outputs, h, w)``."""
-        changed = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(maps))))))
+        changed: Tensor = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(maps))))))
         beside: Tensor = self.nin_shortcut(maps)
         return beside + changed
 

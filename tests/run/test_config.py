@@ -132,6 +132,14 @@ def test_later_options_win():
     assert (config.epochs, config.data.batch_size) == (5, 32)
 
 
+@pytest.mark.parametrize("behind", range(1, 4))
+def test_an_option_wins_over_files_wherever_it_stands(tmp_path, behind):
+    (tmp_path / "over.yaml").write_text("epochs: 7\nseed: 7\ndata: {batch_size: 7}\n")
+    args = [TINY, "--epochs=3", "--data.batch_size=32"]
+    config = parse([*args[:behind], f"--config={tmp_path / 'over.yaml'}", *args[behind:]])
+    assert (config.epochs, config.data.batch_size, config.seed) == (3, 32, 7)
+
+
 def test_run_options_are_the_runs_part_of_the_settings():
     assert run_options(parse([TINY, "--seed=4"])) == RunOptions(
         epochs=0.375, seed=4, save_every=0.0625, eval_every=0.2, log_every=1, pictures=2, probe_images=60, threads=1
