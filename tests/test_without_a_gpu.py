@@ -31,6 +31,8 @@ from mim.randomness import RowGenerator
 from mim.reduction import TokenReducedViT
 from mim.targets import HOGTarget
 
+PRODUCTS = ("addmm", "aten.mm.default", "convolution.default")
+"""What most of the arithmetic of a step is."""
 FLOAT32 = ("_softmax", "log_softmax", "logsumexp", "sort", "topk", "argmax", "mse_loss", "_fused_adamw", "vector_norm")
 """Operations whose numbers bf16 would round to ties or nothing: softmax, rankings, losses, updates, lengths."""
 
@@ -83,7 +85,7 @@ def test_a_step_in_bf16_keeps_losses_rankings_and_what_is_logged_in_float32(name
     done = stepped(name)
     assert {done.loss.dtype, *(value.dtype for value in done.method.logged.values())} == {torch.float32}
     assert {kind for call, kind in done.calls if any(part in call for part in FLOAT32)} <= {torch.float32, None}
-    assert {kind for call, kind in done.calls if "addmm" in call or call == "aten.mm.default"} >= {torch.bfloat16}
+    assert {kind for call, kind in done.calls if any(part in call for part in PRODUCTS)} >= {torch.bfloat16}
     buffers = {buffer.dtype for buffer in done.method.buffers() if buffer.is_floating_point()}
     assert {p.dtype for p in done.method.parameters()} | buffers == {torch.float32}
 

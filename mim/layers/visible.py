@@ -54,7 +54,7 @@ def visible_statistics(x: Tensor, visible: Tensor | None = None) -> tuple[Tensor
         x: ``(B, C, H, W)``, 0 at hidden places.
         visible: ``(B, 1, H, W)`` of 0 and 1; all places are visible unless given.
     """
-    places = x.new_tensor(x.numel() / x.shape[1]) if visible is None else visible.sum(dtype=x.dtype)
+    places = x.new_full((), x.numel() / x.shape[1]) if visible is None else visible.sum(dtype=x.dtype)
     mean = x.sum(dim=(0, 2, 3)) / places.clamp(min=1)
     apart = x - _wide(mean)
     spread = (apart if visible is None else apart * visible).square().sum(dim=(0, 2, 3))

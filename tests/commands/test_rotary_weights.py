@@ -23,7 +23,7 @@ MEASURED = {
     "fine-tuned": ["finetune", "--batch_size", "12", "--device", "cpu", *PROBE],
     "segment linear": ["segment", "--head", "linear", *HEADS],
     "segment knn": ["segment", "--head", "knn", *HEADS],
-    "segment upernet": ["segment", "--head", "upernet", "--taps", "[0,0,1,1]", "--finetune", "true", *HEADS],
+    "segment upernet": ["segment", "--head", "upernet", "--taps", "4", "--finetune", "true", *HEADS],
 }
 WRITTEN = {
     "picture.png": [
@@ -47,7 +47,7 @@ WRITTEN = {
 def rotary(request, tmp_path, monkeypatch):
     """A folder of weights, in a working folder of its own."""
     monkeypatch.chdir(tmp_path)
-    vit = timm.create_model(request.param, img_size=32, patch_size=8, depth=2, embed_dim=32, num_heads=2, num_classes=0)
+    vit = timm.create_model(request.param, img_size=32, patch_size=8, depth=4, embed_dim=32, num_heads=2, num_classes=0)
     for parameter in vit.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     card = ModelCard("DINOv3", "photos")
