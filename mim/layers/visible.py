@@ -33,7 +33,7 @@ def visible_batch_norm(norm: nn.BatchNorm2d, x: Tensor, visible: Tensor | None =
     """``norm`` of ``x (B, C, H, W)`` with the statistics of visible places, over all processes; 0 at hidden ones.
 
     Args:
-        norm: whose running statistics move as torch's do; they are what counts in evaluation.
+        norm: whose running statistics are what counts in evaluation; :func:`move_statistics` moves them.
         x: 0 at hidden places.
         visible: ``(B, 1, H, W)`` of 0 and 1; all places are visible unless given.
     """
@@ -41,7 +41,7 @@ def visible_batch_norm(norm: nn.BatchNorm2d, x: Tensor, visible: Tensor | None =
         out = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
         return out if visible is None else out * visible
     count, mean, var = visible_statistics(x.float(), visible)
-    _move(norm, count, mean.detach(), var.detach())
+    norm.__dict__.setdefault("batch_statistics", []).append((count, mean.detach(), var.detach()))
     scale = norm.weight * (var + norm.eps).rsqrt()
     out = (x - _wide(mean)) * _wide(scale) + _wide(norm.bias)
     return (out if visible is None else out * visible).to(x.dtype)
@@ -63,6 +63,31 @@ def visible_statistics(x: Tensor, visible: Tensor | None = None) -> tuple[Tensor
     count = counts.sum().clamp(min=1)
     mean = (counts * means).sum(0) / count
     return count, mean, (spreads + counts * (means - mean).square()).sum(0) / count
+
+
+def move_statistics(net: nn.Module, unless: Tensor) -> None:
+    """Moves running statistics towards those of the batches since the last call, as torch does in the forward pass.
+
+    Args:
+        net: layers of :func:`visible_batch_norm` in it.
+        unless: scalar bool on their device: whether everything stays as it is.
+    """
+    for norm in _norms(net):
+        for count, mean, var in norm.__dict__.pop("batch_statistics", ()):
+            momentum = 0.1 if norm.momentum is None else norm.momentum
+            unbiased = var * count / (count - 1).clamp(min=1)
+            for running, seen in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+                running.copy_(torch.where(unless, running, running.lerp(seen.to(running.dtype), momentum)))
+            norm.num_batches_tracked.add_(~unless)
+
+
+def running_statistics(net: nn.Module) -> Tensor:
+    """All of them in one vector."""
+    return torch.cat([values for norm in _norms(net) for values in (norm.running_mean, norm.running_var)])
+
+
+def _norms(net: nn.Module) -> list[Any]:
+    return [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
 
 
 @contextmanager
@@ -123,17 +148,6 @@ _HARMLESS: set[type[nn.Module]] = {
     *(nn.Sequential, nn.Identity, Mlp, GlobalResponseNormMlp, nn.Dropout, DropPath),
     *(nn.ReLU, nn.GELU, GELU, GELUTanh, nn.SiLU),  # which are 0 at 0
 }
-
-
-def _move(norm: nn.BatchNorm2d, count: Tensor, mean: Tensor, var: Tensor) -> None:
-    """Running statistics towards those of a batch; of the variance the unbiased one, as in torch."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    momentum = 0.1 if norm.momentum is None else norm.momentum
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-    norm.running_var.lerp_((var * count / (count - 1).clamp(min=1)).to(norm.running_var.dtype), momentum)
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mim.conv_encoder import ConvEncoder
 from mim.errors import UserError
-from mim.layers.visible import BatchNorm, enlarged
+from mim.layers.visible import BatchNorm, enlarged, move_statistics, running_statistics
 from mim.masking import Masking
 from mim.methods.base import Batch, Method, OptimConfig, single_view
 from mim.options.ranges import Count
@@ -79,7 +79,12 @@ class SparK(Method):
         target, weights = self.target.measured(images, self.encoder.grid, hidden, valid)
         loss = self.target.loss(prediction, target, weights)
         self.log("train/loss", loss)
+        self.skip_step_unless_finite(running_statistics(self))  # no loss sees them
         return self.anchored(loss, images)
+
+    def after_optimizer_step(self, step: int) -> None:
+        """Statistics of the batch join the running ones, unless the step was skipped."""
+        move_statistics(self, unless=self.step_was_skipped)
 
     def reconstruct(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Predictions for the hidden cells, ``(B, M, 32*32*C)``, and their places, ``(B, M)``."""

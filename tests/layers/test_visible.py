@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mim.layers.visible import BatchNorm, enlarged, only_visible, unknown_layers, visible_statistics
+from mim.layers.visible import BatchNorm, enlarged, move_statistics, only_visible, unknown_layers, visible_statistics
 
 
 def holed(channels: int = 3) -> tuple[Tensor, Tensor]:
@@ -32,8 +32,18 @@ def test_batch_norm_of_visible_places_is_torchs_on_their_list(training: bool) ->
     out, shown = norm(x, visible), visible[:, 0].bool()
     torch.testing.assert_close(out.movedim(1, 3)[shown], torchs(x.movedim(1, 3)[shown]))
     assert not out.movedim(1, 3)[~shown].any()
+    move_statistics(norm, unless=torch.tensor(data=False))
     for name, value in torchs.state_dict().items():
         torch.testing.assert_close(norm.state_dict()[name], value)
+
+
+def test_batch_statistics_that_are_refused_move_nothing() -> None:
+    norm = BatchNorm(3)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    norm(torch.full((2, 3, 2, 2), torch.nan))
+    move_statistics(norm, unless=torch.tensor(data=True))
+    move_statistics(norm, unless=torch.tensor(data=False))  # they are forgotten, too
+    assert all(torch.equal(before[name], value) for name, value in norm.state_dict().items())
 
 
 def test_layers_get_their_own_forward_back_even_after_an_error() -> None:
