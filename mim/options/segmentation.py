@@ -94,6 +94,8 @@ class SegmentationRecipe:
     def blocks(self, depth: int) -> list[int]:
         """Numbers of the blocks that the head reads, of an encoder with ``depth`` of them."""
         given = self.taps or (4 if self.head == "upernet" else 1)
+        if self.head == "upernet" and depth < 4:
+            raise UserError(f"--head upernet reads four blocks, and the encoder has {depth}", hint="--head linear")
         blocks = [depth * (i + 1) // given - 1 for i in range(given)] if isinstance(given, int) else given
         if min(blocks) < 0 or max(blocks) >= depth or sorted(set(blocks)) != blocks:
             raise UserError(f"--taps {given}: the encoder has blocks 0 to {depth - 1}", hint=f"--taps {min(4, depth)}")

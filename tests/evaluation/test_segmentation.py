@@ -8,9 +8,11 @@ from sklearn.linear_model import LogisticRegression
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from mim.encoder import Encoder
+from mim.errors import UserError
 from mim.evaluation.segmentation import SegmentationOptim, SemanticSegmentation, scores_of
 from mim.evaluation.segmentation_heads import KNNHead, LinearHead, UPerHead, patch_labels
 from mim.evaluation.windows import Inference, predict, slide, whole
+from mim.options.segmentation import SegmentationRecipe
 from mim.schedules import warmup_poly
 
 
@@ -48,6 +50,13 @@ def test_the_knn_head_equals_a_brute_force_loop():
 def test_the_class_of_a_patch_is_that_of_most_of_its_pixels():
     classes = torch.tensor([[[0, 0, -1, -1], [0, 1, -1, 2], [1, 1, -1, -1], [1, 0, -1, -1]]])
     assert patch_labels(classes, (2, 2), 3).tolist() == [[[0, 2], [1, -1]]]
+
+
+def test_upernet_on_a_shallow_encoder_is_refused_with_a_head_that_is_not():
+    with pytest.raises(UserError, match="reads four blocks, and the encoder has 2") as mistake:
+        SegmentationRecipe(head="upernet").blocks(2)
+    assert mistake.value.hint == "--head linear"
+    assert SegmentationRecipe(head="linear").blocks(2) == [1]
 
 
 def test_upernet_gives_four_times_the_grid_and_an_auxiliary_answer_in_training():
