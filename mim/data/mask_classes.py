@@ -231,7 +231,7 @@ def _black_and_white(error: str) -> UserError:
 def _as_values(scored: Sequence[int]) -> str:
     if not 2 <= len(scored) <= 64:
         return "number the classes 0, 1, 2, ...; 255 is kept for pixels without a class (--ignore)"
-    return f"--num_classes {len(scored)} --mask_values {comma(scored)}   if each of them is a class"
+    return f"--mask_values {comma(scored)} --num_classes {len(scored)}   if each of them is a class"
 
 
 def comma(numbers: Sequence[int]) -> str:
