@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hints import check_hint, known_options
 
 from mim.cli import COMMANDS, EXAMPLES, PRETRAIN, help_page, main, translate
@@ -195,6 +196,16 @@ def test_a_config_with_a_model_stands_as_it_is():
 def test_a_config_without_a_model_goes_over_the_recipe_of_the_method(text, args, recipe, yaml_file):
     config = yaml_file(text)
     assert translate(["--config", config, *args])[:2] == [f"--config={recipe}", f"--config={config}"]
+
+
+@pytest.mark.parametrize("command", ["knn", "linear_probe", "finetune", "segment"])
+def test_an_option_of_an_evaluation_wins_over_a_config_that_stands_behind_it(command, yaml_file, capsys):
+    own = ["--weights", "w", "--threads", "3"]
+    for args in ([*own, "--config", yaml_file("threads: 7")], ["--config", yaml_file("threads: 7"), *own]):
+        with pytest.raises(SystemExit) as end:
+            main(command, [*args, "--print_config"])
+        assert end.value.code == 0
+        assert yaml.safe_load(capsys.readouterr().out)["threads"] == 3
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,8 @@ class SegmentationRecipe:
             raise UserError(f"--head upernet reads four blocks, and the encoder has {depth}", hint="--head linear")
         blocks = [depth * (i + 1) // given - 1 for i in range(given)] if isinstance(given, int) else given
         if min(blocks) < 0 or max(blocks) >= depth or sorted(set(blocks)) != blocks:
-            raise UserError(f"--taps {given}: the encoder has blocks 0 to {depth - 1}", hint=f"--taps {min(4, depth)}")
+            why = f"the encoder has blocks 0 to {depth - 1}, and each is named once, in their order"
+            raise UserError(f"--taps {given} are no blocks of this encoder", why=why, hint=f"--taps {min(4, depth)}")
         if self.head == "upernet" and len(blocks) != 4:
             raise UserError(f"--taps {given}: UPerNet reads four blocks", hint="--taps 4")
         return blocks

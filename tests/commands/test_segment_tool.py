@@ -156,6 +156,7 @@ def test_a_wrong_value_found_while_training_ends_in_three_lines(weights, masks, 
     [
         (["--ignore", "none"], "--ignore none"),
         (["--taps", "99"], "--taps 99"),
+        (["--taps", "[0,0]"], "each is named once"),
         (["--head", "upernet", "--taps", "1"], "reads four blocks"),
         (["--head", "knn", "--finetune", "true"], "k-NN head trains nothing"),
         (["--stride", "0"], "--stride cannot be 0"),
