@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -191,16 +191,17 @@ class Pretraining:
                     part.check(self.data.mean, self.data.std)
         self.folder = self._folder(args)
         evaluation, checkpoints = self._attend(trainer)
-        if self.rank == 0:
-            self._introduce(trainer, evaluation, checked)
-            note = initialised or (random_start(self.config) if checkpoint is None else None)
-            if note:
-                self._say(note)
-        if self.options.compile:
-            compile_blocks(self.method)
-        started = time.monotonic()
         try:
-            self._fit(trainer, checkpoint)
+            with self._failures_in_words(trainer):
+                if self.rank == 0:
+                    self._introduce(trainer, evaluation, checked)
+                    note = initialised or (random_start(self.config) if checkpoint is None else None)
+                    if note:
+                        self._say(note)
+                if self.options.compile:
+                    compile_blocks(self.method)
+                started = time.monotonic()
+                self._fit(trainer, checkpoint)
         except UserError:
             if self.rank == 0:
                 with suppress(OSError):  # if a full disk was it
@@ -211,9 +212,13 @@ class Pretraining:
         return INTERRUPTED if checkpoints.stopped else 0
 
     def _fit(self, trainer: Trainer, checkpoint: Path | None) -> None:
-        """Trains; what data, settings or the machine can do to that ends in a :class:`UserError`."""
+        trainer.fit(self.method, self.data, ckpt_path=checkpoint and str(checkpoint), weights_only=True)
+
+    @contextmanager
+    def _failures_in_words(self, trainer: Trainer) -> Iterator[None]:
+        """What data, settings or the machine can do to a run that has its folder ends in a :class:`UserError`."""
         try:
-            trainer.fit(self.method, self.data, ckpt_path=checkpoint and str(checkpoint), weights_only=True)
+            yield
         except NonFiniteError as error:
             raise diverged(error, self.folder, trainer.precision) from error
         except MACHINE_ERRORS as error:

@@ -89,15 +89,20 @@ def reading(name: str) -> Iterator[None]:
         _row[: len(text)] = 0
 
 
-def loader_failure(error: Exception, hint: str) -> MachineError | None:
+def loader_failure(error: Exception, hint: str | None = None) -> MachineError | None:
     """A loader process that died, hung, or found no image; None if the error tells of anything else.
 
     The first two are told with the file that the process had in its hands, and end the other processes.
+
+    Args:
+        error: what was raised.
+        hint: what to try then; by default the same again for images that are gone, fewer processes otherwise.
     """
     text = str(error).strip().rstrip(".")
     if isinstance(error, NothingReadableError):  # behind a traceback, if it comes out of a loader process
         found = text.rpartition(f"{NothingReadableError.__name__}: ")[2]
-        return MachineError(found, why="a disk or a network share that is gone looks like that", hint=hint, alone=True)
+        why = "a disk or a network share that is gone looks like that"
+        return MachineError(found, why=why, hint=hint or "the same command once they can be read", alone=True)
     stalled, died = (text.startswith(f"DataLoader {what}") for what in ("timed out", "worker (pid"))
     if not (stalled or died or isinstance(error, EOFError | ConnectionError)):  # the latter two: in mid-sentence
         return None
@@ -109,7 +114,7 @@ def loader_failure(error: Exception, hint: str) -> MachineError | None:
     return MachineError(
         what + (f" while it read {', '.join(files)}" if files else ""),
         why=f"torch says: {text or type(error).__name__}",
-        hint=hint,
+        hint=hint or "fewer --num_workers, if memory was short",
         alone=True,
     )
 

@@ -20,15 +20,15 @@ def as_machine_error(
     *,
     at: str = "",
     memory_hint: str = "a smaller --batch_size or --img_size, fewer --num_workers",
-    loader_hint: str = "fewer --num_workers, if memory was short",
+    loader_hint: str | None = None,
 ) -> MachineError | None:
-    """The three lines for memory that ran out and for loader processes that died or hung; None for any other error.
+    """The three lines for memory that ran out and for loader processes that failed; None for any other error.
 
     Args:
         error: what was raised.
         at: the sizes that memory ran out with.
         memory_hint: what to try if memory ran out.
-        loader_hint: what to try after a loader process died or hung.
+        loader_hint: what to try after a loader process died, hung or found no image.
     """
     if out_of_memory(error):
         why = next((part for part in str(error).split(". ") if "allocate" in part.lower()), None)

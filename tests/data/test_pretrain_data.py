@@ -136,6 +136,7 @@ def test_a_substitute_that_is_unreadable_is_replaced_and_named_too():
 def test_a_set_without_any_good_image_does_not_search_for_ever(workers):
     with pytest.raises(RuntimeError) as stop:
         next(iter(DataLoader(crops(count=3, bad=[0, 1, 2]), batch_sampler=[[(0, 0)]], num_workers=workers)))
+    assert as_machine_error(stop.value).hint == "the same command once they can be read"
     found = as_machine_error(stop.value, loader_hint="again")
     assert found.error.startswith("100 images in a row cannot be read, last ")
     assert len(str(found).splitlines()) == 3

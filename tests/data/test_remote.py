@@ -1,5 +1,6 @@
 """Shards behind URLs, served on the loopback by a server that also fails, stalls and cuts connections."""
 
+import json
 import re
 import shutil
 import threading
@@ -274,8 +275,11 @@ def test_a_server_that_goes_away_in_a_run_ends_it_in_three_lines_that_say_resume
         "1",
     ]
     monkeypatch.setattr("mim.commands.pretrain.keep_index", lambda *args: gone.set())
-    assert main("pretrain", [*given, "--epochs", "30"]) == 4
+    assert main("pretrain", [*given, "--epochs", "3"]) == 4
     error = capsys.readouterr().err
     assert f"{server.url}/x-" in error
     assert "503" in error
     assert "--resume run" in error
+    assert json.loads(Path("run/summary.json").read_text())["status"] == "failed"
+    gone.clear()
+    assert main("pretrain", ["--resume", "run"]) == 0
