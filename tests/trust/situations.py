@@ -10,6 +10,8 @@ from PIL import Image
 TINY = str(Path(__file__).parents[1] / "tiny.yaml")
 RUN = ["pretrain", "--config", TINY]
 KNN = ["knn", "--weights", "WEIGHTS"]
+FINETUNE = ["finetune", "--weights", "WEIGHTS", "--data", "builtin"]
+SEGMENT = ["segment", "--weights", "WEIGHTS", "--data", "builtin"]
 
 
 def image(path, size=(40, 40), grey=90, **saving):
@@ -80,6 +82,18 @@ PLAIN = {
     "pretrain: a config of another method": ["pretrain", "--config", "mae/demo", "--method", "ibot"],
     "spark: an image of no whole places": ["pretrain", "--method", "spark", "--model", "resnet18", "--img_size", "50"],
     "spark: a net of another family": ["pretrain", "--method", "spark", "--model", "vgg11"],
+    "mae: all patches hidden": [*RUN, "--mask_ratio", "0.999"],
+    "mp3: positions": ["pretrain", "--method", "mp3", "--model.init_args.encoder.kwargs", "{}"],
+    "cli: a word behind a switch": [*RUN, "--compile", "maybe"],
+    "knn: a share above one": [*KNN, "--max_bad", "2"],
+    "finetune: a teacher of nothing": [*FINETUNE, "--teacher", "WEIGHTS"],
+    "finetune: a teacher that is no folder": [*FINETUNE, "--reduction", "evit", "--teacher", "nowhere"],
+    "finetune: another kind of teacher": [*FINETUNE, "--reduction", "evit", "--teacher", "WEIGHTS"],
+    "finetune: fewer tokens beside a memory": [*FINETUNE, "--memory", "2", "--pool", "cls", "--reduction", "evit"],
+    "sample: classes of given images": ["sample", "--run", "backbone", "--hide", "middle", "--classes", "3"],
+    "segment: a part of built-in masks": [*SEGMENT, "--split", "val"],
+    "segment: a stride above the crop": [*SEGMENT, "--crop", "48", "--stride", "64"],
+    "visualize: two pictures": ["visualize", "--weights", "WEIGHTS", "--reduction", "evit", "--policy", "random"],
     "spark: layers that look around": ["pretrain", "--method", "spark", "--model", "seresnet50"],
 }
 """In a folder with photos, a tar file of photos and a text."""
