@@ -282,4 +282,6 @@ def test_a_server_that_goes_away_in_a_run_ends_it_in_three_lines_that_say_resume
     assert "--resume run" in error
     assert json.loads(Path("run/summary.json").read_text())["status"] == "failed"
     gone.clear()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
     assert main("pretrain", ["--resume", "run"]) == 0
