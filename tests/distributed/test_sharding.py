@@ -1,7 +1,11 @@
 """FSDP2 of every method in one process: parameters are sharded, gathered for the step and saved whole."""
 
+import os
+from unittest.mock import patch
+
 import pytest
 import torch
+import torch.distributed
 from recipes import ROOT, SETTINGS
 from strikes import final_state
 from torch.distributed.tensor import DTensor
@@ -13,6 +17,15 @@ ONE_STEP = ["--epochs", "0.015625", "--eval_every", "1", "--pictures", "0", "--p
 MARKS = {"attmask": ()}
 """The method with most state is tried with every run of the tests, the others with the middle ones."""
 ONE = ["--devices", "1", "--trainer.accelerator", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _alone_again():
+    """Commands of later tests must not meet the processes of this one at its port."""
+    with patch.dict(os.environ):
+        yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, pytest.mark.middle)) for name in SETTINGS])
