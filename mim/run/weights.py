@@ -299,9 +299,11 @@ def init_backbone(vit: ViT | ConvNet, weights: str, *, trust: bool = False, opti
     found, own = _rotary(vit, weights, tensors, option) if isinstance(vit, Eva) else tensors, vit.state_dict()
     tensors, notes = adapt(found, vit, grid) if isinstance(vit, ViT) else (found, [])
     matched = {name: tensors[name] for name in own if _same_kind(tensors.get(name), own[name])}
-    if unlike := differences(tensors, own):
+    unlike = differences(tensors, own)
+    if option == "--weights" or not unlike:  # of an evaluation's model it is enough not to name it
+        refuse_otherwise(_built_of(weights), like, weights, option)
+    if unlike:
         raise misfit(like, weights, found, tensors, unlike, option)
-    refuse_otherwise(_built_of(weights), like, weights, option)
     vit.load_state_dict(matched, strict=False)
     left = [name for name in own if name not in matched]
     missing, other = ([name for name in left if (name in tensors) is there] for there in (False, True))
