@@ -147,6 +147,10 @@ LATE = {
     "finetune: a policy that timm has not": [*FINETUNE, *ONE_EPOCH, "--auto_augment", "nonsense"],
     "finetune: no class token": ["finetune", "--weights", "BARE", *ONE_EPOCH, "--data", "grey", "--pool", "cls"],
     "finetune: a policy for grey images": ["finetune", "--weights", "GREY", *ONE_EPOCH, "--data", "grey"],
+    "finetune: a policy for grey images, told by a process": [
+        *["finetune", "--weights", "GREY", *ONE_EPOCH[2:], "--data", "grey"],
+        *["--num_workers", "1"],
+    ],
     "knn: a cache below a file": [*IMAGES, "a list.csv", "--cache", "a list.csv/x"],
     "pretrain: more channels than files have": [*RUN, "--data", "photos", "--in_chans", "4"],
 }
