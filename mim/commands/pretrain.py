@@ -24,7 +24,8 @@ from mim.encoder import Encoder
 from mim.errors import MACHINE_ERRORS, UserError
 from mim.lora import set_aside
 from mim.methods import Method, NonFiniteError, Plan
-from mim.options.pretraining import no_weights_for_lora
+from mim.options.pretraining import check_same_method, no_weights_for_lora
+from mim.options.yaml_files import settings_in
 from mim.program import called
 from mim.report import write_report
 from mim.run.checkpoint_files import AtomicCheckpointIO, check_room, checkpoint_step, newest_good
@@ -58,7 +59,10 @@ def trained(args: Sequence[str]) -> tuple[int, RunFolder]:
     """As :func:`main`, with the run's folder."""
     options = dict(arg.removeprefix("--").partition("=")[::2] for arg in args)
     resumed = RunFolder.find(options["resume"], options.get("out")) if "resume" in options else None
+    args = [arg for arg in args if not arg.startswith("--method=")]
     if resumed is not None:
+        if method := options.get("method"):  # beside auto, which may have found anything
+            check_same_method(method, str(resumed.config), settings_in(resumed.config).get("model"))
         args = resumed_arguments(resumed, args)
     config = parse(args)
     pretraining = Pretraining(config, resumed, changes(args, config))

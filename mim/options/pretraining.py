@@ -182,6 +182,8 @@ def translate(args: Sequence[str]) -> list[str]:
         if name not in PRETRAIN or PRETRAIN[name].target not in ("", *_BARE)
     ]
     dotted += [f"--{name}" for name in _BARE if names.get(name) == "true"]
+    if names.get("resume") == "auto" and "method" in names:  # of the run that is going to be found, perhaps
+        dotted.append(f"--method={names['method']}")
     return [*_recipe(names, [value for name, value in given if name == "config"]), *dotted]
 
 
@@ -202,7 +204,7 @@ def _recipe(names: Mapping[str, str], configs: Sequence[str]) -> list[str]:
     settings = [_settings(file) for file in files]
     whole = [(name, content["model"]) for name, content in zip(configs, settings, strict=True) if "model" in content]
     if whole and "method" in names:
-        _check_same_method(method, *whole[-1])
+        check_same_method(method, *whole[-1])
     if whole or resumed:
         return []
     if "continue" in names:
@@ -310,7 +312,7 @@ def _path(settings: Mapping[str, Any]) -> str | None:
     return str(data["path"]) if isinstance(data, dict) and "path" in data else None
 
 
-def _check_same_method(method: str, config: str, model: object) -> None:
+def check_same_method(method: str, config: str, model: object) -> None:
     """Refuses a config that names another method than ``--method``."""
     own = _parts(model)
     known = {name: _parts(_settings(CONFIGS / name / "default.yaml")["model"]) for name in method_names()}

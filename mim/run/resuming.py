@@ -1,10 +1,14 @@
 """How a run goes on: its saved settings, with what may change on top."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 
 from mim.errors import UserError
+from mim.options.recipes import CONFIGS, recipe_file
+from mim.options.yaml_files import settings_in
 from mim.run.config import absolute, changes, parse, parse_saved, save_config
 from mim.run.folder import RunFolder
 
@@ -22,17 +26,31 @@ FREE_TO_CHANGE = (
 
 
 def resumed_arguments(run: RunFolder, args: Sequence[str]) -> list[str]:
-    """The saved settings with this call's options on top; refuses what would change the function computed."""
+    """The saved settings with this call's options on top; refuses what would change the function computed.
+
+    A config file counts as options do; but beside ``--resume auto`` a recipe of the package is what a new run would
+    have started from, and may have changed since this one began.
+    """
     saved = f"--config={run.config}"
+    files = [recipe_file(arg.removeprefix("--config=")) for arg in args if arg.startswith("--config=")]
+    if "--resume=auto" in args:
+        files = [file for file in files if CONFIGS not in file.resolve().parents]
+    for file in files:
+        _check_same_method(run, file)
     settled = ("--config=", "--out=", "--data.value_range=auto")  # the last was settled by the first start
-    merged = [saved, *(arg for arg in args if not arg.startswith(settled))]
+    own = [f"--config={file}" for file in files]
+    merged = [saved, *own, *(arg for arg in args if not arg.startswith(settled))]
     try:
         config = parse(merged)
     except UserError:
         parse_saved(run.config)  # if they are to blame, not what was added to them
         raise
+    settled_range = parse_saved(run.config).data.value_range
+    if config.data.value_range == "auto" != settled_range:  # as a file may say
+        merged.append(f"--data.value_range={settled_range}")
+        config = parse(merged)
     allowed = (*FREE_TO_CHANGE, *filter(None, config.allow_change.split(",")))
-    changed = changes(merged, config)
+    changed = changes([saved], config)
     if "data.path" in changed and len(set(map(absolute, changed["data.path"]))) == 1:
         changed.pop("data.path")  # the same folder, named from another place
     differing = {
@@ -50,6 +68,22 @@ def resumed_arguments(run: RunFolder, args: Sequence[str]) -> list[str]:
     if "epochs" in changed:
         print(f"note: epochs {changed['epochs'][0]} -> {changed['epochs'][1]}: schedules are stretched", flush=True)
     return merged
+
+
+def _check_same_method(run: RunFolder, file: Path) -> None:
+    """Refuses a config of another method than that of the run."""
+    own, other = (_method(settings_in(config)) for config in (run.config, file))
+    if own and other and own != other:
+        raise UserError(
+            f"--resume {run.path} is a run of {own}, and --config {file} one of {other}",
+            hint=f"leave --config out   or start a run of its own:  --out runs/{other.lower()}",
+        )
+
+
+def _method(settings: Mapping[str, Any]) -> str:
+    """The class of a config's method, without its module; nothing if it names none."""
+    model = settings.get("model")
+    return str(model.get("class_path", "")).rpartition(".")[2] if isinstance(model, dict) else ""
 
 
 def _counted(rows: Sequence[str]) -> str:
