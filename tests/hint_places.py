@@ -71,7 +71,7 @@ def proposals(hint):
     """``(command or None, words)`` of a hint, as far as they can be typed as they stand."""
     for command, words in suggestions(hint):
         words = _options(words) if command is None else words
-        if words and not any(PLACEHOLDER.search(word) for word in words):
+        if (command or words) and not any(PLACEHOLDER.search(word) for word in words):
             yield command, words
 
 
@@ -176,6 +176,8 @@ class Typist:
         """The arguments with the words of a hint beside what they were wrong about, or in its place."""
         if unknown := re.search(r"there is no option (--\S+)", error.error):
             args = without(args, unknown[1])
+        if alone := re.fullmatch(r"(\S+) stands alone", error.error):
+            args = [arg for arg in args if arg != alone[1]]
         for word in words:
             args = without(args, word.split("=")[0]) if word.startswith("--") else args
         if LEAVE_OUT.search(error.hint or "") and len(words) == 1:

@@ -251,7 +251,7 @@ TYPED = [
     ("pretrain", ["--date", "photos"], "try:   --data photos\n"),
     ("pretrain", ["--method", "mea"], "--method mae"),
     ("pretrain", ["--epochs"], "--epochs X"),
-    ("pretrain", ["photos"], "--data PATH"),
+    ("pretrain", ["photos"], "try:   --data photos\n"),
     ("pretrain", ["--epochs", "0"], "expected a float above 0"),
     ("pretrain", ["--resume", "nowhere"], "no run there"),
     ("pretrain", ["--config", "nowhere.yaml"], "no such file, nor a recipe"),

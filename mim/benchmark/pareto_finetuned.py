@@ -1,6 +1,7 @@
 """Fine-tunings of one encoder as points of one page: what each has reached, over how fast what it exported runs."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,9 @@ def _found(home: Path) -> list[_Finetuning]:
             settings = json.loads((file.parent / "settings.json").read_text())
             found.append(_Finetuning(file.parent, json.loads(file.read_text()), settings))
     if not found:
-        raise UserError(f"--finetuned {home}: no fine-tuning lies there", hint=f"{called('finetune')} --reduction tome")
+        weights = shlex.quote(str(home)) if (home / "config.yaml").is_file() else "WEIGHTS"
+        hint = f"{called('finetune')} --weights {weights} --reduction tome   and the same without --reduction"
+        raise UserError(f"--finetuned {home}: no fine-tuning lies there", hint=hint)
     for what in dict.fromkeys(each.what for each in found):
         _check([each for each in found if each.what == what], home)
     return sorted(found, key=lambda each: each.name != "none")

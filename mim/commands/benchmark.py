@@ -61,7 +61,7 @@ def run(
         _report(mine, device, precision, threads, data, num_workers, json)
         return
     if num_workers is not None and data is None:
-        raise UserError("--num_workers: there is no loader to measure without images", hint="--data PATH")
+        raise UserError("--num_workers: there is no loader to measure without images", hint="--data builtin")
     if json:
         check_file("--json", json)
     import torch

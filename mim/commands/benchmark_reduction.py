@@ -45,6 +45,7 @@ def run(
     from mim.benchmark.results import prepare, write_json
     from mim.distributed.devices import best_precision
     from mim.reduction.recipes import RECIPES
+    from mim.reduction.wrapper import check_reducible
 
     place = prepare(device, threads)
     kind = best_precision(place.type == "cuda") if precision == "auto" else precision
@@ -54,9 +55,10 @@ def run(
     torch.manual_seed(0)
     sized: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     vit: Any = timm.create_model(model, **sized)
-    size = vit.patch_embed.img_size
-    images = torch.randn(batch_size, vit.patch_embed.proj.in_channels, *size, device=place)
     try:
+        check_reducible(vit)
+        size = vit.patch_embed.img_size
+        images = torch.randn(batch_size, vit.patch_embed.proj.in_channels, *size, device=place)
         models = contenders(vit, wanted, parts, images, kind)
     except TypeError as error:
         raise UserError(f"--model {model}: {error}", hint="--model vit_base_patch16_224") from error

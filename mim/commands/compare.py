@@ -5,6 +5,7 @@ from pathlib import Path
 from mim.errors import UserError
 from mim.options.outputs import check_folder
 from mim.options.ranges import Count, Names, Positive
+from mim.run.folder import named_run
 
 
 def run(
@@ -30,7 +31,7 @@ def run(
     """
     chosen, wanted = _split(runs), _split(methods)
     if not chosen and not wanted:
-        raise UserError("there is nothing to compare", hint="--runs runs/001-mae-a,runs/002-mae-b   or   --methods mae")
+        raise UserError("there is nothing to compare", hint=f"{named_run('--runs')}   or   --methods mae")
     check_folder("--out", out)
     folders = [Path(run) for run in chosen]
     for method in wanted:

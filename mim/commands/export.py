@@ -1,11 +1,13 @@
 """Writes trained weights for use elsewhere: a timm folder, ONNX or torch.export."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from mim.errors import UserError
 from mim.options.outputs import check_file, check_folder
+from mim.run.folder import named_run
 
 if TYPE_CHECKING:  # torch is imported when there is something to export: --help must not wait for it
     from mim.interop import ModelCard
@@ -42,12 +44,16 @@ def run(
         push: also upload the folder to the Hugging Face Hub under this name, ``user/model``; a new repository is
             private. Nothing is ever uploaded without it.
     """
-    if (run is None) == (weights is None):
-        raise UserError("export wants either --run or --weights", hint="--run runs/001-mae-photos")
-    if run is None and out is None:
-        raise UserError("export --weights needs a place to write to", hint=f"--out checkpoints/NAME{_SUFFIX[to]}")
+    if run is not None and weights is not None:
+        raise UserError("export wants either --run or --weights", hint="leave --weights out")
+    if run is None and weights is None:
+        raise UserError("export wants either --run or --weights", hint=named_run("--run"))
+    if weights is not None and out is None:
+        name = Path(weights.removeprefix("local-dir:")).resolve().stem
+        hint = f"--out {shlex.quote(f'checkpoints/{name}{_SUFFIX[to]}')}"
+        raise UserError("export --weights needs a place to write to", hint=hint)
     if push and to != "timm":
-        raise UserError(f"--push uploads a timm folder, not --to {to}", hint="--push USER/NAME without --to")
+        raise UserError(f"--push uploads a timm folder, not --to {to}", hint="leave --to out")
     if out:
         (check_folder if to == "timm" else check_file)("--out", Path(out))
     from mim.interop.graph import of_any_size, write_graph

@@ -49,7 +49,7 @@ def _check(options: ClassificationOptions, recipe: FinetuneRecipe, training: Tra
     check_rising("--anneal", recipe.anneal)
     check_rising("--scale", recipe.scale)
     if recipe.tlm and options.reduction is not None:
-        raise UserError(f"--tlm {recipe.tlm:g} with --reduction {options.reduction}", hint="one of the two")
+        raise UserError(f"--tlm {recipe.tlm:g} with --reduction {options.reduction}", hint="leave --reduction out")
     if training.devices == "auto":
         return
     parts = training.devices * training.accumulate
@@ -74,5 +74,5 @@ def _check_memory(options: ClassificationOptions, recipe: FinetuneRecipe) -> Non
     if unused := recipe.without_use:
         raise UserError(
             f"--{unused[0]}: with {memory} the encoder stands still, so it has no effect",
-            hint=f"the same command without --{unused[0]}",
+            hint=f"leave --{unused[0]} out",
         )

@@ -9,6 +9,7 @@ from mim.errors import UserError
 from mim.options.recipes import CONFIGS, method_names, recipe_names
 from mim.options.timm_names import model_names
 from mim.program import called
+from mim.run.folder import RunFolder, named_run
 
 METHODS = Path(__file__).parents[1] / "methods"
 MASKING = Path(__file__).parents[1] / "masking"
@@ -64,8 +65,7 @@ def _configs(name: str | None) -> None:
 def _run(name: str | None) -> None:
     summary = Path(name or "", "summary.json")
     if name is None or not summary.is_file():
-        raise UserError(f"{name}: no run there", hint=f"{called('info')} run runs/001-mae-builtin")
-    from mim.run.folder import RunFolder
-
+        error = "info run wants a folder" if name is None else f"{name}: no run there"
+        raise UserError(error, hint=named_run(f"{called('info')} run"))
     for key, value in RunFolder(summary.parent).read_summary().items():
         print(f"{key:<20}{value}")

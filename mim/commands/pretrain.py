@@ -147,7 +147,7 @@ class Pretraining:
     def _check_continued(self, encoder: Encoder) -> None:
         """Images are normalised as the weights expect them, unless they are told otherwise."""
         if self.config.init:
-            raise UserError("--continue and --init both name weights to start from", hint="leave --init out")
+            raise UserError("--continue and --init both name weights to start from", hint="leave --continue out")
         mean, std = encoder.statistics
         given = self.config.data
         if given.mean is None and given.std is None and len(mean) == encoder.in_chans:

@@ -7,6 +7,7 @@ from mim.errors import UserError
 from mim.options.outputs import check_picture
 from mim.options.ranges import Count, Names, Whole
 from mim.program import called
+from mim.run.folder import named_run
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -56,7 +57,9 @@ def run(
         trust: load a checkpoint file although it can run code.
     """
     if weights is None and model is None:
-        raise UserError("there is no model to look into", hint="--weights runs/001-mae-photos   or   --model NAME")
+        raise UserError(
+            "there is no model to look into", hint=f"{named_run('--weights')}   or   --model vit_small_patch16_224"
+        )
     check_picture("--out", out)
     others = {"reduction": reduction, "policy": policy, "explain": explain}
     if len(asked := [name for name, what in others.items() if what]) > 1:

@@ -6,6 +6,7 @@ lists are ``10,20`` or ``[10,20]``.
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -72,7 +73,7 @@ def _pairs(args: Sequence[str], known: Mapping[str, Option], dotted: bool) -> It
             raise UserError(
                 f"{printable(argument)} stands alone",
                 why="options begin with two dashes",
-                hint=_suggestion(argument, known),
+                hint=_suggestion(argument, rest, known),
             )
         name, equals, value = argument[2:].partition("=")
         full = dotted and "." in name
@@ -83,7 +84,7 @@ def _pairs(args: Sequence[str], known: Mapping[str, Option], dotted: bool) -> It
         if not equals and rest and not rest[0].startswith("--") and (not switch or rest[0] in ("true", "false")):
             equals, value = "=", rest.pop(0)
         if not equals and not switch:
-            raise UserError(f"--{name} needs a value", hint=f"--{name} {option.value if option else 'VALUE'}")
+            raise _valueless(name, option)
         bare = name if switch and not equals else ""
         value = value if equals else "true"
         yield name, _checked(name, as_list(value, option.lists if option else "numbers"), option)
@@ -129,10 +130,25 @@ def _unknown(name: str, value: str, known: Mapping[str, Option]) -> UserError:
     return error
 
 
-def _suggestion(argument: str, known: Mapping[str, Option]) -> str:
+def _valueless(name: str, option: Option | None) -> UserError:
+    """What is told of an option at the end of a line: all words that it takes, and one that works."""
+    value = option.value if option else "VALUE"
+    words = value.split("|")
+    why = f"--{name} {value}" if len(words) > 1 else None
+    default = option.default if option else ""
+    if default in words or re.fullmatch(r"[-+.\d][-+.\deE,]*", default):
+        value = default
+    elif re.fullmatch(r"[a-z_|]+", value):
+        value = words[0]
+    return UserError(f"--{name} needs a value", why=why, hint=f"--{name} {value}")
+
+
+def _suggestion(argument: str, rest: Sequence[str], known: Mapping[str, Option]) -> str:
     """What a word without dashes may have been meant as: an option's name, or else the first option's value."""
-    name = argument.lstrip("-").partition("=")[0].replace("-", "_")
-    if near := difflib.get_close_matches(name, known, 1, cutoff=0.8):
-        return f"--{near[0]} {known[near[0]].value}".rstrip()
+    name, equals, value = argument.lstrip("-").partition("=")
+    if near := difflib.get_close_matches(name.replace("-", "_"), known, 1, cutoff=0.8):
+        follows = value if equals else "".join(rest[:1])
+        given = follows if follows and not follows.startswith("--") else known[near[0]].value
+        return f"--{near[0]} {shlex.quote(printable(given))}" if known[near[0]].value else f"--{near[0]}"
     first = next(name for name, option in known.items() if option.value)
-    return f"--{first} {known[first].value}"
+    return f"--{first} {shlex.quote(printable(argument))}"

@@ -30,10 +30,7 @@ class TokenReducedViT(nn.Module):
 
     def __init__(self, vit: nn.Module, reduction: TokenReduction) -> None:
         super().__init__()
-        if not isinstance(vit, VisionTransformer | Eva):
-            raise TypeError(f"{type(vit).__name__} is neither a plain ViT nor of the Eva family")
-        if _pools(vit) and not isinstance(vit.attn_pool, AttentionPoolLatent):
-            raise TypeError(f"{type(vit.attn_pool).__name__} pools the whole grid; use forward_dense of another head")
+        check_reducible(vit)
         reduction.check(vit)
         self.vit: Any = vit
         self.reduction = reduction
@@ -117,6 +114,14 @@ def pool(vit: Any, tokens: Tokens) -> Tensor:  # noqa: ANN401 - a timm model
         return mean
     largest = x.masked_fill(sizes[..., None] == 0, -torch.inf).amax(dim=1)
     return largest if vit.global_pool == "max" else 0.5 * (mean + largest)
+
+
+def check_reducible(vit: nn.Module) -> None:
+    """Raises ``TypeError`` for a model that is no ViT, or whose head pools the whole grid."""
+    if not isinstance(vit, VisionTransformer | Eva):
+        raise TypeError(f"{type(vit).__name__} is neither a plain ViT nor of the Eva family")
+    if _pools(vit) and not isinstance(vit.attn_pool, AttentionPoolLatent):
+        raise TypeError(f"{type(vit.attn_pool).__name__} pools the whole grid; use forward_dense of another head")
 
 
 def _pools(vit: nn.Module) -> bool:

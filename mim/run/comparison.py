@@ -20,6 +20,7 @@ from mim.report.markup import Html, picture, section, table, tag
 from mim.report.record import KNN, LINEAR, RANKME, Points, Run, read_metrics, read_run
 from mim.report.style import PAGE, STYLE
 from mim.report.tables import markdown_table, spread, text_table
+from mim.run.folder import named_run
 from mim.run.weights import load_method
 
 _PICTURE_BYTES = 400_000
@@ -52,7 +53,7 @@ def collect(runs: Sequence[Path]) -> list[Entry]:
     groups: dict[str, list[Path]] = {}
     for run in runs:
         if not (run / "summary.json").is_file():
-            raise UserError(f"--runs {run}: no run there", hint="--runs with folders that pretrain has made")
+            raise UserError(f"--runs {run}: no run there", hint=named_run("--runs"))
         groups.setdefault(run.name.partition("-seed-")[0], []).append(run)
     entries, untrained = [], Entry(UNTRAINED, [])
     for name, folders in groups.items():

@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -86,8 +87,7 @@ class RunFolder:
             if run.path.is_file():
                 raise _file_to_resume(run.path)
             if not run.config.is_file():
-                known = ", ".join(sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))[-3:])
-                raise UserError(f"--resume {resume}: no run there", hint=known or f"start one: {called('pretrain')}")
+                raise UserError(f"--resume {resume}: no run there", hint=named_run("--resume", 3))
             return run
         folders = [Path(out)] if out else sorted(Path("runs").glob("*"), key=_number, reverse=True)
         runs = [cls(folder) for folder in folders if (folder / "config.yaml").is_file()]
@@ -149,6 +149,13 @@ class RunFolder:
         timing = self.path / "timing.csv"
         for file in (self.metrics, timing, self.summary, self.bad_files, self.log, self.config):
             file.unlink(missing_ok=True)
+
+
+def named_run(option: str, number: int = 1) -> str:
+    """What to type where a run is to be named: the newest under ``runs``, or how to begin one if there is none."""
+    runs = sorted(Path("runs").glob("*/config.yaml"), key=lambda file: _number(file.parent))[-number:]
+    named = (f"{option} {shlex.quote(str(file.parent))}".lstrip() for file in runs)
+    return "   or   ".join(named) or f"begin one:  {called('pretrain')}"
 
 
 def run_of(weights: str) -> Path | None:

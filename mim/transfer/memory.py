@@ -119,7 +119,7 @@ class MemoryFinetuning(Finetuning):
         if size and (holds_memory(home) or own.get("num_classes")) and self.loaded.encoder.img_size != (height, width):
             raise UserError(
                 f"--img_size {size}: {home} answers for images of {height} x {width} pixels, and is to go on doing so",
-                hint="the same command without --img_size",
+                hint="leave --img_size out",
             )
         return home
 
