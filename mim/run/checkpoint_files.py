@@ -257,9 +257,11 @@ def check_room(folder: Path, module: nn.Module) -> None:
 
 
 def _no_room(error: OSError, path: Path, size: int) -> MachineError:
-    needed, free = size / 2**20, free_bytes(path) / 2**20
+    needed, free, run = size / 2**20, free_bytes(path) / 2**20, path.parents[1]
+    pretraining = (run / "config.yaml").is_file()
+    again = f"{called('pretrain')} --resume {run}" if pretraining else "the same command with  --resume true"
     return MachineError(
         f"{path} cannot be written: {error.strerror}",
         why=f"it needs {needed:.0f} MiB and as much again in reserve; {free:.0f} MiB are free",
-        hint=f"make room, then  {called('pretrain')} --resume RUN   (the checkpoint before is intact)",
+        hint=f"make room, then  {again}   (the checkpoint before is intact)",
     )

@@ -123,7 +123,8 @@ class Finetuning(Classification):
             validate_every=every,
             bad_files=data.bad_files,
         )
-        fit(trainer, module, data, folder, self.training.resume, "a lower --blr   or   --warmup_epochs 20")
+        hint = f"--blr {self.recipe.blr / 10:g}   or   --warmup_epochs 20"
+        fit(trainer, module, data, folder, self.training.resume, hint)
         trainer.validate(module, data, verbose=False)
         return module
 

@@ -194,7 +194,8 @@ class Segmentation(Measurement):
             encoder, head, self.taps, data.numbers.count, self.optim, self.inference, finetune, drop_path, seed
         )
         if self.steps:
-            fit(trainer, model, data, folder, self.training.resume, "a lower --lr   or   more --warmup_steps")
+            hint = f"--lr {self.optim.lr / 10:g}   (a lower --lr)   or   more --warmup_steps"
+            fit(trainer, model, data, folder, self.training.resume, hint)
         trainer.validate(model, datamodule=data, verbose=False)
         assert model.scores is not None
         if process_rank() == 0:

@@ -207,7 +207,7 @@ def _remember(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
             raise UserError(
                 f"--resume true: settings differ from those in {file}",
                 why="; ".join(changed),
-                hint="the same command again, or --resume false to start over",
+                hint="the settings as they were   or   --resume false   (starts over)",
             )
         return
     for old in folder.glob("*seed-*"):

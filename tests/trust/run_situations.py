@@ -107,7 +107,7 @@ TYPED = {
     "visualize: a policy that there is not": [*VISUALIZE, "--policy", "nonsense"],
     "visualize: no classifier": [*VISUALIZE, "--explain", "gradcam"],
     "visualize: an explanation that there is not": [*VISUALIZE, "--explain", "nonsense"],
-    "segment: UPerNet on a shallow net": [*SEGMENT, "--head", "upernet", "--model", "test_vit"],
+    "segment: UPerNet on a shallow net": ["segment", "--weights", "runs/001-mae", "--head", "upernet"],
     "segment: blocks that are not there": [*SEGMENT, "--taps", "0,99"],
     "segment: five blocks": [*SEGMENT, "--head", "upernet", "--taps", "0,1,2"],
     "segment: values of words": [*SEGMENT, "--mask_values", "a,b"],

@@ -1,12 +1,14 @@
 """What stands behind ``try:`` of refused runs and evaluations is typed: the mistake does not come back."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from run_situations import TYPED
-from situations import TINY, image
+from situations import KNN, RUN, TINY, image
 
 from mim.cli import main
 from mim.run.checkpoint_files import sidecar
@@ -56,3 +58,41 @@ def test_what_is_refused_before_the_work_is_not_refused_again(call, work, typist
     command, *args = [work if word == "WEIGHTS" else word for word in call]
     assert main(command, args) == 2
     typist.type_all()
+
+
+def test_features_too_large_for_the_disk_fit_as_proposed(work, monkeypatch, typist):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=20_000))
+    assert main("features", ["--weights", work, "--data", "photos", "--num_workers", "0", "--device", "cpu"]) == 2
+    typist.type_all()
+
+
+@pytest.mark.parametrize("call", [RUN, [*KNN, "--data", "labelled", "--cache", "cache"]], ids=["pretrain", "knn"])
+def test_a_file_in_the_place_of_runs_is_not_in_the_way_again(call, work, typist):
+    shutil.rmtree("runs")
+    Path("runs").write_text("")
+    command, *args = [work if word == "WEIGHTS" else word for word in call]
+    assert main(command, args) == 2
+    typist.type_all()
+
+
+def test_another_folder_than_one_that_takes_no_files_is_used(work, monkeypatch, typist):
+    def touch(path, *_, _touch=Path.touch):
+        return no_space() if path.parent.name == "full" else _touch(path)
+
+    monkeypatch.setattr(Path, "touch", touch)
+    assert main("pretrain", [*RUN[1:], "--out", "full"]) == 2
+    typist.type_all()
+
+
+@pytest.mark.parametrize("full", ["mim.run.folder.RunFolder.say", "mim.run.checkpoint_files._HashingWriter.take"])
+def test_a_run_that_a_full_disk_ended_goes_on_as_proposed(full, work, typist):
+    summary = Path("unfinished/summary.json")
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"images": 1024}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(full, no_space)
+        assert main("pretrain", ["--resume", "unfinished"]) == 4
+    typist.type_all()
+
+
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
