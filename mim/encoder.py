@@ -233,6 +233,19 @@ class Encoder(nn.Module):
         normed: Tensor = self.vit.norm(tokens.x)
         return normed
 
+    def forward_causal(self, images: Tensor) -> Tensor:
+        """As :meth:`forward` for whole images, but every token attends to itself and to those before it alone.
+
+        Patches stand in raster order behind the prefix: they see all of it, and it sees none of them. A reduction is
+        left out.
+
+        Returns:
+            ``(B, P + N, D)`` after the final norm.
+        """
+        self._check(images, None)
+        normed: Tensor = self.vit.norm(self._run_whole(self._start(images), causal=True))
+        return normed
+
     def embed(self, images: Tensor) -> Tensor:
         """Patches before positions, prefix and blocks: ``(B, C, H, W)`` to ``(B, N, D)``."""
         self._check(images, None)
@@ -448,16 +461,17 @@ class Encoder(nn.Module):
         )
         return reduced
 
-    def _run_whole(self, start: Tokens, stop: int | None = None) -> Tensor:
-        """Tokens ``(B, P + K, D)`` behind all blocks, or behind those before ``stop``."""
+    def _run_whole(self, start: Tokens, stop: int | None = None, causal: bool = False) -> Tensor:
+        """Tokens ``(B, P + K, D)`` behind all blocks, or behind those before ``stop``; ``causal`` ones look back."""
         checkpointing = self.vit.grad_checkpointing and torch.is_grad_enabled()
         x, blocks = start.x, self.vit.blocks[:stop]
-        if isinstance(self.vit, VisionTransformer):
+        if isinstance(self.vit, VisionTransformer) and not causal:
             encoded: Tensor = checkpoint_seq(blocks, x, use_reentrant=False) if checkpointing else blocks(x)
             return encoded
         inputs, by_block = start.inputs(0), start.rope is not None and start.rope.ndim == 4
         for layer, block in enumerate(blocks):
             inputs = start.inputs(layer) if by_block else inputs
+            inputs = inputs | {"is_causal": True} if causal else inputs
             x = checkpoint(block, x, use_reentrant=False, **inputs) if checkpointing else block(x, **inputs)
         return x
 

@@ -1,9 +1,16 @@
 """The errors that end a command in three lines, without a traceback."""
 
+import re
 from typing import ClassVar
 
 MACHINE_ERRORS = (RuntimeError, MemoryError, EOFError, ConnectionResetError, ConnectionRefusedError)
 """What exhausted memory and dead processes end in; :func:`mim.run.failures.as_machine_error` tells them from bugs."""
+
+_MADE_ANEW = re.compile(
+    r"\ACaught \w+ in DataLoader worker .*\nmim\.errors\.\w+: error: (.*?)(?:\nwhy:   (.*?))?(?:\ntry:   (.*?))?\s*\Z",
+    re.DOTALL,
+)
+"""What torch makes an error of a loader process anew from: its traceback, at the end of which are the three lines."""
 
 
 class UserError(Exception):
@@ -19,6 +26,9 @@ class UserError(Exception):
     status: ClassVar[int] = 2
 
     def __init__(self, error: str, *, why: str | None = None, hint: str | None = None, alone: bool = False) -> None:
+        if found := _MADE_ANEW.search(error):
+            self.add_note(error)
+            (error, why, hint), alone = found.groups(), True
         super().__init__(error)
         self.error, self.why, self.hint, self.alone = error, why, hint, alone
 

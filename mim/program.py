@@ -50,6 +50,11 @@ def origin(command: str, arguments: Sequence[str] | None = None) -> str | None:
     return shlex.join(["python", "-m", "mim", command, *arguments])
 
 
+def quoted(*words: object) -> str:
+    """Paths and other words as a shell takes them."""
+    return shlex.join(map(str, words))
+
+
 def called(command: str) -> str:
     """The start of a command line that runs ``command``, in the form in which this process was started itself.
 

@@ -4,6 +4,8 @@ import ast
 import json
 import os
 import re
+import shlex
+import shutil
 import sys
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -21,6 +23,7 @@ STOPS = (
     "mim.transfer.measurement.Measurement.introduce",
     "mim.benchmark.training.compare",
     "mim.benchmark.inference.measure",
+    "mim.commands.make_shapes._write_split",
 )
 """Where the work begins: everything that can be refused has been looked at."""
 
@@ -155,6 +158,9 @@ class Typist:
         for command, args, where, error in {(c, tuple(a), w, str(e)): (c, a, w, e) for c, a, w, e in heard}.values():
             if not error.hint:
                 continue
+            if copying := re.match(r"cp (.+?)\s{2,}then", error.hint):
+                with _in(where):
+                    shutil.copy(*shlex.split(copying[1]))
             for own, words in proposals(error.hint):
                 leaving = LEAVE_OUT.search(error.hint)
                 if not own and len(words) == 1 and takes_value(command, words[0]) and not leaving:

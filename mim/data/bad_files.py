@@ -1,6 +1,5 @@
 """Unreadable files: named once, counted, and judged against a limit."""
 
-import shlex
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from pathlib import Path
 
 from mim.data.files import ImageError
 from mim.errors import UserError
-from mim.program import called
+from mim.program import called, quoted
 
 Bad = tuple[str, str]
 """(file, reason) of something that could not be read."""
@@ -69,18 +68,21 @@ class BadFiles:
 
         share = len(self.reasons) / seen
         tolerant = f"{self.go_on} --max_bad {min(1.0, max(0.05, 2 * share)):.2g}".strip()
-        looked = f"{called('check_data')} --data {shlex.quote(self.data)}{self.reading}"
+        looked = f"{called('check_data')} --data {quoted(self.data)}{self.reading}"
         hint = f"{looked} --fix good.csv   then   --data good.csv"
         if is_object(self.data):
             hint = "mend the data set"
         elif self._log is not None:
-            hint = f"{called('pretrain')} --resume {self._log.parent} {tolerant}"
+            hint = f"{called('pretrain')} --resume {quoted(self._log.parent)} {tolerant}"
             tolerant = f"mend the files, empty {self._log} and --resume {self._log.parent}"
         raise UserError(
             f"{len(self.reasons)} of {seen:,} images are unreadable ({share:.1%}, limit {self.limit:.1%})",
             why="first: " + ", ".join(f"{name} ({reason})" for name, reason in list(self.reasons.items())[:3]),
             hint=f"{hint}   (or {tolerant})",
         )
+
+
+_OTHER_WEIGHTS = "weights that were trained on such images"
 
 
 class BadFileWarning(UserWarning):
@@ -108,11 +110,12 @@ def refuse_channels(
     some = ",".join(str(band) for band in range(min(channels, number), 0, -1))
     if bands:
         raise UserError(
-            f"--data {data}: the images have {kinds}, --bands asks for number {max(bands)}", hint=f"--bands {some}"
+            f"--data {data}: the images have {kinds}, --bands asks for number {max(bands)}",
+            hint=f"--bands {some}" if option else _OTHER_WEIGHTS,
         )
     raise UserError(
         f"--data {data}: the images have {kinds}, the model takes {channels}",
         hint=f"{option} {number}" + (f"   or   --bands {some}   to choose {channels}" if number > channels else "")
         if option
-        else "weights that were trained on such images",
+        else _OTHER_WEIGHTS,
     )

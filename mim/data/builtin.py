@@ -145,7 +145,7 @@ def open_built_in(
         UserError: for a model that takes other images, or labels from elsewhere.
     """
     if label_column is not None:
-        raise UserError(f"--label_column {label_column}: {data} has labels of its own", hint=f"--data {data}")
+        raise UserError(f"--label_column {label_column}: {data} has labels of its own", hint="leave --label_column out")
     check_colour(data, channels, pixels)
     if data == "builtin":
         return PhotoSource("train"), PhotoSource("test")
@@ -164,14 +164,14 @@ def check_colour(data: str, channels: int, pixels: Pixels) -> None:
         kind = f"{channels} channel{'s' * (channels > 1)}"
         raise UserError(
             f"--data {data}: these images are RGB, the model takes {kind}",
-            hint=f"--data a folder of images with {kind}",
+            hint=f"--data FOLDER   of images with {kind}",
         )
     if not pixels.eight_bit and (pixels.type != "any" or (pixels.low, pixels.high) != (EIGHT_BIT.low, EIGHT_BIT.high)):
         low, high = min(pixels.low), max(pixels.high)
         raise UserError(
             f"--data {data}: these images are 8 bit, the model takes numbers from {low:g} to {high:g}",
             why="on that scale they would be almost black or white",
-            hint="--data a folder of images like those that it was trained on",
+            hint="--data FOLDER   of images like those that it was trained on",
         )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,7 +19,7 @@ from mim.data.places import BUILT_IN
 from mim.data.sources import FileSource, FolderSource, ListSource, Source, open_source
 from mim.data.views import SingleView, stacked
 from mim.errors import UserError
-from mim.program import called
+from mim.program import called, quoted
 from mim.randomness import derive_seed
 from mim.terminal import progress
 
@@ -237,7 +238,7 @@ def _one_class(data: str, source: FileSource | ObjectSource) -> UserError:
     return UserError(
         f"--data {data}: every image is of the class {source.classes[0]}",
         why="whatever the features are, every answer would be right",
-        hint=f"{called('check_data')} --data {data}   shows what was found",
+        hint=f"{called('check_data')} --data {quoted(data)}   shows what was found",
     )
 
 
@@ -250,17 +251,17 @@ def _no_labels(data: str, source: FileSource | ObjectSource, train: FileSource |
         return UserError(error, why=source.unclear.why, hint=source.unclear.hint)
     if train.labels and train.part.endswith("/"):
         why = f"{train.part} has {len(train.classes)} classes; a share of it can be held out and scored instead"
-        return UserError(error, why=why, hint=f"--data {data}/{train.part.rstrip('/')}")
+        return UserError(error, why=why, hint=f"--data {quoted(Path(data) / train.part)}")
     if source.tables:
         why = "a list beside the images may know their labels"
-        return UserError(error, why=why, hint="   or   ".join(f"--data {table}" for table in source.tables[:3]))
+        return UserError(error, why=why, hint="   or   ".join(f"--data {quoted(table)}" for table in source.tables[:3]))
     masks = any(kind.startswith("masks") for kind in source.ignored)
     part = source.part if source.part.endswith("/") else ""
     return UserError(
         error,
         why="images must lie in one folder per class, two classes or more, with no image beside them"
         + (f"; masks are for  {called('segment')}" if masks else ""),
-        hint=f"{data}/{part}CLASS/IMAGE.jpg   or   --data list.csv with path,label",
+        hint=f"{data}/{part}CLASS/IMAGE.jpg   or   --data LIST.csv   with the columns path,label",
     )
 
 

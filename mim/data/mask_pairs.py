@@ -22,7 +22,7 @@ import torch
 from mim.data.folders import scan
 from mim.data.layouts import find_parts, mask_folders, part_of, same_name, subfolders
 from mim.errors import UserError
-from mim.program import called
+from mim.program import called, quoted
 from mim.randomness import keyed_generator
 
 Pair = tuple[Path, Path]
@@ -133,11 +133,11 @@ def _parts(folder: Path, names: Sequence[str], split: str | None) -> tuple[str, 
     if split is not None and split not in names:
         held = next((name for name in names if part_of(name) and part_of(name) == part_of(split)), None)
     if train is None or held is None:
-        others = [name for name in names if name != train]
+        others = [found[1]] if found else [name for name in names if name != train]
         raise UserError(
             f"--data {folder}: no part {split or 'to score'} beside {train or 'one to train on'}",
             why=f"found {', '.join(f'{name}/' for name in names[:6])}",
-            hint=f"--split {others[0]}" if train and others else f"{folder}/train and {folder}/val",
+            hint=f"--split {quoted(others[0])}" if train and others else f"{folder}/train and {folder}/val",
         )
     return train, held
 
@@ -237,7 +237,9 @@ def _listed(root: Path, split: str | None, val_fraction: float) -> Pairs:
 
 def _names_in(file: Path) -> dict[str, None]:
     if not file.is_file():
-        raise UserError(f"{file}: no such list", hint="--split val   or the name of another list in that folder")
+        others = sorted(path.stem for path in file.parent.glob("*.txt") if part_of(path.stem) != "train")
+        hint = "   or   ".join(f"--split {quoted(name)}" for name in others[:3]) or "a list of those to score"
+        raise UserError(f"{file}: no such list", hint=hint)
     lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
     return dict.fromkeys(same_name(line) for line in lines if line)
 

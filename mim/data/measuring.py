@@ -110,7 +110,7 @@ def value_range(values: NDArray[Any], ends: tuple[float, float], kind: str, log:
     if log:
         positive = values[values > 0]
         if not positive.size:
-            raise ValueError("no number lies above 0, so that none has a logarithm; leave --log_values out")
+            raise ValueError("no number lies above 0, so that none has a logarithm")
         return value_range(positive, percentiles(positive), "float32")
     low, high = (0.0, ends[1]) if kind.startswith("uint") else ends
     if not low < high:

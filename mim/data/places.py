@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from mim.data.remote import check_first_shard, is_url
 from mim.data.shards import LocalShards
 from mim.data.tables import read_list
 from mim.errors import UserError
+from mim.program import quoted
 
 LISTS = (".txt", ".csv", ".tsv")
 """Endings of files that list images."""
@@ -105,7 +107,7 @@ def no_images(
     hint = "convert the images, for example to .jpg" if ignored else None
     why = f"found {found}; readable types are {' '.join(SUFFIXES)}"
     if ".tar" in ignored:
-        hint = f"--data '{data}/NAME-{{0000..0099}}.tar'"
+        hint = f"--data {quoted(_shards_in(Path(str(data)).expanduser()) or f'{data}/NAME-{{0000..0099}}.tar')}"
     elif kind := next(filter(None, map(_measurements, (str(data).rstrip("/"), *ignored))), None):  # Zarr is a folder
         why, hint = f"found {found}; {kind} is not read", MEDICAL if kind == "DICOM" else AS_TIFF
     return UserError(
@@ -115,12 +117,26 @@ def no_images(
     )
 
 
+def _shards_in(folder: Path) -> str | None:
+    """The first tar files right in a folder whose numbers follow each other, as ``--data`` names them."""
+    names = sorted(path.name for path in folder.glob("*.tar"))
+    numbered = re.fullmatch(r"(.*?)(\d+)\.tar", names[0]) if names else None
+    if not numbered:
+        return str(folder / names[0]) if names else None
+    start, first = numbered.groups()
+    last = int(first)
+    while f"{start}{last + 1:0{len(first)}}.tar" in names:
+        last += 1
+    which = first if last == int(first) else f"{{{first}..{last:0{len(first)}}}}"
+    return str(folder / f"{start}{which}.tar")
+
+
 def not_a_source(data: str, path: Path, otherwise: str | None) -> UserError:
     """What is told of a place that is not there, or a file of another type, with what is called alike beside it."""
     if path.is_file():
         why = "a folder, a .txt, .csv or .tsv list, or .tar files are expected"
         packed = path.suffix.lower() in (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
-        instead = "unpack it into a folder" if packed else f"--data {path.parent}"
+        instead = "unpack it into a folder" if packed else f"--data {quoted(path.parent)}"
         if (kind := _measurements(path.name)) not in (None, "DICOM"):
             why, instead = f"{kind} is not read", AS_TIFF
         return UserError(f"--data {data} is a file of another type", why=why, hint=instead)
@@ -133,7 +149,7 @@ def not_a_source(data: str, path: Path, otherwise: str | None) -> UserError:
     if close:
         # Shown as the user would type it: relative if the mistake was.
         best = Path(*path.parts[: len(path.parts) - len(path.absolute().relative_to(folder).parts)], close[0])
-        hint = f"--data {best}        (found here: {', '.join(close)})"
+        hint = f"--data {quoted(best)}        (found here: {', '.join(close)})"
         hint += f"      or   {otherwise}" if otherwise else ""
     what = "file" if path.suffix else "folder"
     return UserError(f"--data {data}: no such {what}", hint=hint)

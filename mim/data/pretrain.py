@@ -257,9 +257,9 @@ class PretrainData(L.LightningDataModule):
         try:
             found = measure(self.source, self.channels, pixels, self.seed, self._found)
         except ValueError as error:
-            raise UserError(
-                f"--data {self.path}: {error}", hint=f"{called('check_data')} --data {shlex.quote(self.path)}"
-            ) from error
+            looked = f"{called('check_data')} --data {shlex.quote(self.path)}"
+            hint = "leave --log_values out" if pixels.log else looked
+            raise UserError(f"--data {self.path}: {error}", hint=hint) from error
         self.measured = found
         self._use(found.pixels, self._mean or found.mean, self._std or found.std)
 

@@ -26,7 +26,7 @@ from mim.data.sources import FileSource, FolderSource, ListSource, open_source
 from mim.data.views import resized
 from mim.data.windows import Windows, WindowSource, cut
 from mim.errors import UserError
-from mim.program import called
+from mim.program import called, quoted
 from mim.randomness import keyed_generator
 from mim.terminal import progress
 
@@ -95,7 +95,7 @@ def scan(
     if fix and not isinstance(train, FolderSource | ListSource):
         raise UserError(f"--fix {fix}: a list names files, not members of tar files", hint="leave --fix out")
     if fix and fix.suffix.lower() != ".csv":
-        raise UserError(f"--fix {fix} is not a .csv file", hint=f"--fix {fix.with_suffix('.csv')}")
+        raise UserError(f"--fix {fix} is not a .csv file", hint=f"--fix {quoted(fix.with_suffix('.csv'))}")
     for source in filter(None, (train, held_out)):
         source.pixels = pixels
     if windows:

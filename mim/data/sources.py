@@ -32,7 +32,7 @@ from mim.data.tables import Table, read_list
 from mim.data.tar_samples import sort_members
 from mim.data.tokens import read_shard
 from mim.errors import UserError, printable
-from mim.program import called
+from mim.program import called, quoted
 
 
 class Source(Protocol):
@@ -358,7 +358,7 @@ def _open_folder(path: Path, channels: int, label_column: str | None) -> tuple[F
     train.notes += [f"masks in {mask}/ are not read" for mask in masks]
     if layout.others:
         train.notes += [f"not read: {counted([f'{other}/' for other in layout.others])}"]
-    if layout.train.parent.name.lower() == "leftimg8bit":  # Cityscapes
+    if layout.train.parent.name.lower() == "leftimg8bit" and label_column is None:  # Cityscapes
         for part in (train, held):
             part.drop_labels(Unclear("the folders of Cityscapes are cities, not classes", "--label_column 1"))
     return train, held
@@ -408,7 +408,9 @@ def _check_classes(data: str, train: FileSource, held: FileSource) -> None:
     alone = Path(data) / train.part if train.part.endswith("/") else None
     raise UserError(
         f"--data {data}: {train.part} has {len(ours)} classes, {held.part} has {len(theirs)}  ({missing})",
-        hint=f"--data {alone}   leaves {held.part} out; or add the folders" if alone else "the same labels in both",
+        hint=f"--data {quoted(alone)}   leaves {held.part} out; or add the folders"
+        if alone
+        else "the same labels in both",
     )
 
 

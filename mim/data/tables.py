@@ -17,6 +17,7 @@ from typing import NamedTuple
 from mim.data.folders import Unclear, is_image
 from mim.data.layouts import counted, part_of, same_name
 from mim.errors import UserError, printable
+from mim.program import quoted
 
 PATH_NAMES = ("path", "filepath", "filename", "file", "imagepath", "imagefile", "imagename", "image", "img", "imgpath")
 """Headings of the images' column, without case, spaces, lines and a plural's ``s``."""
@@ -146,7 +147,8 @@ class _Columns:
             why = f"column {name} holds no file names; {why}"
         first, hint = printable(sample[0]), None
         if home := _home_of(os.path.relpath(sample[0], self.folder), self.folder):
-            why, hint = f"it is in {home}; {why}", f"cp {self.file} {home}   then   --data {home / self.file.name}"
+            why = f"it is in {home}; {why}"
+            hint = f"cp {quoted(self.file, home)}   then   --data {quoted(home / self.file.name)}"
         raise UserError(
             f"--data {self.file}: none of the first {len(sample)} files exists ({first})", why=why, hint=hint
         )

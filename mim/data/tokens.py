@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mim.errors import UserError
-from mim.program import called
+from mim.program import called, quoted
 from mim.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 
 FACTS, IDS, LABELS, TOKENIZER = "tokens.json", "ids.npy", "labels.npy", "tokenizer.safetensors"
@@ -61,7 +61,10 @@ def read_shard(folder: Path) -> TokenShard:
         classes = [str(name) for name in facts["classes"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, str(error)) from error
-    tokenizer = load_tokenizer(str(folder / TOKENIZER), "--data")
+    try:
+        tokenizer = load_tokenizer(str(folder / TOKENIZER))
+    except UserError as error:
+        raise _damaged(folder, f"{TOKENIZER} is not there, or no tokenizer") from error
     if not whole or (labels is not None and not _fit(labels, len(ids), len(classes))):
         raise _damaged(folder, f"{IDS} or {LABELS} is not what {FACTS} says")
     if len(ids) and int(max(part.max() for part in np.array_split(ids, -(-len(ids) // 65536)))) >= tokenizer.codes:
@@ -107,5 +110,5 @@ def _damaged(folder: Path, why: str) -> UserError:
     return UserError(
         f"--data {folder} holds damaged tokens",
         why=why,
-        hint=f"{called('tokens')} encode --data IMAGES --out {folder}-2",
+        hint=f"{called('tokens')} encode --data IMAGES --out {quoted(f'{folder}-2')}",
     )

@@ -20,7 +20,7 @@ from mim.interop.layouts import NoViTError, named_tensors, to_timm
 from mim.interop.sharded import INDEX, refuse_part, shards_of
 from mim.interop.unpickling import unpickled
 from mim.lora import merged
-from mim.program import called
+from mim.program import called, quoted
 from mim.vit import without_weights
 
 CHECKSUMS = "SHA256SUMS"
@@ -214,7 +214,7 @@ def _check_sum(path: Path, option: str) -> None:
 def export_again(folder: Path) -> str:
     """What to do about a damaged export: the run that it lies in can repeat it."""
     run = folder.absolute().parents[1]
-    return f"{called('export')} --run {run}" if (run / "config.yaml").is_file() else "export it again"
+    return f"{called('export')} --run {quoted(run)}" if (run / "config.yaml").is_file() else "export it again"
 
 
 def _refuse_stand_in(path: Path, option: str) -> None:
@@ -225,7 +225,7 @@ def _refuse_stand_in(path: Path, option: str) -> None:
         raise UserError(
             f"{option} {path} is a Git LFS pointer, not the weights",
             why="the repository was cloned without its large files",
-            hint=f"git -C {path.parent} lfs pull",
+            hint=f"git -C {quoted(path.parent)} lfs pull",
         )
     if head.startswith((b"<!doctype html", b"<html", b"<?xml")):
         raise UserError(
@@ -255,7 +255,7 @@ def _unreadable(path: Path, option: str, problem: Exception) -> UserError:
     if foreign:
         return UserError(
             f"{option} {path}: this file holds Python objects ({foreign[1]}); loading it can run code",
-            hint=f"{option} {path} --trust     only if you trust whoever made it",
+            hint=f"{option} {quoted(path)} --trust     only if you trust whoever made it",
         )
     # torch's own text is a page about its options, and its first line says nothing about the file.
     reason = type(problem).__name__ if isinstance(problem, UnpicklingError) else str(problem).partition("\n")[0]

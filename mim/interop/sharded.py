@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from mim.errors import UserError
+from mim.program import quoted
 
 INDEX = ".index.json"
 """How the file ends that tells which tensor lies in which shard."""
@@ -50,13 +51,14 @@ def refuse_part(path: Path, option: str) -> None:
         raise UserError(
             f"{option} {path} is one of {int(shard[3])} shards of the weights",
             why=None if index.is_file() else f"{index.name}, which tells what lies where, is not beside it",
-            hint=f"{option} {path.parent}"
+            hint=f"{option} {quoted(path.parent)}"
             if index.is_file()
             else f"copy {index.name} and all shards into {path.parent}",
         )
     if path.name.endswith("optim_states.pt"):
         raise UserError(
-            f"{option} {path} holds the state of DeepSpeed's optimizer, not the weights", hint=f"{option} {path.parent}"
+            f"{option} {path} holds the state of DeepSpeed's optimizer, not the weights",
+            hint=f"{option} {quoted(path.parent)}",
         )
     if re.fullmatch(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt", path.name):
         raise _zero_3(path.parent, option)
@@ -84,8 +86,8 @@ def deepspeed_weights(folder: Path, option: str) -> Path | None:
         raise UserError(
             f"{option} {folder} is a sharded checkpoint of torch.distributed",
             why="its parts are put together by torch, which may run code from .metadata: only if you trust its author",
-            hint=f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} {whole}   then   "
-            f"{option} {whole}",
+            hint=f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {quoted(folder, whole)}   then   "
+            f"{option} {quoted(whole)}",
         )
     return None
 
@@ -107,7 +109,7 @@ def _zero_3(home: Path, option: str) -> UserError:
     return UserError(
         f"{option} {home} holds the weights in parts (ZeRO-3 of DeepSpeed)",
         why="each file has a share of every tensor; the script that DeepSpeed puts beside them makes them whole",
-        hint=f"python {root / 'zero_to_fp32.py'} {root} {whole}   then   {option} {whole}",
+        hint=f"python {quoted(root / 'zero_to_fp32.py', root, whole)}   then   {option} {quoted(whole)}",
     )
 
 

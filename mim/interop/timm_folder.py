@@ -23,6 +23,7 @@ from mim.errors import UserError
 from mim.interop.layouts import named_tensors
 from mim.interop.reading import CHECKSUMS, sha256
 from mim.lora import merge
+from mim.program import quoted
 from mim.randomness import keyed_generator
 from mim.vit import ViT
 
@@ -274,14 +275,14 @@ def _reload_difference(trained: ViT | ConvNet, folder: Path) -> float:
 
 def _refuse_to_replace(folder: Path) -> None:
     if folder.is_file():
-        raise UserError(f"{folder} is a file", hint=f"--out {folder.with_name(folder.stem + '-export')}")
+        raise UserError(f"{folder} is a file", hint=f"--out {quoted(folder.with_name(folder.stem + '-export'))}")
     names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
     foreign = {name for name in names if not any(fnmatch(name, own) for own in _OWN)}
     if foreign:
         raise UserError(
             f"{folder} holds other files, so the export does not replace it",
             why=f"found {', '.join(sorted(foreign)[:3])}",
-            hint=f"--out {folder / 'backbone'}",
+            hint=f"--out {quoted(folder / 'backbone')}",
         )
 
 

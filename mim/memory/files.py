@@ -12,7 +12,7 @@ from mim.errors import UserError
 from mim.interop import add_checksums, check_timm_folder, load_weights, weights_in
 from mim.memory.task import Task
 from mim.memory.vit import MemoryViT
-from mim.program import called
+from mim.program import called, quoted
 
 MEMORY, _WEIGHTS, _PREFIX = "memory.json", "memory.safetensors", "tasks."
 _MOST = 10_000
@@ -53,7 +53,9 @@ def load_memory(folder: str | Path, option: str = "--weights") -> MemoryViT:
     """
     home = Path(str(folder).removeprefix("local-dir:"))
     if not holds_memory(home):
-        raise UserError(f"{option} {home} holds no memory", hint=f"{called('finetune')} --weights {home} --memory 5")
+        raise UserError(
+            f"{option} {home} holds no memory", hint=f"{called('finetune')} --weights {quoted(home)} --memory 5"
+        )
     check_timm_folder(home, option)
     vit: Any = timm.create_model(f"local-dir:{home}")
     try:

@@ -14,6 +14,7 @@ from mim.methods.mp3 import MP3
 from mim.methods.seit import SeiT
 from mim.methods.simmim import SimMIM
 from mim.methods.spark import SparK
+from mim.methods.tokenunify import TokenUnify
 
 __all__ = [
     "CAPI",
@@ -34,4 +35,5 @@ __all__ = [
     "SeiT",
     "SimMIM",
     "SparK",
+    "TokenUnify",
 ]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from mim.errors import UserError
 from mim.options.class_paths import known_class_paths, plugin_hint, refused_class
 from mim.options.config_file import check_config_file
-from mim.program import called
+from mim.program import called, quoted
 from mim.reduction import Labels, TokenReduction
 from mim.reduction.recipes import named_reduction
 from mim.reduction.schedule import config_of
@@ -20,7 +20,12 @@ SETTINGS, WEIGHTS = "reduction.yaml", "reduction.safetensors"
 _ENDINGS = (".yaml", ".yml")
 
 
-def build_reduction(text: str, vit: Any, labels: Labels | None = None) -> TokenReduction:  # noqa: ANN401 - a timm ViT
+def build_reduction(
+    text: str,
+    vit: Any,  # noqa: ANN401 - a timm ViT
+    labels: Labels | None = None,
+    weights: str = "WEIGHTS",
+) -> TokenReduction:
     """What ``--reduction`` means for a model.
 
     Args:
@@ -28,6 +33,7 @@ def build_reduction(text: str, vit: Any, labels: Labels | None = None) -> TokenR
             one; or a YAML file with ``reduction:`` in it, a class path with its arguments as in the configs of a run.
         vit: a timm ViT.
         labels: what a trained reduction will learn from; None if nothing is going to be trained.
+        weights: where the model comes from, for messages.
 
     Raises:
         UserError: if this cannot be done.
@@ -36,8 +42,8 @@ def build_reduction(text: str, vit: Any, labels: Labels | None = None) -> TokenR
         why = f"timm's {type(vit).__name__} has no sequence of tokens that could be shortened"
         raise UserError(f"--reduction {text} is for ViTs", why=why, hint="leave --reduction out")
     if Path(text).is_dir():
-        return load_reduction(Path(text), vit)
-    return _read(Path(text), vit) if text.endswith(_ENDINGS) else named_reduction(text, vit, labels)
+        return load_reduction(Path(text), vit, weights)
+    return _read(Path(text), vit) if text.endswith(_ENDINGS) else named_reduction(text, vit, labels, weights)
 
 
 def save_reduction(reduction: TokenReduction, folder: Path) -> None:
@@ -58,18 +64,20 @@ def save_settings(reduction: TokenReduction, path: Path) -> None:
     path.write_text(yaml.safe_dump({"reduction": config_of(reduction)}, sort_keys=False), encoding="utf-8")
 
 
-def load_reduction(folder: Path, vit: Any) -> TokenReduction:  # noqa: ANN401 - a timm ViT
+def load_reduction(folder: Path, vit: Any, weights: str = "WEIGHTS") -> TokenReduction:  # noqa: ANN401 - a timm ViT
     """The reduction that lies in a folder, for the model beside it, in evaluation mode.
 
     Args:
         folder: such as the ``export`` of a fine-tuning.
         vit: the timm ViT.
+        weights: where the model comes from, for messages.
 
     Raises:
         UserError: if there is none, or it was trained with another model.
     """
     if not (folder / SETTINGS).is_file():
-        raise UserError(f"{folder} holds no reduction", hint=f"{called('finetune')} --reduction cropr")
+        hint = f"{called('finetune')} --weights {quoted(weights)} --reduction cropr"
+        raise UserError(f"{folder} holds no reduction", hint=hint)
     reduction = _read(folder / SETTINGS, vit)
     state = load_file(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else {}
     try:

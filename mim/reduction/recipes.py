@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mim.errors import UserError
-from mim.program import called
+from mim.program import called, quoted
 from mim.reduction.base import TokenReduction
 from mim.reduction.clustering import GridClustering
 from mim.reduction.cropr import Cropr
@@ -165,7 +165,12 @@ def recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def named_reduction(text: str, vit: Any, labels: Labels | None = None) -> TokenReduction:  # noqa: ANN401 - a timm ViT
+def named_reduction(
+    text: str,
+    vit: Any,  # noqa: ANN401 - a timm ViT
+    labels: Labels | None = None,
+    weights: str = "WEIGHTS",
+) -> TokenReduction:
     """What ``--reduction NAME`` or ``--reduction NAME:VALUE`` means for a model.
 
     Args:
@@ -173,6 +178,7 @@ def named_reduction(text: str, vit: Any, labels: Labels | None = None) -> TokenR
             unless given.
         vit: a timm ViT.
         labels: what a trained reduction will learn from; None if nothing is going to be trained.
+        weights: where the model comes from, for messages.
 
     Raises:
         UserError: if there is no such reduction or value, the model cannot be reduced by it, or it would need training.
@@ -183,7 +189,7 @@ def named_reduction(text: str, vit: Any, labels: Labels | None = None) -> TokenR
         kind, command = ("masks", f"{called('segment')} --finetune") if chosen.masks else ("labels", called("finetune"))
         raise UserError(
             f"--reduction {name}: its scores are random until they are trained with {kind}",
-            hint=f"{command} --reduction {text}",
+            hint=f"{command} --weights {quoted(weights)} --reduction {quoted(text)}",
         )
     try:
         known = labels or Labels(1)

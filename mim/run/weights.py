@@ -296,11 +296,13 @@ def init_backbone(vit: ViT | ConvNet, weights: str, *, trust: bool = False, opti
     """
     layout, tensors, grid = _find_weights(weights, trust, option, None if isinstance(vit, ViT) else vit.state_dict())
     like = cast(ViT, vit)  # of a conv net these look at names and shapes alone
-    refuse_otherwise(_built_of(weights), like, weights, option)
     found, own = _rotary(vit, weights, tensors, option) if isinstance(vit, Eva) else tensors, vit.state_dict()
     tensors, notes = adapt(found, vit, grid) if isinstance(vit, ViT) else (found, [])
     matched = {name: tensors[name] for name in own if _same_kind(tensors.get(name), own[name])}
-    if unlike := differences(tensors, own):
+    unlike = differences(tensors, own)
+    if option == "--weights" or not unlike:  # of an evaluation's model it is enough not to name it
+        refuse_otherwise(_built_of(weights), like, weights, option)
+    if unlike:
         raise misfit(like, weights, found, tensors, unlike, option)
     vit.load_state_dict(matched, strict=False)
     left = [name for name in own if name not in matched]

@@ -51,7 +51,7 @@ def load_tokenizer(name: str, option: str = "--tokenizer") -> Tokenizer:
         UserError: if there is no such file, or it is none.
     """
     file = Path(__file__).with_name("builtin.safetensors") if name == BUILT_IN else Path(name).expanduser()
-    hint = f"{called('tokens')} fit --data photos --out tokenizer.safetensors   or   {option} {BUILT_IN}"
+    hint = f"{option} {BUILT_IN}   or   {called('tokens')} fit --data IMAGES --out tokenizer.safetensors"
     if not file.is_file():
         raise UserError(f"{option} {name}: no such file", hint=hint)
     try:

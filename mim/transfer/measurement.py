@@ -75,7 +75,8 @@ class Measurement:
     def reduce(self, encoder: Encoder) -> Encoder:
         """The same encoder with the reduction that was asked for; torch's generator draws what that will learn."""
         if self.options.reduction is not None:
-            encoder.reduction = build_reduction(self.options.reduction, encoder.vit, self.labels).eval()
+            asked, weights = self.options.reduction, self.options.weights
+            encoder.reduction = build_reduction(asked, encoder.vit, self.labels, weights).eval()
         return encoder
 
     def introduce(self, data: str) -> None:

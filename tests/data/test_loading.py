@@ -11,7 +11,7 @@ import torch
 
 from mim.data import loading
 from mim.data.loading import WatchedLoader, reading
-from mim.errors import MACHINE_ERRORS
+from mim.errors import MACHINE_ERRORS, UserError
 from mim.run.failures import as_machine_error
 
 
@@ -86,6 +86,17 @@ def test_a_loader_process_that_hangs_ends_the_run_with_its_file(impatient):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_of_a_file_or_a_bug_is_not_taken_for_a_dead_loader(workers):
     assert failure(fails, workers) is None
+
+
+def refuses(number):
+    raise UserError(f"{number} is refused", why="it is a number", hint="--numbers none")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_that_a_loader_process_finds_is_told_in_three_lines(workers):
+    with pytest.raises(UserError) as refused:
+        list(WatchedLoader(Files(refuses), num_workers=workers, batch_size=2))
+    assert str(refused.value) == "error: 0 is refused\nwhy:   it is a number\ntry:   --numbers none"
 
 
 def test_no_file_is_named_for_a_death_between_two_files():

@@ -33,6 +33,7 @@ from mim.methods import (
     Plan,
     SeiT,
     SimMIM,
+    TokenUnify,
 )
 from mim.methods.adamae import SamplerConfig
 from mim.methods.capi import ClusterConfig
@@ -92,6 +93,9 @@ METHODS = {
     "dtm": lambda model=DINOV3: DTM(encoder(model), BlockMasking(0.4, 0.4, unmasked_share=0.0), rounds=3, optim=OPTIM),
     "dinov2": lambda model=DINOV3: dinov2(model),
     "maskgit": lambda model=DINOV3: MaskGIT(Encoder(model, 32, 4, kwargs=SMALL), optim=OPTIM),
+    "tokenunify": lambda model=DINOV3: TokenUnify(
+        encoder(model), RandomMasking(), decoder_width=16, decoder_depth=1, decoder_heads=2, optim=OPTIM
+    ),
     "seit": lambda model=DINOV3: SeiT(encoder(model), decoder_width=16, decoder_depth=1, decoder_heads=2, optim=OPTIM),
 }
 

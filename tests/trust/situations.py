@@ -83,6 +83,13 @@ PLAIN = {
     "spark: an image of no whole places": ["pretrain", "--method", "spark", "--model", "resnet18", "--img_size", "50"],
     "spark: a net of another family": ["pretrain", "--method", "spark", "--model", "vgg11"],
     "mae: all patches hidden": [*RUN, "--mask_ratio", "0.999"],
+    "tokenunify: a stem that looks beyond patches": [
+        "pretrain",
+        "--method",
+        "tokenunify",
+        "--model",
+        "vit_small_r26_s32_224",
+    ],
     "mp3: positions": ["pretrain", "--method", "mp3", "--model.init_args.encoder.kwargs", "{}"],
     "cli: a word behind a switch": [*RUN, "--compile", "maybe"],
     "knn: a share above one": [*KNN, "--max_bad", "2"],

@@ -7,24 +7,58 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from run_situations import TYPED
 from situations import KNN, RUN, TINY, image
 
 from mim.cli import main
+from mim.conv_encoder import ConvEncoder
+from mim.encoder import Encoder
+from mim.interop import ModelCard
+from mim.memory import MemoryViT, Task, save_memory
 from mim.run.checkpoint_files import sidecar
+from mim.run.weights import export_backbone
 
+NARROW = {"depth": 1, "embed_dim": 64, "num_heads": 2}
+SHY = """
+from mim.masking import RandomMasking
+
+class Shy(RandomMasking):
+    def visible_count(self, patches):
+        return patches if self.ratio < 0.1 else super().visible_count(patches)
+"""
+SPARK = TINY.replace("tiny.yaml", "tiny_spark.yaml")
 OLD_RUN = Path(__file__).parents[1] / "old_run" / "mae"
 
 pytestmark = [pytest.mark.middle, pytest.mark.usefixtures("quick_probes")]
 
 
+@pytest.fixture(scope="module")
+def odd_weights(tmp_path_factory):
+    """Weights that not every command takes: of no squares, of a conv net, with biases, with a memory."""
+    folder = tmp_path_factory.mktemp("odd")
+    told = {"mean": [0.5] * 3, "std": [0.25] * 3, "card": ModelCard(method="MAE", data="shapes"), "model_args": {}}
+    export_backbone(Encoder("test_vit", (32, 64), 8).vit, folder / "wide", **told)
+    net = ConvEncoder("test_resnet", 64).vit
+    net.reset_classifier(3)
+    export_backbone(net, folder / "conv", **told)
+    biased = Encoder("vit_small_patch16_dinov3_qkvb", 32, 8, kwargs=NARROW).vit
+    biased.blocks[0].attn.q_bias.data += 1
+    torch.save(biased.state_dict(), folder / "biased.pth")
+    export_backbone(vit := Encoder("test_vit", 32, 8).vit, folder / "remembering", **told)
+    save_memory(MemoryViT(vit, {"photos": Task(vit, 2, ["a", "b"])}), folder / "remembering")
+    return folder
+
+
 @pytest.fixture
-def work(tmp_path, monkeypatch, weights):
+def work(tmp_path, monkeypatch, weights, odd_weights):
     """A working folder with photos, a link to an encoder and odd configs."""
     monkeypatch.chdir(tmp_path)
     for number in range(6):
         image(f"photos/{number}.png")
         image(f"labelled/{number % 2}/{number}.png")
+    for odd in odd_weights.iterdir():
+        Path(odd.name).symlink_to(odd)
     for link in ("backbone", "tuned/export"):
         Path(link).parent.mkdir(exist_ok=True)
         Path(link).symlink_to(weights)
@@ -38,7 +72,7 @@ def work(tmp_path, monkeypatch, weights):
         "plugin": "plugin: my_package\n",
     }.items():
         Path(f"{name}.yaml").write_text(text)
-    Path("my_package.py").write_text("")
+    Path("my_package.py").write_text(SHY)
     shutil.copytree(OLD_RUN, "runs/001-mae")
     shutil.copytree(OLD_RUN, "unfinished", ignore=shutil.ignore_patterns("export", "evaluation"))
     facts = json.loads(Path("unfinished/summary.json").read_text())
@@ -86,12 +120,60 @@ def test_another_folder_than_one_that_takes_no_files_is_used(work, monkeypatch, 
 
 @pytest.mark.parametrize("full", ["mim.run.folder.RunFolder.say", "mim.run.checkpoint_files._HashingWriter.take"])
 def test_a_run_that_a_full_disk_ended_goes_on_as_proposed(full, work, typist):
-    summary = Path("unfinished/summary.json")
-    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"images": 1024}))
+    same_images("unfinished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(full, no_space)
         assert main("pretrain", ["--resume", "unfinished"]) == 4
     typist.type_all()
+
+
+def test_a_batch_that_the_devices_cannot_share_is_made_smaller(work, monkeypatch, typist):
+    monkeypatch.setattr("mim.transfer.segmentation.open_trainer", lambda *_: SimpleNamespace(world_size=2))
+    assert main("segment", ["--weights", work, "--batch_size", "3", "--device", "cpu", "--num_workers", "0"]) == 2
+    typist.type_all()
+
+
+@pytest.mark.usefixtures("work")
+def test_statistics_over_processes_are_left_to_the_method(typist):
+    def fit(pretraining, *_):
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(pretraining.method).on_train_start()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mim.commands.pretrain.Pretraining._fit", fit)
+        assert main("pretrain", ["--config", SPARK, "--trainer.sync_batchnorm", "true"]) == 2
+    typist.type_all()
+
+
+def test_a_run_whose_process_was_killed_goes_on_as_proposed(work, typist):
+    def fit(_, trainer, checkpoint):
+        trainer.strategy._launcher = SimpleNamespace(procs=[SimpleNamespace(wait=lambda timeout: -9)])
+        raise RuntimeError("Connection closed by peer")
+
+    same_images("unfinished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mim.commands.pretrain.Pretraining._fit", fit)
+        assert main("pretrain", ["--resume", "unfinished"]) == 4
+    typist.type_all()
+
+
+@pytest.fixture
+def drawing_run(work):
+    """A run that predicts tokens, after its first step."""
+    small = ["--model.init_args.encoder.kwargs", "{embed_dim: 32, depth: 1, num_heads: 2}", "--data", "photos"]
+    changed = ["--batch_size", "2", "--epochs", "0.4", "--num_workers", "0", "--out", "drawing"]
+    assert main("pretrain", ["--method", "maskgit", *small, *changed]) == 0
+
+
+@pytest.mark.usefixtures("drawing_run")
+def test_classes_that_a_run_does_not_know_are_left_out(typist):
+    assert main("sample", ["--run", "drawing", "--classes", "3", "--count", "1", "--steps", "1"]) == 2
+    typist.type_all()
+
+
+def same_images(run):
+    """The run began with as many as there are."""
+    summary = Path(run, "summary.json")
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"images": 1024}))
 
 
 def no_space(*_, **__):
