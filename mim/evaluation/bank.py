@@ -21,7 +21,7 @@ from torch import Tensor
 from mim.encoder import Encoder
 from mim.errors import UserError
 from mim.evaluation.features import Features, evaluating
-from mim.program import called
+from mim.program import called, quoted
 
 Batches = Callable[[range], Iterable[tuple[Tensor, Tensor]]]
 """Gives normalised images ``(B, C, H, W)`` on the encoder's device and their labels ``(B,)`` for a range of rows."""
@@ -47,6 +47,7 @@ def cached_bank(
     facts: dict[str, Any],
     batches: Batches,
     unreadable: Callable[[list[int]], None],
+    data: str = "DATA",
 ) -> Bank:
     """The features of all images; from the disk if the same were computed before.
 
@@ -61,6 +62,7 @@ def cached_bank(
         facts: whatever else the features are a function of, such as the list of files and how they are cropped.
         batches: reads images.
         unreadable: is told the rows that are left out, also when the features were computed before.
+        data: what the user calls the images, for messages.
 
     Raises:
         UserError: if the disk is too small or no image can be read.
@@ -83,7 +85,8 @@ def cached_bank(
     readable = labels >= 0
     unreadable((~readable).nonzero()[:, 0].tolist())
     if not readable.any():
-        raise UserError(f"none of the {len(labels)} images can be read", hint=f"{called('check_data')} --data DATA")
+        hint = f"{called('check_data')} --data {quoted(data)}"
+        raise UserError(f"none of the {len(labels)} images can be read", hint=hint)
     return Bank(everything, labels) if readable.all() else Bank(everything[readable], labels[readable])
 
 

@@ -124,7 +124,7 @@ class Classification(Measurement):
             bad.add(*((source.describe(row), "unreadable when its features were computed") for row in rows))
             bad.stop_if_too_many()
 
-        return cached_bank(options.cache, encoder, features, len(source), facts, batches, name)
+        return cached_bank(options.cache, encoder, features, len(source), facts, batches, name, options.data)
 
 
 def _parts(images: LabelledImages, val_fraction: float) -> tuple[Source, Source, str]:

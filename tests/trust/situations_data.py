@@ -1,6 +1,7 @@
 """Commands refused for their images, weights or reduction: each call makes one mistake in the folder of :func:`lay`.
 
-``WEIGHTS`` stands for an exported encoder, ``GREY`` for one of one channel, ``BARE`` for one without a class token.
+``WEIGHTS`` stands for an exported encoder, ``GREY`` for one of one channel, ``BARE`` for one without a class token,
+``CONV`` for a conv net.
 """
 
 import shutil
@@ -22,6 +23,9 @@ TABLES = {
     "one class.csv": "path,label\nphotos/0.png,a\nphotos/1.png,a\n",
     "minus.csv": "path,the label\n" + "".join(f"photos/{n}.png,{n // 2 - 1}\n" for n in range(6)),
     "rows.csv": "path,the row\n" + "".join(f"photos/{n % 6}.png,{n}\n" for n in range(100)),
+    "all bad.csv": "path,label\n" + "".join(f"bad/{n}.png,{n % 2}\n" for n in range(6)),
+    "bad/0.png": "",
+    "tuned/export": "",
     "below it/lost.csv": "path\nphotos/0.png\n",
     "in photos/list.csv": "path,label\na0.png,a\na1.png,a\nb0.png,b\nb1.png,b\n",
     "foreign.yaml": "reduction: {class_path: nowhere.Shorter}\n",
@@ -46,6 +50,8 @@ def lay(weights):
     for name, text in TABLES.items():
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(text)
+    for number in range(1, 6):
+        shutil.copy("bad/0.png", f"bad/{number}.png")
     for name in ("tar files", "zeros"):
         Path(name).mkdir()
     for number in range(2):
@@ -125,6 +131,7 @@ DATA = {
     "knn: a reduction trained with masks": [*KNN, "--reduction", "dtop"],
     "knn: a reduction without a value": [*KNN, "--reduction", "evit:5"],
     "knn: a reduction that asks the class token": ["knn", "--weights", "BARE", "--reduction", "evit"],
+    "knn: a conv net's tokens": ["knn", "--weights", "CONV", "--reduction", "evit"],
     "knn: a folder without a reduction": [*KNN, "--reduction", "photos"],
     "knn: a reduction of a package": [*KNN, "--reduction", "foreign.yaml"],
     "tokens: a tokenizer that is not there": ["tokens", "encode", "--data", "photos", "--tokenizer", "nowhere"],
@@ -152,6 +159,11 @@ LATE = {
         *["--num_workers", "1"],
     ],
     "knn: a cache below a file": [*IMAGES, "a list.csv", "--cache", "a list.csv/x"],
+    "finetune: a file in the place of its export": [
+        *["finetune", "--weights", "WEIGHTS", *ONE_EPOCH, "--data", "a list.csv"],
+        *["--from_scratch", "false", "--out", "tuned"],
+    ],
+    "knn: no image that can be read": [*IMAGES, "all bad.csv", "--max_bad", "1"],
     "pretrain: more channels than files have": [*RUN, "--data", "photos", "--in_chans", "4"],
 }
 """Told when the work has begun."""

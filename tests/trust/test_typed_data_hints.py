@@ -5,8 +5,11 @@ from hint_places import stopping_at_work
 from situations_data import DATA, FORCED, LATE, lay
 
 from mim.cli import main
+from mim.conv_encoder import ConvEncoder
 from mim.encoder import Encoder
+from mim.errors import UserError
 from mim.interop import ModelCard
+from mim.memory import load_memory
 from mim.run.weights import export_backbone
 
 pytestmark = [pytest.mark.middle, pytest.mark.usefixtures("quick_probes")]
@@ -27,7 +30,11 @@ def kinds(weights, tmp_path_factory):
         card=ModelCard(method="MAE", data="shapes"),
         model_args={"class_token": False},
     )
-    return {"WEIGHTS": weights, "GREY": str(folder / "grey"), "BARE": str(folder / "bare")}
+    conv = ConvEncoder("test_resnet", img_size=32)
+    export_backbone(
+        conv.vit, folder / "conv", mean=[0.5] * 3, std=[0.25] * 3, card=ModelCard("SparK", "shapes"), img_size=(32, 32)
+    )
+    return {"WEIGHTS": weights} | {name.upper(): str(folder / name) for name in ("grey", "bare", "conv")}
 
 
 @pytest.fixture
@@ -60,4 +67,11 @@ def test_what_is_refused_at_work_is_not_refused_again(call, refused, typist):
 def test_what_a_machine_refuses_is_not_refused_again(name, value, call, refused, typist, monkeypatch):
     monkeypatch.setattr(name, value)
     refused(call)
+    typist.type_all()
+
+
+def test_memory_that_is_not_there_can_be_learnt(kinds, typist, tmp_path):
+    with pytest.raises(UserError, match="holds no memory") as refused:
+        load_memory(kinds["BARE"])
+    typist.heard.append(("finetune", ["--weights", kinds["BARE"]], tmp_path, refused.value))
     typist.type_all()
