@@ -166,6 +166,22 @@ class Encoder(nn.Module):
         return len(self.vit.blocks)
 
     @property
+    def middle(self) -> range:
+        """Numbers of the blocks that not all tokens need to go through: from half of them less one to all but one."""
+        return range(max(1, self.depth // 2 - 1), self.depth - 1)
+
+    def check_middle(self) -> None:
+        """Refuses to leave tokens out of the :attr:`middle` blocks where that cannot be.
+
+        Raises:
+            ValueError: where there are none, or the sequence is shortened already.
+        """
+        if not self.middle:
+            raise ValueError(f"middle_share: an encoder of {self.depth} blocks has none in the middle")
+        if self.reduction is not None:
+            raise ValueError("middle_share: the encoder has a reduction, which shortens the sequence already")
+
+    @property
     def any_size(self) -> bool:
         """Whether images may have another size than :attr:`img_size`."""
         return bool(self.vit.dynamic_img_size)
@@ -211,6 +227,7 @@ class Encoder(nn.Module):
         mask_token: Tensor | None = None,
         visible_count: int | None = None,
         dropped: Tensor | None = None,
+        passing: Tensor | None = None,
     ) -> Tensor:
         """Encode images; patch tokens stay in raster order.
 
@@ -223,14 +240,17 @@ class Encoder(nn.Module):
             visible_count: patches that are not dropped; if it is not given, a GPU is waited for to count them.
             dropped: ``(B, N)`` bool, beside a mask token: patches that are left out as hidden ones are without one; all
                 rows must drop equally many.
+            passing: ``(B, K')``, ascending numbers of the patch tokens, 0 to ``K - 1``, that go through the
+                :attr:`middle` blocks; the others wait and rejoin in their places. All if not given.
 
         Returns:
             ``(B, P + K, D)`` after the final norm; ``K`` counts the visible patches, or all if none is dropped. With a
             reduction, ``K`` is what it leaves, in its own order.
         """
         self._check(images, mask)
-        tokens = self._run_blocks(self._start(images, mask, mask_token, visible_count, dropped))
-        normed: Tensor = self.vit.norm(tokens.x)
+        start = self._start(images, mask, mask_token, visible_count, dropped)
+        x = self._run_blocks(start).x if passing is None else self._run_passing(start, passing)
+        normed: Tensor = self.vit.norm(x)
         return normed
 
     def forward_causal(self, images: Tensor) -> Tensor:
@@ -293,7 +313,7 @@ class Encoder(nn.Module):
         """Tokens ``(B, P + N, D)`` that enter the last block of the model without its reduction."""
         self._check(images, None)
         start = self._start(images)
-        return start.with_x(self._run_whole(start, stop=-1))
+        return start.with_x(self._run_whole(start, last=-1))
 
     def last_block(self, tokens: Tokens) -> Tensor:
         """What :meth:`before_last_block` gives, behind the last block and the final norm, ``(B, P + N, D)``."""
@@ -461,15 +481,26 @@ class Encoder(nn.Module):
         )
         return reduced
 
-    def _run_whole(self, start: Tokens, stop: int | None = None, causal: bool = False) -> Tensor:
-        """Tokens ``(B, P + K, D)`` behind all blocks, or behind those before ``stop``; ``causal`` ones look back."""
+    def _run_passing(self, start: Tokens, passing: Tensor) -> Tensor:
+        """Tokens ``(B, P + K, D)`` behind all blocks, of which only ``passing (B, K')`` go through the middle."""
+        waits = torch.ones(passing.shape[0], start.count, device=passing.device, dtype=torch.bool)
+        waits = waits.scatter(1, passing, False)
+        waiting = visible_indices(~waits, start.count - passing.shape[1])
+        first, last = self.middle.start, self.middle.stop
+        before = start.with_x(self._run_whole(start, last=first))
+        middle = before.keep(passing, waiting)
+        middle = middle.with_x(self._run_whole(middle, first, last))
+        return self._run_whole(middle.rejoined(), last)
+
+    def _run_whole(self, start: Tokens, first: int = 0, last: int | None = None, causal: bool = False) -> Tensor:
+        """Tokens ``(B, P + K, D)`` behind the blocks from ``first`` to before ``last``; ``causal`` ones look back."""
         checkpointing = self.vit.grad_checkpointing and torch.is_grad_enabled()
-        x, blocks = start.x, self.vit.blocks[:stop]
+        x, blocks = start.x, self.vit.blocks[first:last]
         if isinstance(self.vit, VisionTransformer) and not causal:
             encoded: Tensor = checkpoint_seq(blocks, x, use_reentrant=False) if checkpointing else blocks(x)
             return encoded
         inputs, by_block = start.inputs(0), start.rope is not None and start.rope.ndim == 4
-        for layer, block in enumerate(blocks):
+        for layer, block in enumerate(blocks, first):
             inputs = start.inputs(layer) if by_block else inputs
             inputs = inputs | {"is_causal": True} if causal else inputs
             x = checkpoint(block, x, use_reentrant=False, **inputs) if checkpointing else block(x, **inputs)
@@ -481,7 +512,7 @@ class Encoder(nn.Module):
             raise ValueError("this ViT has no class token whose attention could be read")
         start = self._start(images)
         attending = Attending(self.vit.blocks[-1], self.num_prefix)
-        x = attending.half(self._run_whole(start, stop=-1), **start.inputs(self.depth - 1))
+        x = attending.half(self._run_whole(start, last=-1), **start.inputs(self.depth - 1))
         return attending, x
 
 

@@ -112,6 +112,13 @@ OPTIONS = {
     "smooth places": ("mp3", "--model.init_args.positions", "{smoothing: 2.0, temperature: 0.1}"),
     "a guard against collapse": ("ijepa", "--model.init_args.guard", "{weight: 0.02, patches: 2}"),
     "learned frequencies": ("simmim", "--model.init_args.encoder.model", "vit_small_patch16_rope_mixed_224"),
+    "tokens that pass by the middle": (
+        "simmim",
+        "--model.init_args.encoder.kwargs",
+        "{embed_dim: 32, depth: 4, num_heads: 2}",
+        "--model.init_args.middle_share",
+        "0.5",
+    ),
     "activations computed again": ("simmim", "--model.init_args.encoder.grad_checkpointing", "true"),
 }
 

@@ -18,6 +18,7 @@ from mim.encoder import Encoder
 from mim.layers.cross_attention import CrossDecoder
 from mim.layers.decoder import Decoder, decoder_shape
 from mim.layers.initialisation import initialise
+from mim.layers.token_dropping import PlaceErrors
 from mim.masking import Masking
 from mim.methods.base import Batch, Method, OptimConfig, single_view
 from mim.options.ranges import Count, SomeShare
@@ -55,6 +56,8 @@ class MAE(Method):
         decoder_heads: attention heads of the decoder; 16 in the paper, one per 32 of its width if null.
         optim: learning rate, weight decay and warm-up.
         cross: CrossMAE's decoder in place of the usual one (arXiv:2401.14391); not used if not given.
+        middle_share: share of the visible tokens that go through the middle blocks of the encoder while it is trained,
+            those of the places with the largest running error (token dropping, arXiv:2203.13240, 0.5 there); 1 for all.
     """
 
     masking: Masking
@@ -70,6 +73,7 @@ class MAE(Method):
         decoder_heads: Count | None = 16,
         optim: OptimConfig = OptimConfig(),  # noqa: B008 - frozen
         cross: CrossConfig | None = None,
+        middle_share: SomeShare = 1.0,
     ) -> None:
         super().__init__(encoder, masking, optim)
         self.visible_count = self.fixed_visible_count(self.guides)
@@ -88,6 +92,11 @@ class MAE(Method):
         initialise(self.decoder)
         if not encoder.pretrained:
             initialise(encoder)
+        self.place_errors = None if middle_share == 1 else PlaceErrors(self.patches, middle_share)
+        if self.place_errors is not None:
+            encoder.check_middle()
+            if cross is not None and cross.mixed > 1:
+                raise ValueError(f"middle_share: cross.mixed {cross.mixed} reads blocks that some tokens leave out")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Error of hidden patches; of pixels, the mean square."""
@@ -97,8 +106,15 @@ class MAE(Method):
         prediction, hidden = self.reconstruct(images, mask, generator)
         target, weights = self.target.measured(images, self.encoder.grid, hidden, valid)
         loss = self.target.loss(prediction, target, weights)
+        if self.place_errors is not None:
+            self.place_errors.add(self.target.errors(prediction, target, weights), hidden, weights)
         self.log("train/loss", loss)
         return self.anchored(loss, images)
+
+    def after_optimizer_step(self, step: int) -> None:
+        """Moves the running errors by which tokens go through the middle blocks."""
+        if self.place_errors is not None:
+            self.place_errors.update(unless=self.step_was_skipped)
 
     def draw(self, images: Tensor, generator: RowGenerator, valid: Tensor | None = None) -> Tensor:
         """Masks ``(B, N)`` for this point of the run; ``valid (B, 1, H, W)`` says which pixels were measured."""
@@ -119,10 +135,17 @@ class MAE(Method):
         """
         hidden = visible_indices(~mask, self.patches - self.visible_count)  # (B, M)
         if self.cross is None:
-            latent = self.encoder(images, mask, visible_count=self.visible_count)  # (B, P + K, D)
-            return self.decoder(latent, mask, hidden), hidden
+            return self.decoder(self.encode(images, mask), mask, hidden), hidden
         hidden = hidden if generator is None else self.chosen(hidden, generator)
         return self.decoder(self.layers(images, mask), hidden), hidden
+
+    def encode(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Tokens ``(B, P + K, D)`` of visible patches, of which some may have passed by the middle blocks."""
+        passing = None
+        if self.place_errors is not None:
+            passing = self.place_errors.important(visible_indices(mask, self.visible_count))
+        tokens: Tensor = self.encoder(images, mask, visible_count=self.visible_count, passing=passing)
+        return tokens
 
     def chosen(self, hidden: Tensor, generator: RowGenerator) -> Tensor:
         """A random part of ``hidden (B, M)`` in raster order, if only a part is to be predicted."""
@@ -137,7 +160,7 @@ class MAE(Method):
         The others are normed behind their combination; the encoder's own norm is trained with the last one.
         """
         if not self.cross or self.cross.mixed == 1:
-            return [self.encoder(images, mask, visible_count=self.visible_count)]
+            return [self.encode(images, mask)]
         depth = self.encoder.depth
         tokens = self.encoder.after_blocks(
             images, range(depth - self.cross.mixed, depth), mask, visible_count=self.visible_count

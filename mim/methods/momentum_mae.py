@@ -57,5 +57,6 @@ class MomentumMAE(MAE):
 
     def after_optimizer_step(self, step: int) -> None:
         """Moves the teacher towards the student."""
+        super().after_optimizer_step(step)
         momentum = cosine(step / self.plan.max_steps, self.first_momentum, 1.0)
         self.teacher.update(momentum, unless=self.step_was_skipped)
