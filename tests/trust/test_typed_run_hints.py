@@ -100,7 +100,14 @@ def test_features_too_large_for_the_disk_fit_as_proposed(work, monkeypatch, typi
     typist.type_all()
 
 
-@pytest.mark.parametrize("call", [RUN, [*KNN, "--data", "labelled", "--cache", "cache"]], ids=["pretrain", "knn"])
+IN_THE_WAY = {
+    "pretrain": RUN,
+    "knn": [*KNN, "--data", "labelled", "--cache", "cache"],
+    "features": [*KNN, "--data", "labelled", "--out", "elsewhere", "--cache", "runs/features"],
+}
+
+
+@pytest.mark.parametrize("call", IN_THE_WAY.values(), ids=IN_THE_WAY)
 def test_a_file_in_the_place_of_runs_is_not_in_the_way_again(call, work, typist):
     shutil.rmtree("runs")
     Path("runs").write_text("")
