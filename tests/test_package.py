@@ -81,7 +81,7 @@ def test_its_recipes_are_those_of_the_checkout(installed):
 
 def test_a_mistake_is_answered_in_the_form_of_the_installed_script(start, installed):
     status, output = start(installed / "bin" / "mim-info", "run", "nowhere")
-    assert (status, output.splitlines()[-1]) == (2, "try:   mim-info run runs/001-mae-builtin")
+    assert (status, output.splitlines()[-1]) == (2, "try:   begin one:  mim-pretrain")
 
 
 def test_every_command_has_a_script():

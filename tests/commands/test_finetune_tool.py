@@ -219,7 +219,7 @@ def test_memory_that_was_stopped_goes_on_to_the_same_numbers(weights, photos, st
     [
         (["--pool", "mean"], "--pool cls"),
         (["--drop_path", 0.2], "--drop_path: with --memory 5 the encoder stands still, so it has no effect"),
-        (["--layer_decay", 0.9], "without --layer_decay"),
+        (["--layer_decay", 0.9], "leave --layer_decay out"),
         (["--reduction", "tome"], "--reduction tome: with --memory 5 all tokens are looked at"),
         (["--tlm", 0.1], "--tlm: with --memory 5 the encoder stands still"),
     ],

@@ -132,11 +132,12 @@ def test_memory_of_the_machine_that_runs_out_is_told_from_a_bug():
 def test_processes_of_the_program_around_us_outlive_ours():
     """From Python a run is a guest: what it ends at exit are its own loader processes."""
     handler = signal.getsignal(signal.SIGCHLD)
+    earlier = set(multiprocessing.active_children())  # of other tests
     other = multiprocessing.Process(target=time.sleep, args=(60,))
     other.start()
     batches = iter(WatchedLoader(torch.arange(4), num_workers=1))
     next(batches)
-    (loader,) = set(multiprocessing.active_children()) - {other}
+    (loader,) = set(multiprocessing.active_children()) - {other, *earlier}
     try:
         loading._end_all()
         loader.join(10)

@@ -436,7 +436,7 @@ def test_a_folder_of_shards_says_how_to_name_them(tmp_path):
     tar(tmp_path / "train-0000.tar", [("a.png", PNG)])
     with pytest.raises(UserError) as mistake:
         open_source(str(tmp_path))
-    assert mistake.value.hint == f"--data '{tmp_path}/NAME-{{0000..0099}}.tar'"
+    assert mistake.value.hint == f"--data {tmp_path}/train-0000.tar"
 
 
 def test_an_archive_is_refused(tmp_path):

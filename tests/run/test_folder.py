@@ -108,7 +108,7 @@ def test_a_folder_without_a_run_is_refused_with_those_there_are():
     make("runs/001-a")
     with pytest.raises(UserError, match="--resume runs/2: no run there") as mistake:
         RunFolder.find("runs/2")
-    assert mistake.value.hint == "runs/001-a"
+    assert mistake.value.hint == "--resume runs/001-a"
 
 
 def test_auto_takes_the_newest_unfinished_run():
