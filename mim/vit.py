@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
@@ -22,6 +23,11 @@ def compile_blocks(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, BLOCKS):
             part.compile()
+
+
+def distilled(vit: nn.Module) -> bool:
+    """Whether the model answers by two classifiers, one of them behind a distillation token, as DeiT's (timm)."""
+    return isinstance(vit, VisionTransformerDistilled)
 
 
 @contextmanager

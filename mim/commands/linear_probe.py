@@ -46,8 +46,14 @@ def run(
     from mim.report.confusion import save_confusion
     from mim.transfer.classification import Classification
     from mim.transfer.measurement import PRETRAINED, UNTRAINED, finish_section, share_out
+    from mim.vit import distilled
 
     measurement = Classification(options)
+    if export and distilled(measurement.loaded.encoder.vit):
+        raise UserError(
+            f"--export true: --weights {options.weights} has two classifiers, and a probe is one",
+            hint="--export false",
+        )
     linear = recipe.head == "linear"
     features = Features(layers, pool or measurement.loaded.pool) if linear else Features(pool="tokens")
     width = measurement.loaded.encoder.dim

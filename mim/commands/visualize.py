@@ -151,8 +151,14 @@ def _explanations(
     from mim.evaluation.explanations import EXPLANATIONS, classify
     from mim.pictures.strips import columns_of_maps
     from mim.run.weights import restore_classifier
+    from mim.vit import distilled
 
     encoder, names = loaded.encoder, ",".join(chosen)
+    if distilled(encoder.vit):
+        raise UserError(
+            f"--explain {names}: a distilled model has two classifiers, and the answer of one is explained",
+            hint="leave --explain out",
+        )
     classes = restore_classifier(weights, encoder.vit) if weights else None
     if classes is None:
         raise UserError(

@@ -1,10 +1,12 @@
 """Uniform random masking, the policy of MAE (arXiv:2111.06377)."""
 
+import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from mim.errors import UserError
 from mim.masking.base import Masking, check_ratios
 from mim.randomness import RowGenerator
 
@@ -25,10 +27,17 @@ class RandomMasking(Masking):
         self.ratio = ratio
 
     def visible_count(self, patches: int) -> int:
-        """``int(patches * (1 - ratio))``, truncated in floats as in the reference."""
+        """``int(patches * (1 - ratio))``, truncated in floats as in the reference.
+
+        Raises:
+            UserError: if that is none.
+        """
         visible = int(patches * (1 - self.ratio))
         if not visible:
-            raise ValueError(f"ratio {self.ratio} hides all {patches} patches; lower it or use larger images")
+            highest = math.floor(100 - 100 / patches) / 100  # that leaves a patch
+            raise UserError(
+                f"ratio {self.ratio} hides all {patches} patches", hint=f"--mask_ratio {highest:g}   or larger images"
+            )
         return visible
 
     def draw(self, generator: RowGenerator, grid: tuple[int, int], scores: Tensor | None, progress: float) -> Tensor:

@@ -20,7 +20,7 @@ from mim.interop import check_timm_folder
 from mim.memory import MemoryViT
 from mim.options.classification import ClassificationOptions, FinetuneRecipe
 from mim.options.evaluation import Scores, TrainingOptions
-from mim.program import called, origin
+from mim.program import called, origin, quoted
 from mim.reduction import TokenReducedViT
 from mim.reduction.files import save_reduction, save_settings
 from mim.report.confusion import save_confusion
@@ -28,7 +28,7 @@ from mim.run.weights import ModelCard, export_backbone
 from mim.transfer.classification import Classification
 from mim.transfer.measurement import PRETRAINED, UNTRAINED, finish_section, section_name
 from mim.transfer.training import fit, open_trainer, train_all
-from mim.vit import ViT
+from mim.vit import ViT, distilled
 
 _NOT_OF_THE_RESULT = ("num_workers", "device", "threads", "out", "trust", "max_bad", "encode_batch", "cache")
 
@@ -55,6 +55,11 @@ class Finetuning(Classification):
                 f"--tlm {recipe.tlm:g}: --weights {options.weights} is no plain ViT, whose connections are masked",
                 why=f"it is timm's {type(vit).__name__}",
                 hint="--tlm 0",
+            )
+        if distilled(self.loaded.encoder.vit):
+            raise UserError(
+                f"--weights {options.weights}: a distilled model has two classifiers, and fine-tuning trains one",
+                hint=f"{called('linear_probe')} --weights {quoted(options.weights)} --data {quoted(options.data)}",
             )
         self.recipe = replace(recipe, pool=recipe.pool or self.loaded.pool)
         self.training, self.eval_every = training, eval_every

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from mim.encoder import Encoder
+from mim.errors import UserError
 from mim.masking import GridMasking, RandomMasking
 from mim.methods import MAE
 from mim.randomness import RowGenerator
@@ -20,7 +21,7 @@ def test_squares_are_hidden_whole_and_equally_many_of_every_image(grid, cell, ra
     policy = GridMasking(ratio, cell)
     patches = grid[0] * grid[1]
     if int(patches / cell**2 * (1 - ratio)) == 0:
-        with pytest.raises(ValueError, match="hides all 1 patches"):
+        with pytest.raises(UserError, match="hides all 1 patches"):
             policy(3, grid)
         return
     mask = policy(3, grid)

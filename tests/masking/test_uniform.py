@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from mim.errors import UserError
 from mim.masking import RandomMasking, VaryingRandomMasking
 from mim.randomness import RowGenerator
 
@@ -66,7 +67,7 @@ def test_a_ratio_out_of_range_is_refused(ratio):
 
 
 def test_hiding_everything_is_refused():
-    with pytest.raises(ValueError, match="hides all 9 patches"):
+    with pytest.raises(UserError, match="hides all 9 patches"):
         RandomMasking(0.95)(1, (3, 3))
 
 

@@ -3,6 +3,7 @@
 from situations import FINETUNE, KNN, RUN, SEGMENT
 
 PROBE = ["linear_probe", "--weights", "WEIGHTS", "--data", "builtin"]
+DISTILLED = ["linear_probe", "--weights", "distilled", "--data", "labelled"]
 VISUALIZE = ["visualize", "--weights", "WEIGHTS"]
 SMALL = ["--batch_size", "2", "--device", "cpu"]
 FIT = ["--data", "photos", "--steps", "1", "--codes", "2", "--batch_size", "2"]
@@ -164,6 +165,9 @@ TYPED = {
         "--epochs",
         "1",
     ],
+    "linear_probe: one classifier of two": [*DISTILLED, "--export", "true", "--epochs", "1"],
+    "finetune: one classifier of two": ["finetune", *DISTILLED[1:]],
+    "visualize: one classifier of two": ["visualize", "--weights", "distilled", "--explain", "gradcam"],
     "segment: images that are no squares": ["segment", "--weights", "wide", "--data", "builtin"],
     "visualize: attention of a conv net": ["visualize", "--weights", "conv", "--explain", "all", "--deleted", "0"],
     "pretrain: biases that the model has not": [

@@ -35,12 +35,13 @@ pytestmark = [pytest.mark.middle, pytest.mark.usefixtures("quick_probes")]
 
 @pytest.fixture(scope="module")
 def odd_weights(tmp_path_factory):
-    """Weights that not every command takes: of no squares, of a conv net, with the norm behind the mean, with biases, a memory."""
+    """What not every command takes: no squares, a conv net, distilled, the norm behind the mean, biases, memory."""
     folder = tmp_path_factory.mktemp("odd")
     told = {"mean": [0.5] * 3, "std": [0.25] * 3, "card": ModelCard(method="MAE", data="shapes"), "model_args": {}}
     export_backbone(Encoder("test_vit", (32, 64), 8).vit, folder / "wide", **told)
     means = Encoder("test_vit", 32, 8, kwargs={"global_pool": "avg", "fc_norm": True}).vit
     export_backbone(means, folder / "means", **told)
+    export_backbone(Encoder("deit_tiny_distilled_patch16_224", 32, 8, kwargs=NARROW).vit, folder / "distilled", **told)
     net = ConvEncoder("test_resnet", 64).vit
     net.reset_classifier(3)
     export_backbone(net, folder / "conv", **told)
