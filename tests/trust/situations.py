@@ -83,6 +83,13 @@ PLAIN = {
     "spark: an image of no whole places": ["pretrain", "--method", "spark", "--model", "resnet18", "--img_size", "50"],
     "spark: a net of another family": ["pretrain", "--method", "spark", "--model", "vgg11"],
     "mae: all patches hidden": [*RUN, "--mask_ratio", "0.999"],
+    "mae: squares that do not divide the image": [
+        *RUN,
+        "--model.init_args.masking",
+        "GridMasking",
+        "--model.init_args.masking.init_args.cell",
+        "3",
+    ],
     "tokenunify: a stem that looks beyond patches": [
         "pretrain",
         "--method",
