@@ -72,7 +72,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "compare": (
         ("--runs runs/001-mae-photos,runs/002-hpm-photos", "runs that there are"),
-        ("--methods mae,hpm --data photos --seeds 3", "trains them first"),
+        ("--methods mae,hpm --data photos --batch_size 64", "trains them first"),
     ),
     "export": (
         ("--run runs/001-mae-photos", "a timm folder"),
@@ -129,6 +129,9 @@ WITHOUT_RUNS = {"check_data", "make_shapes", "info", "tokens"}
 
 POSITIONAL = {"info": ("what", "name"), "tokens": ("what",)}
 """Options whose names may be left out, as in ``info models "vit_small*"`` and ``tokens fit``."""
+
+OF_ONE_RUN = {"method", "seed", "resume", "overwrite"}
+"""Options of pretraining that belong to a single run, not to the several that are compared."""
 
 RESUMABLE = {"pretrain", "finetune", "segment"}
 """Commands that a signal interrupts with status 75 at any moment."""
@@ -304,8 +307,11 @@ def call(run: Callable[..., Any], command: str, args: list[str]) -> Any:  # noqa
     if "--help_all" in args:
         print(help_page(command, whole=True))
         return None
-    given = read(args, flat(groups))
-    arguments = [f"--{name}" if name == "print_config" else f"--{name}={value}" for name, value in given]
+    passed_on = _passed_on(run, flat(groups))
+    given = read(args, flat(groups) | passed_on)
+    arguments = [
+        f"--{name}" if name == "print_config" else f"--{name}={value}" for name, value in given if name not in passed_on
+    ]
     from jsonargparse import ArgumentError
 
     from mim.options.config_file import with_config_files
@@ -329,7 +335,14 @@ def call(run: Callable[..., Any], command: str, args: list[str]) -> Any:  # noqa
     if "config" not in inspect.signature(run).parameters:
         options.pop("config")
     options.pop("plugin", None)  # taken before anything was parsed; one that a file records has been checked
-    return run(**grouped, **options)
+    return run(**grouped, **options, **{name: value for name, value in given if name in passed_on})
+
+
+def _passed_on(run: Callable[..., Any], own: Mapping[str, Option]) -> dict[str, Option]:
+    """Options of pretraining that a command hands on to several runs."""
+    if not any(argument.kind == argument.VAR_KEYWORD for argument in inspect.signature(run).parameters.values()):
+        return {}
+    return {name: option for name, option in PRETRAIN.items() if name not in own and name not in OF_ONE_RUN}
 
 
 def _groups(run: Callable[..., Any]) -> Groups:

@@ -6,7 +6,7 @@ import shlex
 from functools import cache
 from itertools import pairwise
 
-from mim.cli import COMMANDS, PRETRAIN, _groups, function_parser
+from mim.cli import COMMANDS, PRETRAIN, _groups, _passed_on, function_parser
 from mim.options.config_file import with_config_files
 from mim.options.grammar import read
 from mim.options.signatures import flat
@@ -36,7 +36,15 @@ def suggestions(hint):
 
 @cache
 def known_options(command):
+    return PRETRAIN if command == "pretrain" else own_options(command) | _handed_on(command)
+
+
+def own_options(command):
     return PRETRAIN if command == "pretrain" else flat(_groups(importlib.import_module(f"mim.commands.{command}").run))
+
+
+def _handed_on(command):
+    return _passed_on(importlib.import_module(f"mim.commands.{command}").run, own_options(command))
 
 
 def options_in(words, known):
@@ -106,8 +114,12 @@ def _parse(command, args):
         for name, option in known_options(command).items()
         if option.default == "required"
     ]
-    given = [f"--{name}={value}" for name, value in read(args, known_options(command))]
-    _parser(command).parse_args(with_config_files([*needed, *given]))
+    own, passed_on = [], []
+    for name, value in read(args, known_options(command)):
+        (passed_on if name in _handed_on(command) else own).append(f"--{name}={value}")
+    _parser(command).parse_args(with_config_files([*needed, *own]))
+    if passed_on:
+        _parse("pretrain", passed_on)
 
 
 def check_hint(command, text, given=()):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hints import check_hint, known_options
+from hints import check_hint, own_options
 
 from mim.cli import COMMANDS, EXAMPLES, PRETRAIN, help_page, main, translate
 from mim.errors import UserError
@@ -30,7 +30,7 @@ def test_help_is_one_screen_with_every_option_two_examples_and_no_types(command,
     assert len(lines) <= 64
     assert max(map(len, lines)) <= 100
     assert text.count("python -m mim") == len(EXAMPLES[command]) == 2
-    assert [name for name in known_options(command) if f"--{name}" not in text] == []
+    assert [name for name in own_options(command) if f"--{name}" not in text] == []
     assert "class '" not in text
     assert "type:" not in text
     assert str(Path(__file__).parents[1]) not in text
@@ -38,7 +38,7 @@ def test_help_is_one_screen_with_every_option_two_examples_and_no_types(command,
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_has_a_text(command):
-    assert [name for name, option in known_options(command).items() if not option.text] == []
+    assert [name for name, option in own_options(command).items() if not option.text] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -51,7 +51,7 @@ def test_the_examples_of_a_help_can_be_typed(command):
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command != "pretrain"])
 def test_the_whole_help_leaves_nothing_out(command):
     text = " ".join(help_page(command, whole=True).split())
-    assert [name for name, option in known_options(command).items() if option.text not in text] == []
+    assert [name for name, option in own_options(command).items() if option.text not in text] == []
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +86,12 @@ def test_help_of_pretrain_imports_no_library_for_numbers(imported_by_help):
 
 
 def switches(command):
-    return [name for name, option in known_options(command).items() if not option.value]
+    return [name for name, option in own_options(command).items() if not option.value]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_switch_stands_alone_or_takes_true_or_false_in_every_command(command):
-    known = known_options(command)
+    known = own_options(command)
     for name in switches(command):
         for args, value in (
             ([f"--{name}"], "true"),
@@ -125,7 +125,7 @@ def test_resume_is_a_switch_where_the_weights_say_which_run(command):
     ],
 )
 def test_a_list_is_the_same_with_and_without_brackets(command, name):
-    known = known_options(command)
+    known = own_options(command)
     plain, bracketed = (read([f"--{name}", text], known, dotted=True) for text in ("1,2", "[1,2]"))
     assert plain == bracketed
 
@@ -146,8 +146,8 @@ def test_lists_reach_the_command_as_numbers(form, monkeypatch):
 
 
 def test_a_single_number_is_a_list_of_one_where_a_list_belongs():
-    assert read(["--k", "10"], known_options("knn")) == [("k", "[10]")]
-    assert read(["--taps", "4"], known_options("segment")) == [("taps", "4")]  # so many, evenly
+    assert read(["--k", "10"], own_options("knn")) == [("k", "[10]")]
+    assert read(["--taps", "4"], own_options("segment")) == [("taps", "4")]  # so many, evenly
 
 
 def test_dashes_equal_signs_and_switches_are_understood():

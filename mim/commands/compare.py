@@ -1,5 +1,6 @@
 """Put runs side by side, or train them first: ``python tools/compare.py --methods mae,recipe.yaml --seeds 3``."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from mim.errors import UserError
@@ -16,18 +17,21 @@ def run(
     seeds: Count = 3,
     images: Count = 6,
     out: Path = Path("runs/compare"),
+    **pretraining: str,
 ) -> None:
     """One table with mean and spread, and one page with the same images under every run.
 
     Args:
         runs: run folders, separated by commas; those whose names differ only after '-seed-' share a row.
-        methods: what to train first, separated by commas: a method, a method with another masking policy as
-            mae+RandomMasking, or a config by its file or name. All see the same images for the same number of epochs.
+        methods: what to train first, with options of pretrain, separated by commas: a method, a method with another
+            masking policy as mae+RandomMasking, or a config by its file or name. All see the same images for the same
+            number of epochs, and take the same options, such as --in_chans 6.
         data: images to train on.
         epochs: of every training; the recipe's own unless given.
         seeds: trainings of each.
         images: shown on the page.
         out: folder for trainings, compare.html and summary.md.
+        pretraining: options of pretrain for every training.
     """
     chosen, wanted = _split(runs), _split(methods)
     if not chosen and not wanted:
@@ -35,7 +39,7 @@ def run(
     check_folder("--out", out)
     folders = [Path(run) for run in chosen]
     for method in wanted:
-        folders += [_train(method, data, epochs, seed, out) for seed in range(seeds)]
+        folders += [_train(method, data, epochs, seed, out, pretraining) for seed in range(seeds)]
     # torch is imported when there is something to read: --help must not wait for it.
     from mim.run.comparison import collect, curves, strips, tables, write_page
 
@@ -52,24 +56,18 @@ def _split(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
 
 
-def _train(method: str, data: str, epochs: float | None, seed: int, out: Path) -> Path:
-    """Trains, or goes on with what was begun; a finished training is taken as it is."""
-    import json
-
+def _train(method: str, data: str, epochs: float | None, seed: int, out: Path, pretraining: Mapping[str, str]) -> Path:
+    """Trains, or goes on with what was begun; of a finished training, looks that it was trained like this."""
     from mim.commands.pretrain import main
     from mim.options.pretraining import translate
 
     name, _, policy = method.partition("+")
     folder = out / f"{Path(name).stem}{f'-{policy}' if policy else ''}-seed-{seed}"
-    summary = folder / "summary.json"
-    if summary.is_file() and json.loads(summary.read_text()).get("status") == "done":
-        return folder
-    args = ["--resume", str(folder)] if (folder / "config.yaml").is_file() else ["--out", str(folder)]
-    if args[0] == "--out":
-        args += ["--config", name] if name.endswith((".yaml", ".yml")) or "/" in name else ["--method", name]
-        args += ["--data", data, "--seed", str(seed)]
-        args += ["--epochs", str(epochs)] if epochs is not None else []
-        args += ["--model.init_args.masking", policy] if policy else []
+    args = ["--resume" if (folder / "config.yaml").is_file() else "--out", str(folder)]
+    args += ["--config", name] if name.endswith((".yaml", ".yml")) or "/" in name else ["--method", name]
+    args += ["--data", data, "--seed", str(seed), *(f"--{option}={value}" for option, value in pretraining.items())]
+    args += ["--epochs", str(epochs)] if epochs is not None else []
+    args += ["--model.init_args.masking", policy] if policy else []
     status = main(translate(args))
     if status:
         raise SystemExit(status)

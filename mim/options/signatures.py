@@ -68,7 +68,8 @@ def _options(source: Callable[..., Any]) -> dict[str, Option]:
         for entry in parse_docstring(inspect.cleandoc(part.__doc__ or "")).params
     }
     parameters = inspect.signature(source).parameters
-    return {name: _option(parameter, texts.get(name, "")) for name, parameter in parameters.items()}
+    named = {name: parameter for name, parameter in parameters.items() if parameter.kind != parameter.VAR_KEYWORD}
+    return {name: _option(parameter, texts.get(name, "")) for name, parameter in named.items()}
 
 
 def _option(parameter: inspect.Parameter, text: str) -> Option:

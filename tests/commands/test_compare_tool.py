@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mim.cli import main
 
@@ -34,13 +35,32 @@ def test_the_page_shows_the_same_images_and_needs_nothing_else(compared):
 
 
 @pytest.mark.middle
-def test_finished_trainings_are_not_repeated_and_evaluations_become_columns(compared, monkeypatch, capsys):
+def test_finished_trainings_are_not_repeated_and_evaluations_become_columns(compared, capsys):
     folder, arguments = compared
     assert main("knn", ["--weights", str(folder / "tiny-seed-0"), "--data", "shapes", "--num_workers", "0"]) == 0
     assert "k-NN classification" in (folder / "tiny-seed-0" / "report.html").read_text()
-    monkeypatch.setattr("mim.commands.pretrain.main", None)
+    rows = (folder / "tiny-seed-0" / "metrics.csv").read_bytes()
     assert main("compare", [*arguments, "--seeds", "2"]) == 0
     assert "knn 20-NN top-1" in capsys.readouterr().out
+    assert (folder / "tiny-seed-0" / "metrics.csv").read_bytes() == rows
+    assert main("compare", [*arguments, "--seeds", "2", "--batch_size", "8"]) == 2
+    assert "data.batch_size                          16 -> 8" in capsys.readouterr().err
+
+
+def test_options_of_pretraining_go_to_every_training(tmp_path, capsys):
+    methods = f"{TINY},{TINY}+GridMasking"
+    given = ["--seeds", "1", "--images", "1", "--batch_size", "8", "--pictures", "0", "--patch-size=4"]
+    command = ["--methods", methods, "--data", "shapes", "--epochs", "0.02", "--out", str(tmp_path), *given]
+    assert main("compare", command) == 0
+    for name in ("tiny", "tiny-GridMasking"):
+        config = yaml.safe_load((tmp_path / f"{name}-seed-0" / "config.yaml").read_text())
+        assert (config["data"]["batch_size"], config["model"]["init_args"]["encoder"]["patch_size"]) == (8, 4)
+
+
+@pytest.mark.parametrize(("option", "near"), [("--seed", "--seeds 3"), ("--batchsize", "--batch_size 3")])
+def test_options_of_a_single_run_or_of_nothing_are_refused(option, near, capsys):
+    assert main("compare", ["--methods", "mae", option, "3"]) == 2
+    assert capsys.readouterr().err == f"error: there is no option {option}\ntry:   {near}\n"
 
 
 def test_runs_are_collected(compared, tmp_path, capsys):

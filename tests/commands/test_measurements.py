@@ -133,10 +133,14 @@ def test_every_command_takes_what_is_no_photo(name, tmp_path, monkeypatch, capsy
         "finetune": ["--data", data, *tuning, "--device", "cpu"],
         "segment": ["--data", masked, *segmenting],
         "features": ["--data", data, "--to", "npy"],
+        "knn": ["--data", data, "--reduction", "tome:2"],
     }
     for command, given in commands.items():
         status = main(command, ["--weights", str(run), "--num_workers", "0", *given])
         assert status == 0, f"{command}: {capsys.readouterr().err}"
+    for shown in (["--reduction", "tome:2"], ["--policy", "all"], []):
+        assert main("visualize", ["--weights", str(run), "--data", data, "--images", "2", *shown]) == 0
+    assert main("compare", ["--runs", str(run), "--images", "2"]) == 0
     assert np.isfinite(np.load("features/patch.npy")).all()
     assert (run / "report.html").stat().st_size > 1000
 
