@@ -308,7 +308,7 @@ def call(run: Callable[..., Any], command: str, args: list[str]) -> Any:  # noqa
         print(help_page(command, whole=True))
         return None
     passed_on = _passed_on(run, flat(groups))
-    given = read(args, flat(groups) | passed_on)
+    given = read(args, {**flat(groups), **passed_on})
     arguments = [
         f"--{name}" if name == "print_config" else f"--{name}={value}" for name, value in given if name not in passed_on
     ]

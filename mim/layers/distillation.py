@@ -1,11 +1,12 @@
 """Cross-entropy between the distributions of a teacher and the logits of a student (DINO, arXiv:2104.14294)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import FunctionCtx
 
 STUDENT_TEMPERATURE = 0.1
 CHUNK = 2048  # patches whose logits are held at once: 64 MiB in fp32 for 8192 prototypes
@@ -33,7 +34,7 @@ def hidden_losses(
 ) -> tuple[Tensor, Tensor]:
     """Sum over hidden patches of weight x cross-entropy, and of weight x entropy of the teacher.
 
-    Logits of a chunk are computed again in the backward pass instead of being kept.
+    The gradient of a chunk is computed with its loss, while its logits are there; they are not kept.
 
     Args:
         points: ``(M, bottleneck)`` of the student.
@@ -42,15 +43,36 @@ def hidden_losses(
         soften: from a chunk of ``taught`` to the teacher's distributions ``(chunk, K)``.
         weight: ``(M,)``.
     """
+    losses: tuple[Tensor, Tensor] = _HiddenLosses.apply(points, prototypes, taught, soften, weight)
+    return losses
 
-    def losses(points: Tensor, taught: Tensor, weight: Tensor) -> Tensor:
-        logits = F.linear(points, prototypes).float() / STUDENT_TEMPERATURE  # (chunk, K)
-        with torch.no_grad():
-            targets = soften(taught)
+
+class _HiddenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        points: Tensor,
+        prototypes: Tensor,
+        taught: Tensor,
+        soften: Callable[[Tensor], Tensor],
+        weight: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        sums, of_points, of_prototypes = [], [], torch.zeros_like(prototypes)
+        for own, other, share in zip(*(torch.split(values, CHUNK) for values in (points, taught, weight)), strict=True):
+            logits = F.linear(own, prototypes).float() / STUDENT_TEMPERATURE  # (chunk, K)
+            targets = soften(other)
             entropy = torch.special.entr(targets).sum(dim=-1)
-        return torch.stack([(weight * cross_entropy(targets, logits)).sum(), (weight * entropy).sum()])
+            sums.append(torch.stack([(share * cross_entropy(targets, logits)).sum(), (share * entropy).sum()]))
+            gradient = (logits.softmax(dim=-1) - targets) * (share / STUDENT_TEMPERATURE)[:, None]
+            gradient = gradient.to(prototypes.dtype)  # of the products of points and prototypes
+            of_points.append(F.linear(gradient, prototypes.mT).to(points.dtype))
+            of_prototypes += F.linear(gradient.mT, own.mT)
+        ctx.save_for_backward(torch.cat(of_points), of_prototypes)
+        total, entropy = torch.stack(sums).sum(dim=0)
+        ctx.mark_non_differentiable(entropy)
+        return total, entropy
 
-    chunks = zip(*(torch.split(values, CHUNK) for values in (points, taught, weight)), strict=True)
-    sums = [checkpoint(losses, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    total, entropy = torch.stack(sums).sum(dim=0)
-    return total, entropy.detach()
+    @staticmethod
+    def backward(ctx: Any, total: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # noqa: ANN401 - torch types no context
+        of_points, of_prototypes = ctx.saved_tensors
+        return total * of_points, total * of_prototypes, None, None, None

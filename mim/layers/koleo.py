@@ -28,8 +28,8 @@ def koleo(tokens: Tensor, neighbours: Literal["batch", "process"] = "batch") -> 
         own = own_rows(len(points)) if neighbours == "batch" else slice(len(points))
         with torch.no_grad():
             products = points @ others.T  # (B, B')
-            products[:, own].fill_diagonal_(-torch.inf)
-            nearest = products.argmax(dim=1)
+            itself = torch.arange(len(others), device=points.device)[own, None]  # (B, 1)
+            nearest = products.scatter(1, itself, -torch.inf).argmax(dim=1)
         distance = torch.linalg.vector_norm(points - others[nearest], dim=-1)
         crowding: Tensor = -distance.clamp(min=_CLOSE).log().mean()
         return crowding
