@@ -85,9 +85,10 @@ class RowGenerator:
     def rand(self, *shape: int) -> Tensor:
         """``(B, *shape)`` float32, uniform on [0, 1); every call gives new numbers."""
         count = int(torch.Size(shape).numel())
-        counter = torch.arange(self._draws, self._draws + count, device=self.keys.device)
+        counter = torch.arange(count, device=self.keys.device)
+        start = (self._draws * _GAMMA + (1 << 63)) % (1 << 64) - (1 << 63)  # wraps as int64 does
         self._draws += count
-        bits = _mix(self.keys[:, None] + counter * _GAMMA)  # (B, count)
+        bits = _mix(self.keys[:, None] + (counter * _GAMMA + start))  # (B, count)
         return ((bits >> 40) & 0xFFFFFF).float().div(1 << 24).view(len(self.keys), *shape)
 
     def randn(self, *shape: int) -> Tensor:
